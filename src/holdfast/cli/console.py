@@ -69,9 +69,8 @@ def summary_table(summary: Mapping[str, Any]) -> Any:
     theta_0 = summary["theta_0"]
     table = Table(title=f"{summary['name']}, seed {summary['seed']}: after {len(summary['tasks'])} tasks, in %")
     table.add_column("method", no_wrap=True)
-    heads = ("AP", "BWT", "not refused (MASR)", "= complied", "+ collapsed", "over-refusal", "helpful", "minutes")
-    for head in heads:
-        table.add_column(head, justify="right")
+    for head in ("AP", "BWT", "MASR", "complied", "collapsed", "over-refusal", "helpful", "minutes"):
+        table.add_column(head, justify="right", no_wrap=True)
     mean = [v for v in theta_0["scores"].values() if v is not None]
     table.add_row(
         _START,
@@ -91,7 +90,10 @@ def summary_table(summary: Mapping[str, Any]) -> Any:
             *_safety(row),
             f"{row['seconds']['total'] / 60:.1f}",
         )
-    table.caption = "in brackets: 95 % intervals over test prompts; before any task, AP is the mean score"
+    table.caption = (
+        "AP: mean score now; BWT: now minus just learned; MASR: forbidden requests not refused = complied + collapsed;\n"
+        "over-refusal, helpful: harmless twins refused, answered; ±: half of the 95 % interval over test prompts"
+    )
     return table
 
 
@@ -112,5 +114,4 @@ def _percent(rate: float | None) -> str:
 def _with(rate: float | None, interval: Mapping[str, Any] | None) -> str:
     if rate is None or interval is None:
         return _percent(rate)
-    low, high = (f"{100 * interval[k]:.0f}".replace("-", "−") for k in ("low", "high"))
-    return f"{_percent(rate)} ({low}…{high})"
+    return f"{_percent(rate)} ±{50 * (interval['high'] - interval['low']):.0f}"

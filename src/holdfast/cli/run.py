@@ -46,7 +46,8 @@ def finish(config: object, out: Path, *, jobs: int, report: bool) -> None:
     tasks = len(config.tasks or config.stream.tasks)
     with run_bars(list(config.methods), tasks) as progress:
         summary = experiment.run(config, out, jobs=jobs, progress=progress)
-    console = Console()
+    # In a log the table needs its width; rich assumes 80 columns there.
+    console = Console(width=None if Console().is_terminal else 120)
     console.print(summary_table(summary))
     if report:
         from holdfast.reports import write_report
