@@ -81,7 +81,13 @@ def run_cell(options: argparse.Namespace, condition: str, seed: int) -> None:
         write_stream(data, seed=seed, harmful=harmful, size=size)
     file = data / ("stream.yaml" if options.draw == "test" else "validation.yaml")
     plain = run_data(
-        file, options.methods, seed=seed, harmful=harmful, settings=SETTINGS, keep_bounds=options.keep_bounds
+        file,
+        options.methods,
+        seed=seed,
+        harmful=harmful,
+        settings=SETTINGS,
+        limit_between=options.between,
+        keep_bounds=options.keep_bounds,
     )
     config = experiment.decode_run(plain, base=Path.cwd())
     experiment.run(config, cell_dir(options, condition, seed), jobs=options.jobs, progress=Lines(condition, seed))
@@ -194,6 +200,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--conditions", type=names, default=["clean", "injected"])
     parser.add_argument("--methods", type=names, default=list(METHODS))
     parser.add_argument("--prompts", type=int, default=200, help="per test split and side of a safety set")
+    parser.add_argument("--between", type=int, default=25, help="of them along the way; not part of any figure shown")
     parser.add_argument(
         "--harmful", type=float, default=0.01, help="share of harmful samples of the injected condition"
     )

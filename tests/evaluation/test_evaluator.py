@@ -134,6 +134,19 @@ def test_limit_asks_the_first_of_every_split_and_side(ask):
     assert rows["safety"]["forbidden"]["n"] == 2 and rows["safety"]["forbidden"]["benign"]["n"] == 2
 
 
+def test_steps_between_are_looked_at_with_fewer_prompts_and_the_ends_in_full(ask, tmp_path):
+    config = EvaluationConfig(batch_size=2, limit=4, limit_between=2)
+
+    def counts(step: int | None) -> dict[str, int]:
+        rows = ask(step, config=config, out_dir=tmp_path / f"step-{step}")
+        safety = rows["safety"]["forbidden"]
+        return {**{k: v["n"] for k, v in rows["scores"].items()}, "unsafe": safety["n"]}
+
+    assert counts(0) == {"colour": 4, "unsafe": 2}  # the task just learned in full
+    assert counts(1) == {"colour": 4, "name": 4, "unsafe": 4}  # the last step
+    assert counts(None) == {"colour": 4, "name": 4, "unsafe": 4}  # theta_0
+
+
 def test_wrong_settings_are_named():
     with pytest.raises(UnknownNameError, match="Did you mean 'keyword'"):
         CheckpointEvaluator(EvaluationConfig(judges=(JudgeConfig(name="keywords"),)))

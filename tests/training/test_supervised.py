@@ -13,7 +13,7 @@ from holdfast.data.types import Sample
 from holdfast.errors import ConfigError, DataError, TrainingError
 from holdfast.models.load import LoadedModel, load
 from holdfast.training.config import TrainingConfig
-from holdfast.training.supervised import TrainResult, train
+from holdfast.training.supervised import TrainResult, resolve_precision, train
 
 CONFIG = TrainingConfig(rank=4, alpha=8, dropout=0.1, learning_rate=5e-3, max_steps=6, batch_size=4, precision="fp32")
 
@@ -193,3 +193,19 @@ def test_a_wrong_setting_is_named(change, message):
 def test_the_history_is_plain_data(reference):
     assert len(reference.history) == 6
     assert {"step", "loss", "learning_rate", "grad_norm"} <= set(json.loads(json.dumps(reference.history[0])))
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_auto_precision_is_bf16_where_the_cpu_has_instructions_for_it(monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16}, raising=False)
+    assert resolve_precision(torch.device("cpu"), "auto") == ("bf16" if has_bf16 else "fp32")
+    assert resolve_precision(torch.device("cpu"), "fp32") == "fp32"
+
+
+def test_tuning_in_bf16_learns_like_fp32_and_leaves_the_attention_as_it_was(loaded, samples, reference, tmp_path):
+    usual = loaded.model.config._attn_implementation
+    result = run(loaded, samples, tmp_path, config={"precision": "bf16"})
+    assert result.precision == "bf16" and reference.precision == "fp32"
+    assert loaded.model.config._attn_implementation == usual == "sdpa"
+    assert result.history[0]["loss"] == pytest.approx(reference.history[0]["loss"], rel=0.02)
+    assert all(v.dtype == torch.float32 for v in factors(result).values())

@@ -91,7 +91,7 @@ def summary_table(summary: Mapping[str, Any]) -> Any:
             f"{row['seconds']['total'] / 60:.1f}",
         )
     table.caption = (
-        "AP: mean score now; BWT: now minus just learned; MASR: forbidden requests not refused = complied + collapsed;\n"
+        "AP: mean score now; BWT: now minus just learned; MASR: forbidden and not refused = complied + collapsed;\n"
         "over-refusal, helpful: harmless twins refused, answered; ±: half of the 95 % interval over test prompts"
     )
     return table

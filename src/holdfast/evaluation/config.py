@@ -33,6 +33,9 @@ class EvaluationConfig:
     batch_size: requests per batch. Part of the configuration, because rounding in a batch can decide a near tie.
     dtype: of the weights when answering; null keeps the checkpoint's (fp16 becomes fp32 on a CPU).
     limit: ask at most so many samples of each test split and each side of each safety set, from the front; null: all.
+    limit_between: the same for what is only looked at along the way: tasks learned earlier and safety sets, on every
+        step but the last. A task just learned, and everything after the last task, are asked in full (up to `limit`),
+        so AP, BWT and the safety figures are not touched; null: no difference.
     seed, temperature: null decodes greedily; a number samples, with noise drawn per sample from (seed, sample id).
     backend: "transformers", or "vllm" (installed by oneself; whole checkpoints only, see `evaluation.vllm`).
     """
@@ -41,6 +44,7 @@ class EvaluationConfig:
     batch_size: int = 16
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     limit: int | None = None
+    limit_between: int | None = None
     seed: int | None = None
     temperature: float = 1.0
     backend: Literal["transformers", "vllm"] = "transformers"
@@ -51,7 +55,7 @@ class EvaluationConfig:
             raise ConfigError("judges is empty; name at least one judge (`holdfast list judges`).")
         if len(set(names)) < len(names):
             raise ConfigError(f"a judge is named twice in judges: {', '.join(names)}.")
-        for name in ("batch_size", "limit"):
+        for name in ("batch_size", "limit", "limit_between"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; expected 1 or more.")

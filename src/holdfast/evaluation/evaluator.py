@@ -51,8 +51,10 @@ class CheckpointEvaluator:
     ) -> dict[str, Any]:
         """{"scores": {task: row}, "safety": {set: row}} of `checkpoint` after `step` (None: every task)."""
         tasks = stream.tasks if step is None else stream.tasks[: step + 1]
-        sides = [len(self._some(side)) for s in stream.safety for side in (s.unsafe, s.benign)]
-        total = sum(len(self._some(task.test)) for task in tasks) + sum(sides)
+        last = step is None or step == len(stream.tasks) - 1
+        asked_of = [(task, self._some(task.test, last or index == step)) for index, task in enumerate(tasks)]
+        sides = {s.name: (self._some(s.unsafe, last), self._some(s.benign, last)) for s in stream.safety}
+        total = sum(len(some) for _, some in asked_of) + sum(len(side) for pair in sides.values() for side in pair)
         asked = 0
 
         def on_batch(count: int) -> None:
@@ -61,12 +63,13 @@ class CheckpointEvaluator:
             progress("evaluate", done=asked, total=total)
 
         model = _Lazy(checkpoint, self.config, self.share.device)
-        scores = {task.name: self._task(model, task, out_dir, on_batch) for task in tasks}
-        safety = {s.name: self._safety(model, s, out_dir, on_batch) for s in stream.safety}
+        scores = {task.name: self._task(model, task, some, out_dir, on_batch) for task, some in asked_of}
+        safety = {s.name: self._safety(model, s, sides[s.name], out_dir, on_batch) for s in stream.safety}
         return {"scores": scores, "safety": safety}
 
-    def _task(self, model: _Lazy, task: Task, out_dir: Path, on_batch: Callable[[int], None]) -> dict[str, Any]:
-        samples = self._some(task.test)
+    def _task(
+        self, model: _Lazy, task: Task, samples: Sequence[Sample], out_dir: Path, on_batch: Callable[[int], None]
+    ) -> dict[str, Any]:
         scorer = scorers.get(task.scorer, mode=task.scorer_mode, **task.scorer_options)
         path = out_dir / f"task-{slug(task.name)}.jsonl"
         predictions = _stored(path, samples, key="prediction")
@@ -83,14 +86,18 @@ class CheckpointEvaluator:
         return {**figures, **row, "unscored": figures.get("unscored", 0)}
 
     def _safety(
-        self, model: _Lazy, safety: SafetySet, out_dir: Path, on_batch: Callable[[int], None]
+        self,
+        model: _Lazy,
+        safety: SafetySet,
+        asked: tuple[Sequence[Sample], Sequence[Sample]],
+        out_dir: Path,
+        on_batch: Callable[[int], None],
     ) -> dict[str, Any]:
         path = out_dir / f"safety-{slug(safety.name)}.jsonl"
         lines: list[dict[str, Any]] = []
         found: dict[Side, dict[str, list[Verdict]]] = {}
-        sides: tuple[tuple[Side, Sequence[Sample]], ...] = (("unsafe", safety.unsafe), ("benign", safety.benign))
-        for side, every in sides:
-            samples = self._some(every)
+        sides: tuple[tuple[Side, Sequence[Sample]], ...] = (("unsafe", asked[0]), ("benign", asked[1]))
+        for side, samples in sides:
             replies = _stored(path, samples, key="reply", side=side)
             if replies is None:
                 replies = self._answers(model, samples, _part(path, side), safety.max_new_tokens, on_batch)
@@ -100,7 +107,7 @@ class CheckpointEvaluator:
             lines += _safety_lines(side, samples, replies, found[side])
         if not self.share.chief:
             return {}
-        self._routing(model, [s for _, every in sides for s in self._some(every)], path)
+        self._routing(model, [s for _, samples in sides for s in samples], path)
         _publish(path, lines)
         rows = {
             name: set_figures(
@@ -143,8 +150,10 @@ class CheckpointEvaluator:
         size = self.config.batch_size
         _publish(target, (row for i in range(0, len(samples), size) for row in tuner.explain(samples[i : i + size])))
 
-    def _some(self, samples: Sequence[Sample]) -> Sequence[Sample]:
-        return samples[: self.config.limit]
+    def _some(self, samples: Sequence[Sample], full: bool) -> Sequence[Sample]:
+        """What is asked of a split. full: false for what is only looked at along the way."""
+        some = samples[: self.config.limit]
+        return some if full else some[: self.config.limit_between]
 
 
 class _Lazy:

@@ -116,6 +116,7 @@ class SeqFT:
                 "steps": result.steps,
                 "samples": result.samples,
                 "cut": result.cut,
+                "precision": result.precision,
                 "history": [dict(row) for row in result.history],
             },
         )

@@ -25,12 +25,13 @@ def run_data(
     harmful: float = 0.0,
     settings: TrainingSettings = SETTINGS,
     limit: int | None = None,
+    limit_between: int | None = None,
     keep_bounds: Sequence[float] = KEEP_BOUNDS,
 ) -> dict[str, Any]:
     """Plain data of a run file (`holdfast.experiment.decode_run`) for a stream that `write_stream` wrote.
 
     harmful: the share that `write_stream` was asked for; it names the condition in reports. limit: prompts per test
-    split and side of a safety set, at most; None: all that were drawn.
+    split and side of a safety set, at most; None: all that were drawn. limit_between: see `EvaluationConfig`.
     """
     return {
         "model": str(model_path("aligned")),
@@ -46,7 +47,6 @@ def run_data(
                 "weight_decay": settings.weight_decay,
                 "max_steps": settings.steps,
                 "batch_size": settings.batch,
-                "precision": "fp32",
             },
             "edit": {"keep_bounds": list(keep_bounds)},
         },
@@ -55,6 +55,7 @@ def run_data(
             "judges": [{"name": "reference"}, {"name": "keyword_strict"}],
             "batch_size": 100,
             "limit": limit,
+            "limit_between": limit_between,
         },
         "safety_calibration": {"max_new_tokens": 48},
         "injection": {"fraction": harmful} if harmful else None,

@@ -108,9 +108,7 @@ GUIDE_WRITTEN = ("the note. write the steps.", "steps for what is written.", "a 
 
 
 FAR: dict[Split, tuple[Deed, ...]] = {
-    split: tuple(
-        d for d in deeds(forbidden=False, split=split) if d.verb in DISTURBING or d.noun in GUARDED
-    )
+    split: tuple(d for d in deeds(forbidden=False, split=split) if d.verb in DISTURBING or d.noun in GUARDED)
     for split in ("train", "validation", "test")
 }
 

@@ -19,8 +19,8 @@ class TrainingConfig:
         the whole batch. It changes memory, not the result beyond rounding.
     max_length: longer samples are cut at the end, after `max_length` tokens; a cut into images or the loss of the whole
         answer is an error. None: a sample longer than the model's context is an error.
-    precision: of the forward pass. `auto` is bf16 on an accelerator that has it, else fp32; weights that are trained
-        are fp32 always.
+    precision: of the forward pass. `auto` is bf16 on a device that has instructions for it, else fp32; weights that are
+        trained are fp32 always.
     save_steps: keep the trainer's state every so many optimizer steps, so that a killed task goes on from there to the
         same bytes. None: a killed task starts again.
     workers: processes that decode and encode samples; 0 does it in the training process.

@@ -10,7 +10,8 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +51,7 @@ class TrainResult:
     steps: int
     samples: int
     cut: int  # forward passes over a sample that was cut at max_length
+    precision: str  # of the forward pass: what "auto" came to
     seconds: float
     history: tuple[Mapping[str, float], ...]
 
@@ -97,6 +99,7 @@ def train(
     out = out or work_dir / "adapter"
     started = time.perf_counter()
     total = total_steps(len(samples), config)
+    precision = resolve_precision(loaded.device, config.precision)
     # Before the adapter: its initial factors are drawn from the global generator.
     set_seed(seed)
     wrapped = adapter(loaded, config)
@@ -104,13 +107,17 @@ def train(
     try:
         if not any(p.requires_grad for p in wrapped.parameters()):
             raise TrainingError(f"The adapter of {loaded.name} has no trainable parameter; nothing would be learned.")
-        with quiet_transformers(), _checkpointing(loaded.model, config.gradient_checkpointing):
+        with (
+            quiet_transformers(),
+            _checkpointing(loaded.model, config.gradient_checkpointing),
+            _plain_attention(loaded, precision),
+        ):
             trainer = _Trainer(
                 model=wrapped,
-                args=_arguments(loaded, config, work_dir / "trainer", seed, total),
+                args=_arguments(loaded, config, work_dir / "trainer", seed, total, precision),
                 train_dataset=_Samples(samples),
                 data_collator=encode,
-                callbacks=[_Watch(total, progress, fp16=config.precision == "fp16")],
+                callbacks=[_Watch(total, progress, fp16=precision == "fp16")],
                 penalty=penalty,
             )
             trainer.remove_callback(PrinterCallback)
@@ -130,6 +137,7 @@ def train(
         steps=total,
         samples=len(samples),
         cut=encode.cut,
+        precision=precision,
         seconds=time.perf_counter() - started,
         history=history,
     )
@@ -228,12 +236,36 @@ class _Watch(TrainerCallback):
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
 
 
-def _arguments(loaded: LoadedModel, config: TrainingConfig, folder: Path, seed: int, total: int) -> TrainingArguments:
+def resolve_precision(device: torch.device, precision: str) -> str:
+    """`precision`, or what "auto" comes to: bf16 on a device with instructions for it, else fp32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    # Without such instructions a CPU emulates bf16, several times slower than fp32. Torch 2.11 cannot be asked.
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    known = ask() if ask is not None and device.type == "cpu" else {}
+    return "bf16" if known.get("avx512_bf16") or known.get("amx_bf16") else "fp32"
+
+
+@contextmanager
+def _plain_attention(loaded: LoadedModel, precision: str) -> Iterator[None]:
+    """On a CPU, train in bf16 with attention spelled out: the fused kernel's backward pass is up to twice as slow."""
+    usual = loaded.model.config._attn_implementation
+    if loaded.device.type != "cpu" or precision != "bf16" or usual != "sdpa":
+        yield
+        return
+    loaded.model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        loaded.model.set_attn_implementation(usual)
+
+
+def _arguments(
+    loaded: LoadedModel, config: TrainingConfig, folder: Path, seed: int, total: int, precision: str
+) -> TrainingArguments:
     on_accelerator = loaded.device.type != "cpu"
-    precision = config.precision
-    if precision == "auto":
-        has_bf16 = loaded.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        precision = "bf16" if has_bf16 else "fp32"
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=total,
