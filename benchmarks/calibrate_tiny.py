@@ -1,6 +1,8 @@
-"""Calibration of the tiny model: 8 + 128 samples, both passes, wall and CPU seconds (imports excluded).
+"""Calibration (8 + 128 samples, both passes) and edit of the tiny model, wall and CPU seconds (imports excluded).
 
-python benchmarks/calibrate_tiny.py
+    python benchmarks/calibrate_tiny.py
+
+The edit is the streaming one of `holdfast edit`: read both checkpoints, HPA on every linear layer, write the result.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from pathlib import Path
 
 from holdfast.data.streams import load_stream
 from holdfast.data.types import Sample, Turn
+from holdfast.editing.editor import edit_checkpoint
+from holdfast.methods.hpa_rule import HpaRule
 from holdfast.models.calibrate import collect_curvature
 from holdfast.tiny import model_path
 from holdfast.tiny.stream import write_stream
@@ -27,7 +31,13 @@ def main() -> None:
             made = collect_curvature(model, model, safety, stream.tasks[0].train[:128], device="cpu", seconds=seconds)
             wall, cpu = time.perf_counter() - began, time.process_time() - cpu
             phases = ", ".join(f"{phase} {spent:.2f}" for phase, spent in seconds.items())
-            print(f"{attempt}: {len(made.modules)} layers, wall {wall:.2f} s, CPU {cpu:.2f} s ({phases})")
+            print(f"calibrate, {attempt}: {len(made.modules)} layers, wall {wall:.2f} s, CPU {cpu:.2f} s ({phases})")
+        for attempt in ("first", "second"):
+            began, cpu = time.perf_counter(), time.process_time()
+            out = Path(folder) / attempt
+            edit_checkpoint(model, model_path("base"), rule=HpaRule(), curvature=made, out=out, verify=False)
+            wall, cpu = time.perf_counter() - began, time.process_time() - cpu
+            print(f"edit, {attempt}: wall {wall:.2f} s, CPU {cpu:.2f} s")
 
 
 if __name__ == "__main__":

@@ -67,9 +67,9 @@ def make_environment(folder: Path) -> str:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-        subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", f"mergekit=={VERSION}", "torch"], check=True, stdout=sys.stderr
-        )
+        # The same torch on both sides: what is compared is the program around it.
+        wanted = [f"mergekit=={VERSION}", f"torch=={torch.__version__.partition('+')[0]}"]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True, stdout=sys.stderr)
     return str(python)
 
 
