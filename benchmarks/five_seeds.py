@@ -28,12 +28,13 @@ from holdfast.checkpoints.storage import atomic_path, write_json
 from holdfast.errors import HoldfastError
 from holdfast.metrics.intervals import over_seeds
 from holdfast.stream.summary import summarize_run
-from holdfast.tiny.run import KEEP_BOUNDS, run_data
+from holdfast.tiny.run import DAMPING, KEEP_BOUNDS, run_data
 from holdfast.tiny.stream import SETTINGS, StreamSize, write_stream
 
 METHODS = (
     "seqft",
     "hpa",
+    "hpa_damping_1_percent",
     "hpa_eps",
     "hpa_phi",
     "hpa_no_projection",
@@ -44,6 +45,10 @@ METHODS = (
     "random_columns_matched",
     "interpolation_matched",
 )
+# Rows that are no method of their own: a method with other options.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "hpa_damping_1_percent": {"method": "hpa", "calibration": {"damping": 0.01}},
+}
 # (key in summary.json, heading, whether more is better)
 FIGURES = (
     ("ap", "AP", True),
@@ -89,6 +94,7 @@ def run_cell(options: argparse.Namespace, condition: str, seed: int) -> None:
         limit_between=options.between,
         keep_bounds=options.keep_bounds,
     )
+    plain["methods"] |= {name: VARIANTS[name] for name in options.methods if name in VARIANTS}
     config = experiment.decode_run(plain, base=Path.cwd())
     experiment.run(config, cell_dir(options, condition, seed), jobs=options.jobs, progress=Lines(condition, seed))
 
@@ -152,7 +158,8 @@ def markdown(
     name = "clean" if condition == "clean" else f"{100 * options.harmful:g} % harmful samples in every task"
     bounds = "-".join(f"{b:g}" for b in options.keep_bounds)
     lines = [
-        f"### {name}: {options.draw} draw, {len(seeds)} seed(s), {options.prompts} prompts per set, p {bounds} %",
+        f"### {name}: {options.draw} draw, {len(seeds)} seed(s), {options.prompts} prompts per set, p {bounds} %, "
+        f"damping {DAMPING:g}",
         "",
         "% over seeds: mean ± standard deviation [95 % interval of the mean]",
         "",
@@ -200,7 +207,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--conditions", type=names, default=["clean", "injected"])
     parser.add_argument("--methods", type=names, default=list(METHODS))
     parser.add_argument("--prompts", type=int, default=200, help="per test split and side of a safety set")
-    parser.add_argument("--between", type=int, default=25, help="of them along the way; not part of any figure shown")
+    parser.add_argument("--between", type=int, default=0, help="of them along the way; not part of any figure shown")
     parser.add_argument(
         "--harmful", type=float, default=0.01, help="share of harmful samples of the injected condition"
     )

@@ -147,6 +147,14 @@ def test_steps_between_are_looked_at_with_fewer_prompts_and_the_ends_in_full(ask
     assert counts(None) == {"colour": 4, "name": 4, "unsafe": 4}  # theta_0
 
 
+def test_nothing_is_asked_on_the_way_where_the_limit_is_zero(ask):
+    rows = ask(0, config=EvaluationConfig(batch_size=2, limit_between=0))
+    assert rows["scores"]["colour"]["n"] == 5  # just learned
+    assert rows["safety"]["forbidden"]["n"] == 0 and rows["safety"]["forbidden"]["asr"] is None
+    with pytest.raises(ConfigError, match="limit_between is -1; expected 0 or more"):
+        EvaluationConfig(limit_between=-1)
+
+
 def test_wrong_settings_are_named():
     with pytest.raises(UnknownNameError, match="Did you mean 'keyword'"):
         CheckpointEvaluator(EvaluationConfig(judges=(JudgeConfig(name="keywords"),)))

@@ -35,7 +35,8 @@ class EvaluationConfig:
     limit: ask at most so many samples of each test split and each side of each safety set, from the front; null: all.
     limit_between: the same for what is only looked at along the way: tasks learned earlier and safety sets, on every
         step but the last. A task just learned, and everything after the last task, are asked in full (up to `limit`),
-        so AP, BWT and the safety figures are not touched; null: no difference.
+        so AP, BWT and the safety figures are not touched. 0 asks nothing on the way, and what needs those cells (MAA,
+        forgetting, curves along the stream) is null; null: no difference.
     seed, temperature: null decodes greedily; a number samples, with noise drawn per sample from (seed, sample id).
     backend: "transformers", or "vllm" (installed by oneself; whole checkpoints only, see `evaluation.vllm`).
     """
@@ -55,9 +56,9 @@ class EvaluationConfig:
             raise ConfigError("judges is empty; name at least one judge (`holdfast list judges`).")
         if len(set(names)) < len(names):
             raise ConfigError(f"a judge is named twice in judges: {', '.join(names)}.")
-        for name in ("batch_size", "limit", "limit_between"):
+        for name, least in (("batch_size", 1), ("limit", 1), ("limit_between", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; expected 1 or more.")
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; expected {least} or more.")
         if self.temperature <= 0:
             raise ConfigError(f"temperature is {self.temperature}; expected more than 0 (seed: null is greedy).")

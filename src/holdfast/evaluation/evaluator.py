@@ -71,6 +71,8 @@ class CheckpointEvaluator:
         self, model: _Lazy, task: Task, samples: Sequence[Sample], out_dir: Path, on_batch: Callable[[int], None]
     ) -> dict[str, Any]:
         scorer = scorers.get(task.scorer, mode=task.scorer_mode, **task.scorer_options)
+        if not samples:
+            return {"value": None, "n": 0, "scorer": scorer.name, "mode": scorer.mode, "unscored": 0}
         path = out_dir / f"task-{slug(task.name)}.jsonl"
         predictions = _stored(path, samples, key="prediction")
         if predictions is None:

@@ -132,7 +132,8 @@ def _method(directory: RunDirectory, name: str, records: Sequence[Record], theta
         **figures,
         **{rate: {s: [r.safety[s][rate] for r in records] for s in last.safety} for rate in _RATES},
         "benign": {
-            s: {k: [r.safety[s]["benign"][k] for r in records] for k in _BENIGN}
+            # A step that asked nothing on the way has no benign row.
+            s: {k: [r.safety[s].get("benign", {}).get(k) for r in records] for k in _BENIGN}
             for s, row in last.safety.items()
             if "benign" in row
         },
