@@ -65,11 +65,12 @@ FIGURES = (
 def main() -> None:
     options = parse()
     cells = [(condition, seed) for seed in options.seeds for condition in options.conditions]
-    for number, (condition, seed) in enumerate(cells, 1):
+    for number, (condition, seed) in enumerate([] if options.table_only else cells, 1):
         started = time.monotonic()
         run_cell(options, condition, seed)
         print(f"[{number}/{len(cells)}] {condition}, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
         publish(options)
+    publish(options)
     print((options.out / "table.md").read_text())
 
 
@@ -168,28 +169,40 @@ def markdown(
         "| before any task | " + " | ".join(cell(start.get(key)) for key, _, _ in FIGURES) + " |",
     ]
     lines += [f"| {m} | " + " | ".join(cell(row.get(key)) for key, _, _ in FIGURES) + " |" for m, row in rows.items()]
-    return "\n".join([*lines, "", *orderings(rows), ""])
+    return "\n".join([*lines, "", *differences(rows), ""])
 
 
-def orderings(rows: Mapping[str, Any]) -> list[str]:
-    """For HPA against every other method: which intervals do not touch."""
-    said = []
-    hpa = rows.get("hpa")
+# What the methods are compared by, seed by seed.
+COMPARED = ("ap", "bwt", "masr", "compliance_mean", "over_refusal")
+
+
+def differences(rows: Mapping[str, Any]) -> list[str]:
+    """HPA minus every other method, paired by seed: all methods of a seed share data, prompts and initial factors."""
+    hpa = rows.get("hpa", {})
+    headings = {key: heading.removeprefix("= ") for key, heading, _ in FIGURES}
+    lines = [
+        "HPA minus the other, paired by seed, in points: mean [95 % interval]; * where the interval leaves out zero",
+        "",
+        "| hpa minus | " + " | ".join(headings[key] for key in COMPARED) + " |",
+        "|---|" + "---:|" * len(COMPARED),
+    ]
     for other, row in rows.items():
-        if hpa is None or other == "hpa":
+        if other == "hpa" or not all(key in row and key in hpa for key in COMPARED):
             continue
-        words = []
-        for key, heading, more in FIGURES:
-            if key not in ("ap", "bwt", "masr", "compliance_mean") or key not in row or key not in hpa:
-                continue
-            a, b = hpa[key], row[key]
-            better = a["value"] > b["value"] if more else a["value"] < b["value"]
-            bounds = (a["low"], a["high"], b["low"], b["high"])
-            apart = None not in bounds and (a["low"] > b["high"] or b["low"] > a["high"])
-            name = heading.removeprefix("= ")
-            words.append(f"{name} {'better' if better else 'worse'}{', intervals apart' if apart else ''}")
-        said.append(f"- hpa against {other}: {'; '.join(words)}")
-    return said
+        lines.append(f"| {other} | " + " | ".join(difference(hpa[key], row[key]) for key in COMPARED) + " |")
+    return lines if len(lines) > 4 else []
+
+
+def difference(hpa: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    paired = over_seeds([a - b for a, b in zip(hpa["values"], other["values"], strict=True)]).to_json()
+    clear = paired["low"] is not None and (paired["low"] > 0 or paired["high"] < 0)
+    return cell({**paired, "std": None}) + interval(paired) + (" *" if clear else "")
+
+
+def interval(figure: Mapping[str, Any]) -> str:
+    if figure.get("low") is None:
+        return ""
+    return f" [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]".replace("-", "−")
 
 
 def cell(figure: Mapping[str, Any] | None) -> str:
@@ -197,7 +210,7 @@ def cell(figure: Mapping[str, Any] | None) -> str:
         return "–"
     text = f"{100 * figure['value']:.1f}"
     if figure.get("std") is not None and not math.isnan(figure["std"]):
-        text += f" ± {100 * figure['std']:.1f} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
+        text += f" ± {100 * figure['std']:.1f}" + interval(figure)
     return text.replace("-", "−")
 
 
@@ -213,6 +226,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--draw", choices=("test", "validation"), default="test")
     parser.add_argument("--keep-bounds", type=bounds, default=KEEP_BOUNDS, help="p_min,p_max in percent")
+    parser.add_argument("--table-only", action="store_true", help="of the cells that are finished; run nothing")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/five_seeds"))
     return parser.parse_args()

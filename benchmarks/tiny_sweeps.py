@@ -33,29 +33,24 @@ def settings() -> list[dict[str, Any]]:
 
 
 def edits() -> list[dict[str, Any]]:
-    """HPA, its ablations and its controls at equal distance, for several p."""
+    """HPA and its controls at equal distance, for several p."""
     found: list[dict[str, Any]] = [{"rule": "none"}]
-    for p in ((5, 15), (10, 30), (20, 40), (30, 60)):
-        found.append({"rule": "hpa", "p": p})
-        found += [control | {"p": p} for control in CONTROLS]
+    for p in ((5, 15), (10, 30), (20, 40)):
+        found += [rule | {"p": p} for rule in ({"rule": "hpa"}, *CONTROLS)]
     return found
 
 
 def hessian() -> list[dict[str, Any]]:
-    """What the calibration changes, one thing at a time."""
-    base = {"rule": "hpa", "p": (10, 30)}
+    """What the calibration and the choice of columns change, one thing at a time."""
+    base = {"rule": "hpa"}
     one = [
+        {"damping": 0.1}, {"damping": 1.0}, {"shrinkage": 0.5}, {"shrinkage": 0.9}, {"shrinkage": 0.99},
+        {"safety_count": 32}, {"shrinkage": 0.9, "safety_count": 32},
         {"tokens": "text"}, {"tokens": "answer"}, {"tokens": "request"},
-        {"safety_kind": "text"}, {"safety_kind": "image"}, {"safety_kind": "typographic"},
-        {"safety_count": 32}, {"safety_count": 32, "tokens": "text"}, {"task_count": 16},
-        {"damping": 0.1}, {"damping": 1.0}, {"damping": 0.001}, {"shrinkage": 1.0},
-        {"normalization": "token"}, {"normalization": "sum"},
-        {"ratio": 1.25}, {"ratio": 4.0}, {"form": "multiply"},
-        {"criterion": "eps"}, {"criterion": "phi"}, {"orthogonal": False},
-        {"bounds": (0.0, 0.0)}, {"bounds": (1.0, 1.0)},
-        {"p": (30, 10)}, {"p": (20, 20)},
+        {"form": "multiply"}, {"criterion": "eps"}, {"criterion": "eps", "shrinkage": 0.9}, {"criterion": "phi"},
+        {"ratio": 4.0}, {"p": (15, 5)}, {"p": (10, 30)},
     ]  # fmt: skip
-    return [base, *(base | change for change in one)]
+    return [base, *(base | change for change in one), *CONTROLS]
 
 
 SWEEPS = {"settings": settings, "edits": edits, "hessian": hessian}

@@ -30,6 +30,7 @@ from holdfast.tiny import engine, model_path, tasks
 from holdfast.tiny import tokenizer as tok
 from holdfast.tiny.build import complies, is_refusal
 from holdfast.tiny.lexicon import Split
+from holdfast.tiny.stream import SETTINGS
 from holdfast.tiny.world import Example
 
 
@@ -42,11 +43,11 @@ class Run:
     order: tuple[str, ...] = tuple(tasks.TASKS)
     seed: int = 0
     harmful: float = 0.0
-    lr: float = 1e-3
-    steps: int = 60
-    batch: int = 16
-    rank: int = 16
-    alpha: int = 32
+    lr: float = SETTINGS.lr
+    steps: int = SETTINGS.steps
+    batch: int = SETTINGS.batch
+    rank: int = SETTINGS.rank
+    alpha: int = SETTINGS.alpha
     train: int = 960
     # the edit
     p: tuple[float, float] = (5.0, 15.0)
