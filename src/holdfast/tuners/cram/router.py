@@ -259,12 +259,13 @@ def card_from_features(
     image = pictures.mean(0) if len(pictures) else None
     image_scatter = float((pictures - image).norm(dim=-1).median()) if image is not None else None
     floor = radius = None
+    # Whatever `abstain` says now: it only decides which of them a request is asked, and may be changed in router.json.
     # Two held-out samples are the least that say anything about spread; a smaller task never abstains.
-    if config.abstain != "off" and len(aside) >= 2:
+    if len(aside) >= 2:
         cosines = cosine_similarity(aside.text, text.unsqueeze(0))[:, 0]
         floor = float(cosines.quantile(config.abstain_quantile)) - config.abstain_slack
         seen = aside.image[aside.has_image]
-        if config.abstain == "both" and image is not None and len(seen) >= 2:
+        if image is not None and len(seen) >= 2:
             far = (seen - image).norm(dim=-1).quantile(1 - config.abstain_quantile)
             radius = float(far) * (1 + config.abstain_slack)
     card = ExpertCard(
