@@ -111,7 +111,7 @@ def run_methods(seed: int, args: argparse.Namespace, methods: Sequence[str], out
 def row_of(seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Every method and reference of one seed."""
     done = run_methods(seed, args, args.methods, args.out)
-    row: dict[str, Any] = {"seed": seed, "settings": settings(args), "theta_0": _theta_0(done)}
+    row: dict[str, Any] = {"seed": seed, "settings": settings(args), "theta_0": theta_0(done)}
     row["methods"] = {name: method_row(done, name) for name in args.methods}
     if "cram" in args.methods:
         row["oracle"] = oracle(done)
@@ -202,8 +202,7 @@ def abstention(done: Seed, seed: int, skill_count: int) -> dict[str, Any]:
     base. Floors come from held-out training samples of each task.
     """
     skills = skill_stream(done.folder / "skills", seed, skill_count)
-    base = {"ap": _mean(done.summary["theta_0"]["scores"].values()), **_safety(done.summary["theta_0"])}
-    found = {"theta_0": {**base, **_skills(done.ask(done.experiment.theta_0, skills, "skills-theta_0"))}}
+    found = {"theta_0": {**theta_0(done), **_skills(done.ask(done.experiment.theta_0, skills, "skills-theta_0"))}}
     for mode in MODES:
         folder = variant(done.step("cram") / "cram", done.folder / f"abstain-{mode}", mode)
         if mode == done.experiment.methods["cram"].config.cram.abstain:
@@ -291,7 +290,7 @@ def _own_task(done: Seed, task: Task, adapter: Path, name: str) -> float:
     return float(rows["scores"][task.name]["value"])
 
 
-def _theta_0(done: Seed) -> dict[str, Any]:
+def theta_0(done: Seed) -> dict[str, Any]:
     return {"ap": _mean(done.summary["theta_0"]["scores"].values()), **_safety(done.summary["theta_0"])}
 
 
@@ -320,10 +319,10 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return encode({key: getattr(args, key) for key in SETTINGS})
 
 
-def rows_of(out: Path, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
+def rows_of(out: Path, wanted: Mapping[str, Any], name: str = "row.json") -> list[dict[str, Any]]:
     """The rows under `out` of these settings, by seed; others are named on the screen and left out."""
     rows = []
-    for path in out.glob("seed*/row.json"):
+    for path in out.glob(f"seed*/{name}"):
         row = json.loads(path.read_text())
         if row["settings"] == wanted:
             rows.append(row)
@@ -337,17 +336,17 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     plain = [figures_of(row) for row in rows]
     found: dict[str, Any] = {}
     for name in plain[0]:
-        found[name] = {key: _over([row[name][key] for row in plain]) for key in plain[0][name]}
+        found[name] = {key: over([row[name][key] for row in plain]) for key in plain[0][name]}
         if name in ("cram", "theta_0") or "cram" not in plain[0]:
             continue
         base = [row["cram"] for row in plain]
         shared = [key for key in plain[0][name] if key in base[0]]
         found[name]["minus_cram"] = {
-            key: _over([row[name][key] - own[key] for row, own in zip(plain, base, strict=True)]) for key in shared
+            key: over([row[name][key] - own[key] for row, own in zip(plain, base, strict=True)]) for key in shared
         }
         if "parameters" in shared:
             shares = [own["parameters"] / row[name]["parameters"] for row, own in zip(plain, base, strict=True)]
-            found[name]["cram_parameter_share"] = _over(shares)
+            found[name]["cram_parameter_share"] = over(shares)
     return found
 
 
@@ -374,7 +373,7 @@ def figures_of(row: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _over(values: Sequence[float]) -> dict[str, Any]:
+def over(values: Sequence[float]) -> dict[str, Any]:
     found = over_seeds(values).to_json()
     return {**{key: found[key] for key in ("value", "low", "high", "std", "n")}, "values": list(values)}
 
@@ -386,13 +385,13 @@ def table(summary: Mapping[str, Any]) -> str:
         for key, value in figures.items():
             if key == "minus_cram":
                 continue
-            line = f"{name:18} {key:22} {_shown(value)}"
+            line = f"{name:18} {key:22} {shown(value)}"
             difference = figures.get("minus_cram", {}).get(key)
-            lines.append(line + (f"   minus cram {_shown(difference)}" if difference else ""))
+            lines.append(line + (f"   minus cram {shown(difference)}" if difference else ""))
     return "\n".join(lines)
 
 
-def _shown(figure: Mapping[str, Any]) -> str:
+def shown(figure: Mapping[str, Any]) -> str:
     bounds = "" if figure["low"] is None else f" [{figure['low']:.4g}, {figure['high']:.4g}]"
     return f"{figure['value']:.4g}{bounds}"
 
