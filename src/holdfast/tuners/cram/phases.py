@@ -26,7 +26,7 @@ from holdfast.tuners.cram.config import CramConfig
 from holdfast.tuners.cram.encoders import Encoder
 from holdfast.tuners.cram.model import Cram, Factors
 from holdfast.tuners.cram.router import ExpertCard, Features, Router, card_from_features
-from holdfast.tuners.cram.storage import from_pretrained, load_expert, read_router, save_cram, save_expert
+from holdfast.tuners.cram.storage import base_of, from_pretrained, load_expert, read_router, save_cram, save_expert
 from holdfast.tuners.cram.training import BatchFeatures, CramTraining, buffer_factors, learned_centroid
 
 
@@ -190,7 +190,9 @@ class TaskLearning:
         made = consolidate(buffer, history, self.config, seed=self.seed, device=self.loaded.device)
         write_json(self.work_dir / "ranks.json", {name: describe_rank(e) for name, e in made.items()})
         save_expert(
-            self.work_dir / "initial", {n: (e.lora_a, e.lora_b) for n, e in made.items()}, base=self.loaded.name
+            self.work_dir / "initial",
+            {n: (e.lora_a, e.lora_b) for n, e in made.items()},
+            base=base_of(self.loaded)["base"],
         )
 
     def publish(self, out: Path, *, expert: Path | None = None) -> ExpertCard:

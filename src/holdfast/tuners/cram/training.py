@@ -22,7 +22,7 @@ from holdfast.models.families import decoder_blocks
 from holdfast.tuners.cram.layer import ExpertPass
 from holdfast.tuners.cram.model import Cram, Factors
 from holdfast.tuners.cram.router import ExpertCard, Features, mix
-from holdfast.tuners.cram.storage import save_expert
+from holdfast.tuners.cram.storage import base_of, save_expert
 
 CENTROID = "centroid.safetensors"
 # Names under which a batch carries the features of its samples.
@@ -176,7 +176,7 @@ class CramTraining(nn.Module):
 
     def save_pretrained(self, folder: str) -> None:
         """The trained factors as a PEFT folder, and a learned centroid beside them."""
-        save_expert(Path(folder), self.factors(), base=self.cram.loaded.name)
+        save_expert(Path(folder), self.factors(), base=base_of(self.cram.loaded)["base"])
         if self.centroid is not None:
             save_file({"image_centroid": self.centroid.detach().cpu()}, Path(folder) / CENTROID)
 
