@@ -199,6 +199,36 @@ def test_forced_weights_bypass_the_router(make, requests):
         pass
 
 
+def test_the_innermost_of_nested_contexts_decides_and_the_outer_one_comes_back(make, requests):
+    cram = make(samples=requests)
+    samples = requests["warm"][:2]
+    inputs = encode_request(cram.loaded, samples)
+
+    @torch.no_grad()
+    def logits():
+        return cram.loaded.model(**inputs).logits[:, -1]
+
+    with cram.base_alone():
+        base = logits()
+    with cram.forced({"cold": 1.0}):
+        cold = logits()
+    routed = answer(cram, samples)[0]
+    with cram.serving(samples):
+        # Before and after the request's first pass.
+        for _ in range(2):
+            with cram.base_alone():
+                torch.testing.assert_close(logits(), base)
+            with cram.forced({"cold": 1.0}):
+                torch.testing.assert_close(logits(), cold)
+            torch.testing.assert_close(logits(), routed)
+    with cram.base_alone():
+        with cram.serving(samples):
+            torch.testing.assert_close(logits(), routed)
+        torch.testing.assert_close(logits(), base)
+    with pytest.raises(AdapterError, match=r"ran before its request was routed"):
+        logits()
+
+
 def test_misuse_says_what_to_do(make, base, requests):
     cram = make(samples=requests)
     samples = mixed(requests)
@@ -221,7 +251,7 @@ def test_misuse_says_what_to_do(make, base, requests):
 
 def test_an_image_only_router_refuses_a_request_without_an_image(make, requests):
     cram = make(samples={"warm": requests["warm"]}, route_by="image")
-    with pytest.raises(DataError, match=r"'maths-0' has no image, and this router goes by images only"):
+    with pytest.raises(DataError, match=r"'maths-0' has no image, .*\"route_by\": \"auto\" under \"config\""):
         cram.route(requests["maths"][:1])
 
 
