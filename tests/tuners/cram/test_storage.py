@@ -254,6 +254,16 @@ def test_a_damaged_router_is_refused(base, damaged):
         read_router(damaged)
 
 
+@pytest.mark.parametrize("field", ["text_scatter", "image_scatter", "text_floor", "image_radius"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_router_with_a_number_that_is_not_finite_is_refused(base, damaged, field, value):
+    data = json.loads((damaged / "router.json").read_text())
+    data["experts"][0][field] = value
+    (damaged / "router.json").write_text(json.dumps(data))
+    with pytest.raises(AdapterError, match=rf"Expert 'warm': its {field} is {value}; expected a finite number"):
+        from_pretrained(damaged, base)
+
+
 def test_a_marker_names_only_tuners_of_holdfast(damaged, pico_folder):
     checkpoint = Checkpoint(base=str(pico_folder), adapters=(str(damaged),))
     (damaged / "holdfast_tuner.json").write_text('{"tuner": "os"}')

@@ -25,7 +25,7 @@ from holdfast.models.load import LoadedModel
 from holdfast.tuners.cram.config import CramConfig
 from holdfast.tuners.cram.encoders import Encoder
 from holdfast.tuners.cram.model import Cram, Factors
-from holdfast.tuners.cram.router import ExpertCard, Features, Router, card_from_features
+from holdfast.tuners.cram.router import ExpertCard, Features, Router, card_from_features, placed
 from holdfast.tuners.cram.storage import base_of, from_pretrained, load_expert, read_router, save_cram, save_expert
 from holdfast.tuners.cram.training import BatchFeatures, CramTraining, buffer_factors, learned_centroid
 
@@ -171,10 +171,15 @@ class TaskLearning:
             )
         return Features(**stored)
 
-    def card(self, router: Router) -> ExpertCard:
-        """The new expert's card: centroids and floors of its training samples, and its group by the level-1 table."""
+    def card(self, router: Router, centroid: Tensor | None = None) -> ExpertCard:
+        """The new expert's card: centroids and floors of its training samples, and its group by the level-1 table.
+
+        centroid: the image centroid that was learned with the expert, instead of the mean of its images.
+        """
         features = self.features()
         card, held = card_from_features(self.name, 0, features, self.config, seed=self.seed)
+        if centroid is not None:
+            card = placed(card, centroid, features, held, self.config)
         decision = router.decide(features.text[~held])
         return replace(card, group=router.group_count if decision.group is None else decision.group)
 
@@ -204,10 +209,7 @@ class TaskLearning:
         cram = self.attach()
         try:
             ranks = {name: a.shape[0] for name, (a, _) in load_expert(expert).items()}
-            card = replace(self.card(cram.router), ranks=ranks)
-            centroid = learned_centroid(self.expert)
-            if centroid is not None:
-                card = replace(card, image_centroid=centroid)
+            card = replace(self.card(cram.router, learned_centroid(self.expert)), ranks=ranks)
             if not out.exists():
                 older = read_router(self.previous).folders if self.previous is not None else ()
                 router = cram.router.adding(card)
