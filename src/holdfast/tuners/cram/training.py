@@ -139,7 +139,7 @@ class CramTraining(nn.Module):
                 terms.append(_penalty_of(p, basis, self._old_mass))
         if not terms:
             return torch.zeros((), device=self.cram.loaded.device)
-        return self.cram.config.penalty * torch.stack(terms).mean()
+        return self.cram.config.penalty * torch.stack([t.to(terms[0].device) for t in terms]).mean()
 
     # What the loop and the trainer's checkpoints hold
 
@@ -217,7 +217,7 @@ def _penalty_of(p: ExpertPass, basis: Tensor, old_mass: Tensor | None) -> Tensor
     assert p.input_mean is not None and p.trained_a is not None and p.trained_b is not None and old_mass is not None
     # Q^T B first: (k, r), so nothing of width `out` is made per sample.
     inner = p.input_mean.to(p.trained_a.dtype) @ p.trained_a.T
-    return orthogonality_penalty(inner, p.trained_b.T @ basis.to(p.trained_b.dtype), old_mass.detach())
+    return orthogonality_penalty(inner, p.trained_b.T @ basis.to(p.trained_b.dtype), old_mass.detach().to(inner))
 
 
 def _pool(cram: Cram, inputs: Mapping[str, Tensor]) -> Tensor:
