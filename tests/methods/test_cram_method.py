@@ -78,6 +78,10 @@ def test_each_task_adds_an_expert_and_moves_no_other(learned, pico_folder):  # (
     assert {name.split("/")[1] for name in after if name.startswith("experts/")} == {"00-colour", "01-name"}
     record = json.loads((folder / "1" / "cram.json").read_text())
     assert record["expert"] == "name" and record["parameters"] > 0
+    first_decision = json.loads((folder / "0" / "cram.json").read_text())["group_decision"]
+    assert first_decision == {"joined": None, "rule": "first", "similarity": None, "margin": None}
+    decision = record["group_decision"]
+    assert decision["rule"] == "unlike" and decision["joined"] is None and -1 <= decision["similarity"] <= 0.8
     assert all(2 <= row["rank"] <= 4 for row in record["ranks"].values())
 
 
