@@ -22,13 +22,13 @@ from typing import Any
 # First: it bounds the threads before torch is imported.
 import cram_stream as bench
 from holdfast.checkpoints.storage import write_json
-from holdfast.config import encode
+from holdfast.config import decode, encode
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.functional.hpa import HpaConfig
 from holdfast.methods.hpa import HpaRule
 from holdfast.methods.seqft import EditingConfig, draw
 from holdfast.models.calibrate import collect_curvature
-from holdfast.tiny.run import KEEP_BOUNDS
+from holdfast.tiny.run import KEEP_BOUNDS, run_data
 
 SETTINGS = (
     "tasks", "split", "limit", "between", "harmful", "learning_rate", "steps", "max_groups", "sigma_scale",
@@ -55,7 +55,8 @@ def row_of(seed: int, args: argparse.Namespace) -> dict[str, Any]:
 
 def edit_experts(done: bench.Seed, seed: int, keep: Sequence[float]) -> list[Path]:
     """Each expert of the last step after HPA's edit of its A, as PEFT folders in the order of the tasks."""
-    config = EditingConfig()
+    options = run_data(Path(), [], seed=seed)["defaults"]
+    config = decode(EditingConfig, {key: options[key] for key in ("calibration",) if key in options})
     stream = done.experiment.with_own_answers()
     base = done.experiment.theta_0
     rule = HpaRule(HpaConfig(keep_bounds=(keep[0], keep[1]), orthogonal=False))
