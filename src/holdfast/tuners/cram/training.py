@@ -144,11 +144,11 @@ class CramTraining(nn.Module):
     # What the loop and the trainer's checkpoints hold
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The trained factors, fp32 on the CPU."""
+        """The trained factors, fp32 on the CPU. Under FSDP2 every process must ask: shards are gathered."""
         found = {}
         for p in self.cram.layers:
             assert p.trained_a is not None and p.trained_b is not None
-            found[p.name] = (p.trained_a.detach().float().cpu(), p.trained_b.detach().float().cpu())
+            found[p.name] = (_whole(p.trained_a), _whole(p.trained_b))
         return found
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -178,7 +178,7 @@ class CramTraining(nn.Module):
         """The trained factors as a PEFT folder, and a learned centroid beside them."""
         save_expert(Path(folder), self.factors(), base=base_of(self.cram.loaded)["base"])
         if self.centroid is not None:
-            save_file({"image_centroid": self.centroid.detach().cpu()}, Path(folder) / CENTROID)
+            save_file({"image_centroid": _whole(self.centroid)}, Path(folder) / CENTROID)
 
     def unload(self) -> nn.Module:
         """Drop the trained factors and take CRAM off the model."""
@@ -186,6 +186,12 @@ class CramTraining(nn.Module):
             p.drop_factors()
         self.cram.detach()
         return self.model
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    """fp32 on the CPU, gathered where FSDP2 holds a shard (a DTensor)."""
+    value = parameter.detach()
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).float().cpu()
 
 
 def learned_centroid(folder: Path) -> Tensor | None:
