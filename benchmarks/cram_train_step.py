@@ -2,8 +2,9 @@
 
     python benchmarks/cram_train_step.py --out cram_train_step.json
 
-One LLaVA with random weights; both sides tune the same attention linears, on the same batch, in turn. The routing's
-share of a prefill is measured on the same model: everything that `serving` adds in front of the first block.
+A line per number of older experts. One LLaVA with random weights; both sides tune the same attention linears, on the
+same batch, in turn. The routing's share of a prefill is measured on the same model: everything that `serving` adds in
+front of the first block.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import json
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from holdfast.checkpoints.storage import write_json
 from holdfast.functional.cram import RankRule
 from holdfast.models.load import LoadedModel
 from holdfast.tuners.cram.config import CramConfig
@@ -115,7 +118,7 @@ def attach(loaded: LoadedModel, experts: int, rank: int) -> Cram:
     return Cram(loaded, Router(config, cards), factors)
 
 
-def steps(loaded: LoadedModel, inputs: dict[str, torch.Tensor], args: argparse.Namespace) -> dict[str, Any]:
+def steps(loaded: LoadedModel, inputs: dict[str, torch.Tensor], old: int, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds per step of each side, in turn; forward, backward and AdamW."""
     size, width = inputs["input_ids"].shape[0], loaded.model.config.text_config.hidden_size
     times: dict[str, list[float]] = {"peft": [], "cram": []}
@@ -130,7 +133,7 @@ def steps(loaded: LoadedModel, inputs: dict[str, torch.Tensor], args: argparse.N
         times["peft"] += run(wrapped, inputs, None, args)
         wrapped.unload()
         loaded.model.requires_grad_(False)
-        cram = attach(loaded, args.old_experts, args.rank)
+        cram = attach(loaded, old, args.rank)
         new = {
             p.name: (torch.randn(args.rank, p.in_features), torch.zeros(p.out_features, args.rank)) for p in cram.layers
         }
@@ -163,11 +166,11 @@ def run(model: Any, inputs: dict[str, torch.Tensor], penalty: Any, args: argpars
 
 
 @torch.inference_mode()
-def routing(loaded: LoadedModel, inputs: dict[str, torch.Tensor], args: argparse.Namespace) -> dict[str, Any]:
+def routing(loaded: LoadedModel, inputs: dict[str, torch.Tensor], old: int, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a prefill, and of all that choosing experts adds to it (not of the experts themselves)."""
     from holdfast.data.types import Sample
 
-    cram = attach(loaded, args.old_experts, args.rank)
+    cram = attach(loaded, old, args.rank)
     size = inputs["input_ids"].shape[0]
     samples = [Sample.single(str(i), f"what is in picture number {i} of this series?") for i in range(size)]
     asked = {k: v for k, v in inputs.items() if k != "labels"}
@@ -197,23 +200,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--rank", type=int, default=9)
-    parser.add_argument("--old-experts", type=int, default=1)
+    parser.add_argument("--old-experts", type=int, nargs="+", default=[1, 3, 9])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--inner", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     loaded = build(args.width, args.blocks, getattr(torch, args.dtype))
     inputs = batch_of(loaded, args.batch, args.tokens)
-    row = {**steps(loaded, inputs, args), **routing(loaded, inputs, args)}
-    row |= {k: v for k, v in vars(args).items() if k != "out"}
-    print(json.dumps(row))
+    rows = []
+    for old in args.old_experts:
+        rows.append({"old_experts": old, **steps(loaded, inputs, old, args), **routing(loaded, inputs, old, args)})
+        print(json.dumps(rows[-1]), flush=True)
     if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:  # noqa: PTH123
-            json.dump(row, file, indent=2)
+        settings = {k: v for k, v in vars(args).items() if k not in ("out", "old_experts")}
+        write_json(args.out, {"settings": settings, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -14,11 +14,14 @@ from holdfast import methods
 from holdfast.config import decode
 from holdfast.errors import ConfigError
 from holdfast.evaluation import CheckpointEvaluator, EvaluationConfig
+from holdfast.experiment import build_methods, decode_run
 from holdfast.functional.cram import RankRule
 from holdfast.methods.cram import Cram, CramMethodConfig, phase_config
 from holdfast.models.generate import generate
 from holdfast.models.load import load
 from holdfast.stream.protocol import Checkpoint, TaskContext, silent
+from holdfast.tiny.run import run_data
+from holdfast.tiny.stream import StreamSize, write_stream
 from holdfast.training.config import TrainingConfig
 from holdfast.tuners.cram.config import CramConfig
 from holdfast.tuners.cram.phases import Phase, Steps
@@ -78,6 +81,10 @@ def test_each_task_adds_an_expert_and_moves_no_other(learned, pico_folder):  # (
     assert {name.split("/")[1] for name in after if name.startswith("experts/")} == {"00-colour", "01-name"}
     record = json.loads((folder / "1" / "cram.json").read_text())
     assert record["expert"] == "name" and record["parameters"] > 0
+    first_decision = json.loads((folder / "0" / "cram.json").read_text())["group_decision"]
+    assert first_decision == {"joined": None, "rule": "first", "similarity": None, "margin": None}
+    decision = record["group_decision"]
+    assert decision["rule"] == "unlike" and decision["joined"] is None and -1 <= decision["similarity"] <= 0.8
     assert all(2 <= row["rank"] <= 4 for row in record["ranks"].values())
 
 
@@ -135,6 +142,18 @@ def test_named_variants_differ_from_cram_as_they_say():
     assert configs["cram_fixed_rank"] == replace(plain, rank=replace(plain.rank, fixed=True))
     assert configs["cram_no_reuse"] == replace(plain, reuse=False)
     assert configs["cram_no_abstention"] == replace(plain, abstain="off")
+
+
+def test_the_demos_run_file_takes_cram_beside_seqft_and_hpa(tmp_path):
+    """What `holdfast demo --methods seqft,hpa,cram` builds."""
+    size = StreamSize(train=4, test=1, validation=1, safety=4, safety_validation=4, calibration=4)
+    names = ["seqft", "hpa", "cram"]
+    config = decode_run(run_data(write_stream(tmp_path / "data", size=size), names, seed=0), base=tmp_path)
+    built = build_methods(config)
+    assert list(built) == names
+    training = {name: method.config.training for name, method in built.items()}
+    assert training["cram"].learning_rate > training["seqft"].learning_rate == training["hpa"].learning_rate
+    assert training["cram"].max_steps == training["seqft"].max_steps and built["cram"].config.cram.dropout == 0
 
 
 def test_options_are_checked_where_they_stand():

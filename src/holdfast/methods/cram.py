@@ -21,7 +21,7 @@ from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.training.config import TrainingConfig
 from holdfast.training.supervised import total_steps, train
 from holdfast.tuners.cram.config import CramConfig
-from holdfast.tuners.cram.phases import Loop, Phase, Steps, TaskLearning, read_ranks
+from holdfast.tuners.cram.phases import Loop, Phase, Steps, TaskLearning, read_group, read_ranks
 from holdfast.tuners.cram.storage import load_expert
 from holdfast.tuners.cram.training import BatchFeatures, CramTraining
 
@@ -62,6 +62,7 @@ class Cram:
             {
                 "expert": card.name,
                 "group": card.group,
+                "group_decision": read_group(learning.work_dir),
                 "samples": card.samples,
                 "parameters": sum(a.numel() + b.numel() for a, b in load_expert(expert).values()),
                 "ranks": read_ranks(learning.work_dir),

@@ -47,6 +47,19 @@ def test_one_pass_equals_a_loop_over_experts(dtype, tolerance, grad):
     assert torch.equal(out[1], nn.functional.linear(x, linear.weight, linear.bias)[1]), "no weight, no change"
 
 
+def test_weights_follow_a_layer_to_its_device():
+    """The meta device stands for a second one: a product across devices is an error there too."""
+    linear = nn.Linear(24, 40, device="meta")
+    active = Active()
+    p = ExpertPass("q", 0, linear, active)
+    p.stack(torch.zeros(8, 24, device="meta"), torch.zeros(40, 8, device="meta"), start=0)
+    p.train_factors(torch.zeros(2, 24, device="meta"), torch.zeros(40, 2, device="meta"), 0.0)
+    linear.register_forward_hook(p.extend)
+    active.set("routed", torch.ones(3, 8), torch.ones(3, 1), torch.full((3, 4), 0.25))
+    out = linear(torch.zeros(3, 4, 24, device="meta"))
+    assert out.device.type == "meta" and p.input_mean.device.type == "meta"
+
+
 def test_beams_repeat_the_weights_of_their_sample():
     linear, _, active, _ = stacked()
     _, rows = weights()

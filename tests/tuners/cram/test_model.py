@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cram_kit
 from holdfast.data.types import Sample
@@ -199,6 +200,68 @@ def test_forced_weights_bypass_the_router(make, requests):
         pass
 
 
+# A value read, or a shape that depends on values: the host would wait for the device.
+WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts operations that make the host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in WAITING
+        return func(*args, **(kwargs or {}))
+
+
+def test_routing_and_experts_add_no_host_read_to_a_forward_pass(make, requests):
+    cram = make(samples=requests, abstain="both")
+    samples = mixed(requests)
+    inputs = encode_request(cram.loaded, samples)
+    counts = []
+    for context in (cram.base_alone(), cram.serving(samples)):
+        with torch.no_grad(), context, HostReads() as reads:
+            cram.loaded.model(**inputs)  # for the image tokens, transformers reads some values itself
+        counts.append(reads.count)
+    assert counts[1] == counts[0]
+    assert cram.last_routing is not None
+    with HostReads() as reads:
+        assert bool(cram.last_routing.weights.any())
+    assert reads.count == 1, "a read is seen"
+
+
+def test_the_innermost_of_nested_contexts_decides_and_the_outer_one_comes_back(make, requests):
+    cram = make(samples=requests)
+    samples = requests["warm"][:2]
+    inputs = encode_request(cram.loaded, samples)
+
+    @torch.no_grad()
+    def logits():
+        return cram.loaded.model(**inputs).logits[:, -1]
+
+    with cram.base_alone():
+        base = logits()
+    with cram.forced({"cold": 1.0}):
+        cold = logits()
+    routed = answer(cram, samples)[0]
+    with cram.serving(samples):
+        # Before and after the request's first pass.
+        for _ in range(2):
+            with cram.base_alone():
+                torch.testing.assert_close(logits(), base)
+            with cram.forced({"cold": 1.0}):
+                torch.testing.assert_close(logits(), cold)
+            torch.testing.assert_close(logits(), routed)
+    with cram.base_alone():
+        with cram.serving(samples):
+            torch.testing.assert_close(logits(), routed)
+        torch.testing.assert_close(logits(), base)
+    with pytest.raises(AdapterError, match=r"ran before its request was routed"):
+        logits()
+
+
 def test_misuse_says_what_to_do(make, base, requests):
     cram = make(samples=requests)
     samples = mixed(requests)
@@ -221,7 +284,7 @@ def test_misuse_says_what_to_do(make, base, requests):
 
 def test_an_image_only_router_refuses_a_request_without_an_image(make, requests):
     cram = make(samples={"warm": requests["warm"]}, route_by="image")
-    with pytest.raises(DataError, match=r"'maths-0' has no image, and this router goes by images only"):
+    with pytest.raises(DataError, match=r"'maths-0' has no image, .*\"route_by\": \"auto\" under \"config\""):
         cram.route(requests["maths"][:1])
 
 

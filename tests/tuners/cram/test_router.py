@@ -101,6 +101,12 @@ def test_floors_come_from_held_out_training_samples_only():
     )
 
 
+@pytest.mark.parametrize("mode", ["off", "text", "both"])
+def test_floor_and_radius_are_kept_whatever_abstain_says(mode):
+    made, held = card_from_features("a", 0, task(1, 11), cram_kit.config(held_out=0.25, abstain=mode), seed=3)
+    assert held.any() and made.text_floor is not None and made.image_radius is not None
+
+
 def test_a_task_too_small_to_hold_anything_out_has_no_floor():
     made, _ = card_from_features("a", 0, task(1, 11, n=3), cram_kit.config(), seed=0)
     assert made.text_floor is None and made.samples == 3

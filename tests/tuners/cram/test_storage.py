@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 import cram_kit
 from holdfast.errors import AdapterError, StorageError, UnknownNameError
 from holdfast.models.encode import encode_request
+from holdfast.models.families import editable_linears
+from holdfast.models.generate import generate
 from holdfast.models.load import load
 from holdfast.stream.protocol import Checkpoint
+from holdfast.tuners.cram.merge import export_merged
 from holdfast.tuners.cram.storage import from_pretrained, load_expert, read_router, save_expert, save_pretrained
 
 
@@ -117,7 +120,7 @@ def test_an_expert_of_another_base_is_refused(base, saved, damaged, pico_folder)
         for name, p in other.model.named_parameters():
             if "layers" in name:
                 p.mul_(1.01)
-    with pytest.raises(AdapterError, match=r"was trained on another base .* of the compared values differ"):
+    with pytest.raises(AdapterError, match=r"was trained on another base .*: \d+ of \d+ weights have other values"):
         from_pretrained(saved, other)
     narrow = {"model.language_model.layers.0.self_attn.q_proj": (torch.ones(2, 7), torch.ones(32, 2))}
     folder = read_router(damaged).folders[0]
@@ -128,6 +131,89 @@ def test_an_expert_of_another_base_is_refused(base, saved, damaged, pico_folder)
     shutil.rmtree(folder)
     save_expert(folder, {"model.layers.9.q_proj": (torch.ones(2, 32), torch.ones(32, 2))}, base="x")
     with pytest.raises(AdapterError, match=r"adapts model.layers.9.q_proj, which .* does not have"):
+        from_pretrained(damaged, base)
+
+
+@pytest.mark.parametrize("name", ["layers.1.mlp.down_proj.weight", "layers.0.self_attn.q_proj.weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_with_one_tuned_matrix_is_another_base(saved, pico_folder, name, dtype):
+    other = load(pico_folder, dtype=dtype)
+    weight = next(p for n, p in other.model.named_parameters() if n.endswith(name))
+    with torch.no_grad():
+        weight.mul_(1.03)
+    with pytest.raises(AdapterError, match=rf"1 of \d+ weights have other values, .*{name} first"):
+        from_pretrained(saved, other)
+
+
+def test_a_base_whose_modules_differ_is_another_base(base, damaged):
+    tensors = load_file(damaged / "router.safetensors")
+    tensors["base.probe.model.language_model.layers.7.mlp.up_proj.weight"] = torch.zeros(16)
+    save_file(tensors, damaged / "router.safetensors")
+    with pytest.raises(AdapterError, match=r"trained on another base .*: there is no .*layers\.7\.mlp\.up_proj"):
+        from_pretrained(damaged, base)
+
+
+def test_saving_a_loaded_folder_again_names_the_base_alone(saved, pico_folder, tmp_path):
+    loaded = load(Checkpoint(base=str(pico_folder), adapters=(str(saved),)))
+    save_pretrained(loaded.tuner, tmp_path / "again")
+    folder = read_router(tmp_path / "again").folders[0]
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(pico_folder)
+    export_merged(loaded.tuner, {"warm": 1.0}, tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(pico_folder)
+
+
+class Int8(torch.nn.Module):
+    """A quantised linear: integer weights and a scale in buffers, no parameter, no `nn.Linear`."""
+
+    def __init__(self, plain: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        scale = plain.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("whole", (plain.weight.detach() / scale).round().to(torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.whole * self.scale)
+
+
+def quantised(pico_folder):
+    """The pico model with every linear of its decoder blocks quantised."""
+    loaded = load(pico_folder)
+    for name in editable_linears(loaded.model):
+        parent, _, leaf = name.rpartition(".")
+        setattr(loaded.model.get_submodule(parent), leaf, Int8(loaded.model.get_submodule(name)))
+    return loaded
+
+
+def test_experts_on_a_whole_quantised_model_are_saved_loaded_and_generate(pico_folder, requests, saved, tmp_path):
+    loaded = quantised(pico_folder)
+    cram = cram_kit.with_experts(loaded, requests, sigma_scale=1.0)
+    assert all("language_model.layers" in p.name for p in cram.layers) and len(cram.layers) == 8
+    save_pretrained(cram, tmp_path / "cram")
+    cram.detach()
+    samples = [requests["warm"][0], requests["maths"][2]]
+    again = quantised(pico_folder)
+    again = replace(again, tuner=from_pretrained(tmp_path / "cram", again))
+    answers = generate(again, samples, max_new_tokens=4)
+    assert len(answers) == 2 and not bool(again.tuner.last_routing.abstained.any())
+    with again.tuner.base_alone():
+        plain = again.model(**encode_request(again, samples)).logits
+    assert not torch.equal(logits(again, samples), plain[:, -1])
+    again.tuner.detach()
+    # Experts of the plain base: what is not quantised, the norms, is compared.
+    from_pretrained(saved, again).detach()
+    with torch.no_grad():
+        next(p for n, p in again.model.named_parameters() if "layers.0.input_layernorm" in n).mul_(2)
+    with pytest.raises(AdapterError, match=r"1 of 4 weights have other values"):
+        from_pretrained(saved, again)
+
+
+def test_a_probe_without_any_common_weight_is_refused(base, damaged):
+    tensors = load_file(damaged / "router.safetensors")
+    kept = {k: v for k, v in tensors.items() if not k.startswith("base.probe.")}
+    save_file(kept, damaged / "router.safetensors")
+    with pytest.raises(AdapterError, match=r"or both hold all weights quantised, so nothing says that they are one"):
         from_pretrained(damaged, base)
 
 
@@ -161,11 +247,21 @@ def test_a_damaged_router_is_refused(base, damaged):
     with pytest.raises(AdapterError, match=r"the router is damaged or of another version"):
         from_pretrained(damaged, base)
     (damaged / "router.json").write_text('{"format": 9}')
-    with pytest.raises(AdapterError, match=r"has format 9; this version reads format 1"):
+    with pytest.raises(AdapterError, match=r"has format 9; this version reads format 2"):
         read_router(damaged)
     (damaged / "router.json").unlink()
     with pytest.raises(AdapterError, match=r"is no CRAM folder; expected router.json"):
         read_router(damaged)
+
+
+@pytest.mark.parametrize("field", ["text_scatter", "image_scatter", "text_floor", "image_radius"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_router_with_a_number_that_is_not_finite_is_refused(base, damaged, field, value):
+    data = json.loads((damaged / "router.json").read_text())
+    data["experts"][0][field] = value
+    (damaged / "router.json").write_text(json.dumps(data))
+    with pytest.raises(AdapterError, match=rf"Expert 'warm': its {field} is {value}; expected a finite number"):
+        from_pretrained(damaged, base)
 
 
 def test_a_marker_names_only_tuners_of_holdfast(damaged, pico_folder):

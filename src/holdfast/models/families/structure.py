@@ -32,7 +32,7 @@ def language_model(model: PreTrainedModel) -> tuple[str, nn.Module]:
 def decoder_blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """Names and modules of the language model's blocks, first to last.
 
-    The list of blocks is the `ModuleList` with the most parameters within the text decoder.
+    The list of blocks is the `ModuleList` with the most numbers within the text decoder, parameters and buffers.
     """
     name, decoder = language_model(model)
     found = _block_list(decoder)
@@ -90,8 +90,18 @@ def _block_list(root: nn.Module) -> tuple[str, nn.ModuleList] | None:
     candidates = [
         (name, module)
         for name, module in root.named_modules()
-        if isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear) for m in module.modules())
+        if isinstance(module, nn.ModuleList) and any(_is_linear(m) for m in module.modules())
     ]
     if not candidates:
         return None
-    return max(candidates, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return max(candidates, key=lambda item: _numbers(item[1]))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Not every quantised linear is an nn.Linear, but all say their widths.
+    return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+
+
+def _numbers(module: nn.Module) -> int:
+    """How many numbers a module holds; quantised linears keep theirs in buffers."""
+    return sum(t.numel() for tensors in (module.parameters(), module.buffers()) for t in tensors)

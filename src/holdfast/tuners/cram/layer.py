@@ -61,7 +61,7 @@ class Active:
         """Mean input (B, in) of a layer over `pool`; q, k and v share their input and this product."""
         assert self.pool is not None
         if self._pooled is None or self._pooled[0] is not x:
-            self._pooled = (x, torch.bmm(self.pool.to(x.dtype).unsqueeze(1), x.detach()).squeeze(1))
+            self._pooled = (x, torch.bmm(self.pool.to(x).unsqueeze(1), x.detach()).squeeze(1))
         return self._pooled[1]
 
 
@@ -121,14 +121,15 @@ class ExpertPass(nn.Module):
         rows = active.rows_for(x.shape[0])
         if rows is not None and self.stop > self.start:
             hidden = F.linear(x, self.stacked_a)
-            hidden = hidden * rows[:, None, self.start : self.stop].to(hidden.dtype)
+            # To its device too: a model spread over several has its rows on the first.
+            hidden = hidden * rows[:, None, self.start : self.stop].to(hidden)
             output = _accumulate(output, hidden, self.stacked_b)
         if self.trained_a is not None and self.trained_b is not None:
             dropped = F.dropout(x, self.dropout, self.training)
             hidden = F.linear(dropped, self.trained_a.to(x.dtype))
             if active.trained is not None:
                 column = min(self.block, active.trained.shape[1] - 1)
-                hidden = hidden * active.trained[:, column, None, None].to(hidden.dtype)
+                hidden = hidden * active.trained[:, column, None, None].to(hidden)
             output = _accumulate(output, hidden, self.trained_b.to(x.dtype))
             if active.pool is not None:
                 self.input_mean = active.pooled(x)

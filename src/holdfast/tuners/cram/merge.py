@@ -15,7 +15,7 @@ from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, DataError, unknown_name
 from holdfast.models.encode import encode_request
 from holdfast.tuners.cram.model import Cram, Factors
-from holdfast.tuners.cram.storage import save_expert
+from holdfast.tuners.cram.storage import base_of, save_expert
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,9 @@ def export_merged(
     record: plain data kept beside it as merge.json.
     """
     factors = merged_factors(cram, mass)
-    save_expert(folder, factors, base=cram.loaded.name, beside={"merge.json": dict(record)} if record else None)
+    save_expert(
+        folder, factors, base=base_of(cram.loaded)["base"], beside={"merge.json": dict(record)} if record else None
+    )
     return factors
 
 

@@ -143,19 +143,15 @@ class Cram(nn.Module):
         self._check_images(samples)
         device = self.loaded.device
         text = self.encoder.text(samples).to(device)
-        if self.encoder.in_forward:
-            width = self.encoder.identity["image_width"]
-            blank = torch.zeros(len(samples), width, device=device)
-            self._pending = Features(text=text, image=blank, has_image=torch.zeros(len(samples), dtype=torch.bool))
-            self.active.set("unset")
-        else:
-            image, has_image = self.encoder.images(samples)
-            self.decide(Features(text=text.cpu(), image=image, has_image=has_image).checked().to(device))
-        try:
+        with self._held():
+            if self.encoder.in_forward:
+                width = self.encoder.identity["image_width"]
+                blank = torch.zeros(len(samples), width, device=device)
+                self._pending = Features(text=text, image=blank, has_image=torch.zeros(len(samples), dtype=torch.bool))
+            else:
+                image, has_image = self.encoder.images(samples)
+                self.decide(Features(text=text.cpu(), image=image, has_image=has_image).checked().to(device))
             yield
-        finally:
-            self._pending = None
-            self.active.set("unset")
 
     @contextmanager
     def forced(self, mass: Mapping[str, float]) -> Iterator[None]:
@@ -173,21 +169,31 @@ class Cram(nn.Module):
                 if name not in names:
                     raise unknown_name("expert", name, names)
                 weights[row, 0, names.index(name)] = value
-        self.activate(weights)
-        try:
+        with self._held():
+            self.activate(weights)
             yield
-        finally:
-            self.active.set("unset")
 
     @contextmanager
     def base_alone(self) -> Iterator[None]:
         """Within, the base answers without experts."""
-        before = (self.active.mode, self.active.rows, self.active.trained, self.active.pool)
-        self.active.set("base")
+        with self._held():
+            self.active.set("base")
+            yield
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Within, no request is at hand; afterwards the one before is. Contexts nest, and the innermost decides."""
+        active = self.active
+        before = (active.mode, active.rows, active.trained, active.pool)
+        waiting = (self._pending, self._input_ids)
+        # A pending request would be decided by the next forward pass, whichever context asked for it.
+        self._pending = self._input_ids = None
+        active.set("unset")
         try:
             yield
         finally:
-            self.active.set(*before)
+            self._pending, self._input_ids = waiting
+            active.set(*before)
 
     def decide(self, features: Features) -> Routing:
         """Route `features` (on the model's device) and hold the decision for the passes that follow."""
@@ -208,7 +214,8 @@ class Cram(nn.Module):
         if self.config.route_by == "image" and (blind := [s.id for s in samples if not s.images]):
             raise DataError(
                 f"Sample {blind[0]!r} has no image, and this router goes by images only (route_by = 'image'). Give it "
-                "an image, or load the router with route_by = 'auto'."
+                'an image, or write "route_by": "auto" under "config" in router.json: such requests then go by their '
+                "instruction."
             )
 
     # Hooks

@@ -7,6 +7,7 @@ published. So a killed task goes on in the phase it was in, and nothing about ph
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -20,13 +21,13 @@ from torch import Tensor
 from holdfast.checkpoints.storage import atomic_path, write_json
 from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, ConfigError
-from holdfast.functional.cram import ExpertFactors, RankRule, expert_from_buffer, row_basis
+from holdfast.functional.cram import ExpertFactors, GroupDecision, RankRule, expert_from_buffer, row_basis
 from holdfast.models.load import LoadedModel
 from holdfast.tuners.cram.config import CramConfig
 from holdfast.tuners.cram.encoders import Encoder
 from holdfast.tuners.cram.model import Cram, Factors
-from holdfast.tuners.cram.router import ExpertCard, Features, Router, card_from_features
-from holdfast.tuners.cram.storage import from_pretrained, load_expert, read_router, save_cram, save_expert
+from holdfast.tuners.cram.router import ExpertCard, Features, Router, card_from_features, placed
+from holdfast.tuners.cram.storage import base_of, from_pretrained, load_expert, read_router, save_cram, save_expert
 from holdfast.tuners.cram.training import BatchFeatures, CramTraining, buffer_factors, learned_centroid
 
 
@@ -61,14 +62,6 @@ class Steps:
     def stable(self) -> int:
         return self.total - self.warmup
 
-    def phase_after(self, step: int) -> Phase:
-        """The phase that a task is in once `step` optimizer steps are done (the survey lies before the first)."""
-        if step < self.warmup:
-            return Phase.WARMUP
-        if step == self.warmup:
-            return Phase.CONSOLIDATE
-        return Phase.STABLE if step < self.total else Phase.DONE
-
 
 class Loop(Protocol):
     """The training loop, bound by the method: train what `adapter` makes for `steps` steps and publish it at `out`.
@@ -85,7 +78,8 @@ class TaskLearning:
     """One task on its way to an expert.
 
     previous: the CRAM folder that this task continues, or None for the first task.
-    work_dir: what the phases publish: features.safetensors, buffer/, ranks.json, initial/, expert/.
+    work_dir: what the phases publish: features.safetensors, buffer/, ranks.json, initial/, expert/, group.json. One
+        process writes it: with several, `CramTraining` runs under DDP, and all but the main one must keep off.
     encoder: instead of the one that `config` names.
     """
 
@@ -173,10 +167,19 @@ class TaskLearning:
 
     def card(self, router: Router) -> ExpertCard:
         """The new expert's card: centroids and floors of its training samples, and its group by the level-1 table."""
+        return self._placed(router, None)[0]
+
+    def _placed(self, router: Router, centroid: Tensor | None) -> tuple[ExpertCard, GroupDecision]:
+        """The card, and the decision on its group.
+
+        centroid: the image centroid that was learned with the expert, instead of the mean of its images.
+        """
         features = self.features()
         card, held = card_from_features(self.name, 0, features, self.config, seed=self.seed)
+        if centroid is not None:
+            card = placed(card, centroid, features, held, self.config)
         decision = router.decide(features.text[~held])
-        return replace(card, group=router.group_count if decision.group is None else decision.group)
+        return replace(card, group=router.group_count if decision.group is None else decision.group), decision
 
     def consolidate(self) -> None:
         """Buffer -> initial expert, per linear; `ranks.json` says how each rank came about."""
@@ -190,7 +193,9 @@ class TaskLearning:
         made = consolidate(buffer, history, self.config, seed=self.seed, device=self.loaded.device)
         write_json(self.work_dir / "ranks.json", {name: describe_rank(e) for name, e in made.items()})
         save_expert(
-            self.work_dir / "initial", {n: (e.lora_a, e.lora_b) for n, e in made.items()}, base=self.loaded.name
+            self.work_dir / "initial",
+            {n: (e.lora_a, e.lora_b) for n, e in made.items()},
+            base=base_of(self.loaded)["base"],
         )
 
     def publish(self, out: Path, *, expert: Path | None = None) -> ExpertCard:
@@ -202,10 +207,9 @@ class TaskLearning:
         cram = self.attach()
         try:
             ranks = {name: a.shape[0] for name, (a, _) in load_expert(expert).items()}
-            card = replace(self.card(cram.router), ranks=ranks)
-            centroid = learned_centroid(self.expert)
-            if centroid is not None:
-                card = replace(card, image_centroid=centroid)
+            card, decision = self._placed(cram.router, learned_centroid(self.expert))
+            card = replace(card, ranks=ranks)
+            write_json(self.work_dir / "group.json", describe_decision(decision, cram.router))
             if not out.exists():
                 older = read_router(self.previous).folders if self.previous is not None else ()
                 router = cram.router.adding(card)
@@ -275,6 +279,25 @@ def describe_rank(expert: ExpertFactors) -> dict[str, Any]:
         "overlapping": expert.overlapping,
         "energy": round(expert.energy, 6),
     }
+
+
+def describe_decision(decision: GroupDecision, router: Router) -> dict[str, Any]:
+    """Plain data: the group joined (null: a new one), the row of the table that said so, and the figures behind it."""
+    return {
+        "joined": None if decision.group is None else router.group_name(decision.group),
+        "rule": decision.rule,
+        "similarity": _or_null(decision.similarity),
+        "margin": _or_null(decision.margin),
+    }
+
+
+def _or_null(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 6)
+
+
+def read_group(work_dir: Path) -> dict[str, Any]:
+    """What level 1 decided about this task, and why."""
+    return json.loads((work_dir / "group.json").read_text(encoding="utf-8"))
 
 
 def read_ranks(work_dir: Path) -> dict[str, dict[str, Any]]:

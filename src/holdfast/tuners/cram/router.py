@@ -76,6 +76,14 @@ class ExpertCard:
                     f"Expert {self.name!r}: its {label} centroid holds NaN or inf, so every distance to it would be "
                     "NaN. The router file is damaged; restore it or learn the task again."
                 )
+        for label in ("text_scatter", "image_scatter", "text_floor", "image_radius"):
+            value = getattr(self, label)
+            if value is not None and not (math.isfinite(value) and (label == "text_floor" or value >= 0)):
+                raise AdapterError(
+                    f"Expert {self.name!r}: its {label} is {value}; expected a finite number"
+                    f"{'' if label == 'text_floor' else ', 0 or more'}. The router file is damaged; restore it or "
+                    "learn the task again."
+                )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -256,17 +264,12 @@ def card_from_features(
     kept, aside = features[~held], features[held]
     text = kept.text.mean(0)
     pictures = kept.image[kept.has_image]
-    image = pictures.mean(0) if len(pictures) else None
-    image_scatter = float((pictures - image).norm(dim=-1).median()) if image is not None else None
-    floor = radius = None
+    floor = None
+    # Whatever `abstain` says now: it only decides which of them a request is asked, and may be changed in router.json.
     # Two held-out samples are the least that say anything about spread; a smaller task never abstains.
-    if config.abstain != "off" and len(aside) >= 2:
+    if len(aside) >= 2:
         cosines = cosine_similarity(aside.text, text.unsqueeze(0))[:, 0]
         floor = float(cosines.quantile(config.abstain_quantile)) - config.abstain_slack
-        seen = aside.image[aside.has_image]
-        if config.abstain == "both" and image is not None and len(seen) >= 2:
-            far = (seen - image).norm(dim=-1).quantile(1 - config.abstain_quantile)
-            radius = float(far) * (1 + config.abstain_slack)
     card = ExpertCard(
         name=name,
         group=group,
@@ -274,12 +277,29 @@ def card_from_features(
         images=len(pictures),
         text_centroid=text,
         text_scatter=float((kept.text - text).norm(dim=-1).median()),
-        image_centroid=image.unsqueeze(0) if image is not None else None,
-        image_scatter=image_scatter,
+        image_centroid=None,
+        image_scatter=None,
         text_floor=floor,
-        image_radius=radius,
+        image_radius=None,
     )
-    return card, held
+    return (placed(card, pictures.mean(0, keepdim=True), features, held, config) if len(pictures) else card), held
+
+
+def placed(card: ExpertCard, centroid: Tensor, features: Features, held: Tensor, config: CramConfig) -> ExpertCard:
+    """The card with its expert at the image centroid (S, d_image): scatter and radius are distances to that place.
+
+    features, held: of the task's training samples (some with an image), and which rows are held out.
+    """
+    place = centroid.mean(0)
+
+    def distances(rows: Tensor) -> Tensor:
+        return (features.image[rows & features.has_image] - place).norm(dim=-1)
+
+    near, aside = distances(~held), distances(held)
+    radius = None
+    if len(aside) >= 2:
+        radius = float(aside.quantile(1 - config.abstain_quantile)) * (1 + config.abstain_slack)
+    return replace(card, image_centroid=centroid, image_scatter=float(near.median()), image_radius=radius)
 
 
 def describe(routing: Routing, router: Router, ids: Sequence[str]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +23,13 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from holdfast.checkpoints.adapter import LoraAdapter, is_adapter
 from holdfast.checkpoints.storage import fsync_folder, storage_error, write_json
 from holdfast.config import decode, encode
 from holdfast.errors import AdapterError, ConfigError, StorageError
+from holdfast.models.families import decoder_blocks
 from holdfast.models.load import LoadedModel, load
 from holdfast.models.tuner import MARKER, is_tuner_folder
 from holdfast.tuners.cram.config import CramConfig
@@ -36,11 +37,13 @@ from holdfast.tuners.cram.encoders import Encoder, check_identity, make_encoder
 from holdfast.tuners.cram.model import Cram, Factors, find_targets
 from holdfast.tuners.cram.router import ExpertCard, Router
 
-FORMAT = 1
+FORMAT = 2
 ROUTER, TENSORS, EXPERTS = "router.json", "router.safetensors", "experts"
+# In TENSORS, followed by the name of a weight.
+BASE_PROBE, ENCODER_PROBE = "base.probe.", "encoder.probe."
 _PROBED_VALUES = 16
-# Another dtype rounds some probed values differently (fp32 to fp16 to bf16 rounds twice); other weights differ in most.
-_PROBE_TOLERANCE = 0.05
+# Rounding to bf16 moves a value by at most 2^-8 = 0.4 % of itself, to fp16 by less, near zero by at most 3e-8.
+_ROUNDING, _ROUNDING_NEAR_ZERO = 0.005, 1e-7
 
 
 def save_expert(folder: Path, factors: Factors, *, base: str, beside: Mapping[str, Any] | None = None) -> None:
@@ -107,10 +110,8 @@ def save_cram(
             if not is_adapter(source):
                 raise AdapterError(f"{source} is no PEFT adapter; expected the folder of an expert.")
             shutil.copytree(source, temporary / EXPERTS / name)
-        tensors = {
-            "base.probe": probe(_linear_weights(loaded, router.config)),
-            "encoder.probe": probe(encoder.probed()),
-        }
+        tensors = {BASE_PROBE + name: values for name, values in probe(block_weights(loaded)).items()}
+        tensors |= {ENCODER_PROBE + name: values for name, values in probe(encoder.probed()).items()}
         if router.experts:
             tensors["group.prototypes"] = router.prototypes()
         rows = []
@@ -151,7 +152,7 @@ def save_pretrained(cram: Cram, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         sources = [Path(scratch) / str(i) for i in range(len(cram.experts))]
         for source, factors in zip(sources, cram.experts, strict=True):
-            save_expert(source, factors, base=cram.loaded.name)
+            save_expert(source, factors, base=base_of(cram.loaded)["base"])
         save_cram(folder, cram.router, sources, loaded=cram.loaded, encoder=cram.encoder)
 
 
@@ -169,15 +170,16 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
             "whole folder; a router without its experts answers nothing."
         )
     _compare_probe(
-        stored.tensors["base.probe"],
-        _linear_weights(loaded, stored.router.config),
+        stored.probe(BASE_PROBE),
+        block_weights(loaded),
         f"{folder} was trained on another base ({stored.base['base']}) than {loaded.name}",
         "Its experts are corrections to those weights; load the base they were trained on.",
+        places={name for name, _ in loaded.model.named_modules()},
     )
     encoder = encoder or make_encoder(stored.router.config.encoder, loaded)
     check_identity(stored.encoder, encoder)
     _compare_probe(
-        stored.tensors["encoder.probe"],
+        stored.probe(ENCODER_PROBE),
         encoder.probed(),
         f"{folder}: the weights of encoder {stored.encoder.get('id')!r} changed since the router was made",
         "Its centroids mean nothing now; restore the encoder.",
@@ -226,6 +228,10 @@ class StoredRouter:
     encoder: dict[str, Any]
     base: dict[str, Any]
 
+    def probe(self, prefix: str) -> dict[str, Tensor]:
+        """The probed values under `prefix`, by the name of their weight."""
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
 
 def read_router(folder: Path) -> StoredRouter:
     """The router of a CRAM folder, without a model.
@@ -259,28 +265,57 @@ def read_router(folder: Path) -> StoredRouter:
         raise AdapterError(f"{folder}: the router is damaged or of another version: {error!r}") from error
 
 
-def probe(weights: Mapping[str, Tensor]) -> Tensor:
-    """A few values of each weight in bf16, (n, 16): alike in every dtype that a base is loaded in, other once tuned."""
-    rows = []
-    for name in sorted(weights):
-        flat = weights[name].detach().reshape(-1)
+def probe(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A few values of each weight, in its own dtype, on the CPU."""
+    found = {}
+    for name, weight in weights.items():
+        flat = weight.detach().reshape(-1)
         index = torch.linspace(0, flat.numel() - 1, _PROBED_VALUES, device=flat.device).long()
-        rows.append(flat[index].to(torch.bfloat16).cpu())
-    return torch.stack(rows) if rows else torch.zeros(0, _PROBED_VALUES, dtype=torch.bfloat16)
+        found[name] = flat[index].cpu()
+    return found
 
 
-def _compare_probe(stored: Tensor, weights: Mapping[str, Tensor], what: str, remedy: str) -> None:
+def _compare_probe(
+    stored: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    what: str,
+    remedy: str,
+    *,
+    places: Collection[str] = (),
+) -> None:
+    """Raises AdapterError unless every weight that both sides hold as numbers is the same weight.
+
+    Judged weight by weight: one tuned matrix among hundreds is another base.
+    places: modules that may hold their weights quantised now, without values to compare.
+    """
     found = probe(weights)
-    if not found.numel():  # a quantised base has no values to compare; shapes are checked with each expert
-        return
-    if found.shape != stored.shape:
-        raise AdapterError(f"{what}: {len(stored)} weights then, {len(found)} now. {remedy}")
-    differ = (found != stored).float().mean(1)
-    if float(differ.mean()) > _PROBE_TOLERANCE:
-        worst = sorted(weights)[int(differ.argmax())]
+    if lost := sorted(name for name in stored if name not in found and name.rpartition(".")[0] not in places):
+        raise AdapterError(f"{what}: there is no {lost[0]} here. {remedy}")
+    common = sorted(set(stored) & set(found))
+    if not common:
+        raise AdapterError(f"{what}, or both hold all weights quantised, so nothing says that they are one. {remedy}")
+    if other := [name for name in common if not _same_values(stored[name], found[name])]:
         raise AdapterError(
-            f"{what}: {float(differ.mean()):.0%} of the compared values differ, most in {worst}. {remedy}"
+            f"{what}: {len(other)} of {len(common)} weights have other values, {other[0]} first. {remedy}"
         )
+
+
+def _same_values(stored: Tensor, found: Tensor) -> bool:
+    """Whether probed values are those of one weight: bit for bit in one dtype, up to rounding in two."""
+    if stored.dtype == found.dtype:
+        return bool((stored == found).all())
+    allowed = _ROUNDING * stored.double().abs() + _ROUNDING_NEAR_ZERO
+    return float(((stored.double() - found.double()).abs() <= allowed).double().mean()) > 0.5
+
+
+def block_weights(loaded: LoadedModel) -> dict[str, Tensor]:
+    """Every weight of the decoder blocks that is held as numbers: what experts were corrections to."""
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, block in decoder_blocks(loaded.model)  # type: ignore[arg-type]
+        for name, parameter in block.named_parameters()
+        if parameter.is_floating_point() and parameter.element_size() >= 2
+    }
 
 
 def base_of(loaded: LoadedModel) -> dict[str, Any]:
@@ -290,14 +325,6 @@ def base_of(loaded: LoadedModel) -> dict[str, Any]:
         return {"base": source or loaded.name, "adapters": []}
     # A tuner's folder on top is what is being saved, not what it sits on.
     return {"base": source.base, "adapters": [str(a) for a in source.adapters if not is_tuner_folder(a)]}
-
-
-def _linear_weights(loaded: LoadedModel, config: CramConfig) -> dict[str, Tensor]:
-    return {
-        name: linear.weight
-        for name, (_, linear) in find_targets(loaded.model, config).items()
-        if isinstance(linear, nn.Linear) and linear.weight.is_floating_point() and linear.weight.dim() == 2
-    }
 
 
 def _folder_name(index: int, name: str) -> str:

@@ -22,7 +22,7 @@ from holdfast.models.families import decoder_blocks
 from holdfast.tuners.cram.layer import ExpertPass
 from holdfast.tuners.cram.model import Cram, Factors
 from holdfast.tuners.cram.router import ExpertCard, Features, mix
-from holdfast.tuners.cram.storage import save_expert
+from holdfast.tuners.cram.storage import base_of, save_expert
 
 CENTROID = "centroid.safetensors"
 # Names under which a batch carries the features of its samples.
@@ -139,16 +139,16 @@ class CramTraining(nn.Module):
                 terms.append(_penalty_of(p, basis, self._old_mass))
         if not terms:
             return torch.zeros((), device=self.cram.loaded.device)
-        return self.cram.config.penalty * torch.stack(terms).mean()
+        return self.cram.config.penalty * torch.stack([t.to(terms[0].device) for t in terms]).mean()
 
     # What the loop and the trainer's checkpoints hold
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The trained factors, fp32 on the CPU."""
+        """The trained factors, fp32 on the CPU. Under FSDP2 every process must ask: shards are gathered."""
         found = {}
         for p in self.cram.layers:
             assert p.trained_a is not None and p.trained_b is not None
-            found[p.name] = (p.trained_a.detach().float().cpu(), p.trained_b.detach().float().cpu())
+            found[p.name] = (_whole(p.trained_a), _whole(p.trained_b))
         return found
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -176,9 +176,9 @@ class CramTraining(nn.Module):
 
     def save_pretrained(self, folder: str) -> None:
         """The trained factors as a PEFT folder, and a learned centroid beside them."""
-        save_expert(Path(folder), self.factors(), base=self.cram.loaded.name)
+        save_expert(Path(folder), self.factors(), base=base_of(self.cram.loaded)["base"])
         if self.centroid is not None:
-            save_file({"image_centroid": self.centroid.detach().cpu()}, Path(folder) / CENTROID)
+            save_file({"image_centroid": _whole(self.centroid)}, Path(folder) / CENTROID)
 
     def unload(self) -> nn.Module:
         """Drop the trained factors and take CRAM off the model."""
@@ -186,6 +186,12 @@ class CramTraining(nn.Module):
             p.drop_factors()
         self.cram.detach()
         return self.model
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    """fp32 on the CPU, gathered where FSDP2 holds a shard (a DTensor)."""
+    value = parameter.detach()
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).float().cpu()
 
 
 def learned_centroid(folder: Path) -> Tensor | None:
@@ -217,7 +223,7 @@ def _penalty_of(p: ExpertPass, basis: Tensor, old_mass: Tensor | None) -> Tensor
     assert p.input_mean is not None and p.trained_a is not None and p.trained_b is not None and old_mass is not None
     # Q^T B first: (k, r), so nothing of width `out` is made per sample.
     inner = p.input_mean.to(p.trained_a.dtype) @ p.trained_a.T
-    return orthogonality_penalty(inner, p.trained_b.T @ basis.to(p.trained_b.dtype), old_mass.detach())
+    return orthogonality_penalty(inner, p.trained_b.T @ basis.to(p.trained_b.dtype), old_mass.detach().to(inner))
 
 
 def _pool(cram: Cram, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""One of two processes: warm-up and stable phase under accelerate's DDP; rank 0 also learns alone, to compare."""
+"""One of two processes: both phases under accelerate's DDP or under FSDP2; rank 0 also learns alone, to compare."""
 
 from __future__ import annotations
 
@@ -8,32 +8,41 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import cram_kit
 from holdfast.models.encode import encode_training
+from holdfast.models.families import decoder_blocks
 from holdfast.models.load import load
 from holdfast.tuners.cram.phases import consolidate, history_rows
 from holdfast.tuners.cram.router import card_from_features
 from holdfast.tuners.cram.training import BatchFeatures, CramTraining, buffer_factors
 
 
-def learn(folder: Path, pictures: Path, accelerator: Accelerator | None) -> dict[str, torch.Tensor]:
+def learn(folder: Path, pictures: Path, accelerator: Accelerator | None, kind: str = "") -> dict[str, torch.Tensor]:
     """Two steps of SGD on the buffer, consolidation, two steps on the expert; each rank sees half of each batch."""
-    loaded = load(folder)
     tasks = cram_kit.requests(pictures)
     factors, phases = None, []
     for stable in (False, True):
+        loaded = load(folder)
         cram = cram_kit.with_experts(loaded, {"warm": tasks["warm"]}, groups=(0,), sigma_scale=50.0)
         samples = tasks["cold"]
         features = cram.features(samples)
         card, _ = card_from_features("cold", 0, features, cram.config, seed=0)
         extras = BatchFeatures(samples, features)
         training = CramTraining(cram, factors or buffer_factors(cram, seed=0), card, stable=stable)
+        if kind == "fsdp":
+            mesh = init_device_mesh("cpu", (2,))
+            for _, block in decoder_blocks(loaded.model):
+                fully_shard(block, mesh=mesh)
+            fully_shard(training, mesh=mesh)
+            assert hasattr(training.cram.layers[0].trained_a, "full_tensor"), "the trained factors are sharded too"
         optimizer = torch.optim.SGD([p for p in training.parameters() if p.requires_grad], lr=0.5)
         model = training
-        if accelerator is not None:
+        if accelerator is not None and kind == "ddp":
             model, optimizer = accelerator.prepare(training, optimizer)
         for number in range(2):
             # Answers of one length, so that a mean over the batch is the mean of two means over its halves.
@@ -59,12 +68,12 @@ def learn(folder: Path, pictures: Path, accelerator: Accelerator | None) -> dict
 
 
 def main() -> None:
-    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    folder, out, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     rank = accelerator.process_index
     (out / f"pictures{rank}").mkdir()
-    save_file(learn(folder, out / f"pictures{rank}", accelerator), out / f"rank{rank}.safetensors")
+    save_file(learn(folder, out / f"pictures{rank}", accelerator, kind), out / f"rank{rank}.safetensors")
     if rank == 0:
         save_file(learn(folder, out / f"pictures{rank}", None), out / "single.safetensors")
     accelerator.end_training()
