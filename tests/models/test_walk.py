@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -156,6 +159,53 @@ def test_the_budget_counts_what_the_process_holds(loaded: LoadedModel, samples: 
     held = psutil.Process().memory_info().rss
     with pytest.raises(ConfigError, match="are held already"):
         walk_grams(loaded, samples, lambda layer: None, memory_bytes=held // 2)
+
+
+# Rank 0 has room for one block at a time, rank 1 for the whole model; then rank 0 has room for none.
+UNLIKE_BUDGETS = """
+import sys
+import torch.distributed as dist
+from holdfast.data.types import Sample
+from holdfast.errors import ConfigError
+from holdfast.models import walk
+from holdfast.models.load import load
+
+folder, meeting, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+walk._Budget._held = lambda self: 0
+loaded = load(folder, device="cpu")
+samples = [Sample.single(str(i), "Say hello.", "Hello there.") for i in range(2)]
+report = walk.walk_grams(loaded, samples, lambda layer: None, memory_bytes=(70_000, 10**9)[rank])
+print(report.passes)
+try:
+    walk.walk_grams(loaded, samples, lambda layer: None, memory_bytes=(20_000, 10**9)[rank])
+except ConfigError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+
+
+def test_processes_with_unlike_budgets_walk_the_same_passes_or_refuse_together(
+    llava_folder: Path, tmp_path: Path
+) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", UNLIKE_BUDGETS, str(llava_folder), str(tmp_path / "meeting"), str(rank)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0].splitlines() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert [lines[0] for lines in said] == ["((0, 1), (1, 2))"] * 2
+    assert "is too small" in said[0][1]
+    assert "Another process has no memory for block 0" in said[1][1]
 
 
 def test_no_samples_is_an_error(loaded: LoadedModel) -> None:

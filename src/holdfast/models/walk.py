@@ -238,9 +238,18 @@ class _Walk:
             if left < 0:
                 break
             stop += 1
-        if stop == start:
-            self.budget.refuse(self._block_bytes(start), start)
-        return stop
+        agreed = self._agree(stop)
+        if agreed == start:
+            self.budget.refuse(self._block_bytes(start), start, elsewhere=stop > start)
+        return agreed
+
+    def _agree(self, stop: int) -> int:
+        """The smallest `stop` of all processes: each sees memory of its own, and the Grams of a pass are summed."""
+        if not _several():
+            return stop
+        shared = torch.tensor([stop], device=self.loaded.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+        return int(shared)
 
     def _block_bytes(self, index: int) -> int:
         # Before a block of this shape has run, every layer counts as having an input of its own.
@@ -317,7 +326,12 @@ class _Budget:
         unused = max(0, spool.limit_bytes - spool.held_bytes)
         return self.total - self._held() - min(self.activations, self.reserve) - unused - 4 * widest * widest // 8
 
-    def refuse(self, needed: int, block: int) -> None:
+    def refuse(self, needed: int, block: int, *, elsewhere: bool) -> None:
+        if elsewhere:
+            raise ConfigError(
+                f"Another process has no memory for block {block}, which needs {needed / 2**30:.2f} GiB here; its own "
+                "message says what it holds. Raise --memory, lower the batch size, or start fewer processes."
+            )
         raise ConfigError(
             f"The memory budget of {self.total / 2**30:.2f} GiB is too small: {self._held() / 2**30:.2f} GiB are held "
             f"already and block {block} needs {needed / 2**30:.2f} GiB more. Raise --memory, or lower the batch size."
@@ -371,8 +385,12 @@ def _with_answer(sample: Sample, tokens: Tokens) -> Sample:
     return sample
 
 
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _my_share(samples: Sequence[Sample]) -> list[Sample]:
-    if dist.is_available() and dist.is_initialized():
+    if _several():
         return list(samples[dist.get_rank() :: dist.get_world_size()])
     return list(samples)
 
