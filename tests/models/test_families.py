@@ -30,6 +30,10 @@ from holdfast.stream.protocol import Checkpoint
 # Layers of one block in a plain gated decoder; GLM fuses gate and up into one.
 LINEARS = dict.fromkeys(model_zoo.BUILDERS, 7) | {"glm4v": 6}
 
+# Families whose adapter the no-op guard loads in a clean process of its own (seconds each): names on disk as in memory,
+# renamed on load, and a vision tower that is no CLIP.
+RELOADED = ("llava", "qwen2_5_vl", "gemma3")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -211,7 +215,7 @@ def test_edited_on_disk_it_says_what_the_edited_live_model_says(
             out=out,
             export=export,
             coefficient="keep",
-            verify=False,
+            verify=export == "adapter" and case.name in RELOADED,
         )
         source = out if export == "dense" else Checkpoint(base=str(case.folder), adapters=(str(out),))
         edited = load(source, device="cpu")
