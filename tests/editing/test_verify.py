@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from holdfast.editing import editor, verify
 from holdfast.editing.editor import edit_checkpoint
+from holdfast.editing.report import EditReport
 from holdfast.errors import ExportError
 from holdfast.methods.hpa_rule import HpaRule
 
@@ -76,6 +77,30 @@ def test_a_model_that_does_not_fit_has_every_edited_tensor_read_and_says_that_it
     assert found["max_logit_difference"] is None and "no logits were compared" in found["compared"]
 
 
+def test_the_card_and_the_report_say_what_the_guard_found(world, tmp_path):
+    out = tmp_path / "out"
+    report = edit(world, out, world.adapter, export="adapter")
+    assert EditReport.load(out / "edit.json").verification == report.verification
+    card = (out / "README.md").read_text()
+    off_by = report.verification["logits_without_coefficient_off_by"]
+    assert off_by > 0 and f"moves the logits of the probe batch by {off_by:.1e}" in card
+    assert f"- active modules: {len(report.layers)}" in card and "| 1.mlp.down_proj |" in card
+
+
+def test_a_result_published_without_the_check_is_checked_when_asked_for(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "free_memory_bytes", lambda: 0)
+    out = tmp_path / "out"
+    edit(world, out, world.after, verify=False)
+    assert "was not loaded back" in (out / "README.md").read_text()
+    checked = edit(world, out, world.after)
+    assert checked.verification == EditReport.load(out / "edit.json").verification is not None
+    assert "edited tensors read: 14" in (out / "README.md").read_text()
+    (out / "verification.json").unlink()
+    monkeypatch.setattr(verify, "_same", lambda stored, redone: False)
+    with pytest.raises(ExportError, match="was published without this check; do not use it"):
+        edit(world, out, world.after)
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
@@ -134,12 +159,12 @@ def test_a_tensor_that_is_not_the_edit_is_found_from_the_files(world, tmp_path, 
         ({"max_logit_difference": float("nan")}, "logits differ from the edit in memory by nan"),
     ],
 )
-def test_every_unexpected_figure_is_an_error(found, message, tmp_path):
+def test_every_unexpected_figure_is_an_error(found, message):
     class Report:
         export = "adapter"
 
     good = dict.fromkeys(("active_modules", "nonzero_modules", "edited_tensors", "edited_tensors_equal"), 14)
     good |= {"tolerance": 1e-3, "max_logit_difference": 1e-5}
-    verify._judge(tmp_path, Report(), good)
+    verify._judge(Report(), good)
     with pytest.raises(ExportError, match=message):
-        verify._judge(tmp_path, Report(), {**good, **found})
+        verify._judge(Report(), {**good, **found})

@@ -32,7 +32,7 @@ from holdfast.editing.recipes import (
     output_tensors,
     read_scale_field,
 )
-from holdfast.editing.report import REPORT_FILE, EditReport, versions
+from holdfast.editing.report import REPORT_FILE, VERIFICATION_FILE, EditReport, versions
 from holdfast.editing.rule import EditRule
 from holdfast.editing.targets import (
     Target,
@@ -42,10 +42,9 @@ from holdfast.editing.targets import (
     find_targets,
 )
 from holdfast.editing.verify import verify_export
-from holdfast.errors import CalibrationError, ConfigError
+from holdfast.errors import CalibrationError, ConfigError, ExportError
 
 Export = Literal["dense", "adapter"]
-VERIFICATION_FILE = "verification.json"
 
 
 def edit_checkpoint(
@@ -68,8 +67,8 @@ def edit_checkpoint(
     """Edit the change from `before` to `after` layer by layer and publish the result as the folder `out`.
 
     Killed at any point and called again with the same arguments, it takes up where it stopped and ends with the same
-    bytes (`verification.json` apart, whose figures depend on the machine). A finished `out` of the same arguments is
-    left alone and its report returned.
+    bytes (`verification.json` and the model card apart, whose figures depend on the machine). A finished `out` of the
+    same arguments is left alone and its report returned; with `verify`, one that was never checked is checked now.
 
     Args:
         before: folder, hub id, or checkpoint value (base and adapters): what the update started from.
@@ -126,8 +125,21 @@ def edit_checkpoint(
         }
         clock.lap("open")
         with Staging(out, plan) as staging:
+            checked = {
+                "before": before,
+                "after": after,
+                "pair": pair,
+                "targets": targets,
+                "rule": rule,
+                "coefficient": coefficient,
+            }
             if staging.already_published:
-                return EditReport.load(out / REPORT_FILE)
+                report = EditReport.load(out / REPORT_FILE)
+                if not verify or report.verification is not None:
+                    return report
+                report = _verified(out, report, f"{out} was published without this check; do not use it.", checked)
+                _write_card(out, report, safety)
+                return report
             result = rewrite(staging, shards, recipe, progress=_layers_only(progress, targets, export))
             clock.lap("edit")
             rows = _rows(result, targets, export)
@@ -141,21 +153,13 @@ def edit_checkpoint(
                 warnings=_warnings([*unprotected, *result.changed], pair, rows),
                 versions=versions(),
             )
-            _write_small_files(staging, report, result, plan, shards, pair, targets, safety)
+            _write_small_files(staging, report, result, plan, shards, pair, targets)
             clock.lap("write")
             if verify:
-                report = verify_export(
-                    staging.folder,
-                    report,
-                    before=before,
-                    after=after,
-                    pair=pair,
-                    targets=targets,
-                    rule=rule,
-                    coefficient=coefficient,
-                )
-                write_json(staging.folder / VERIFICATION_FILE, report.verification)
+                kept = f"Nothing was published; what was written stays in {staging.folder}."
+                report = _verified(staging.folder, report, kept, checked)
                 clock.lap("verify")
+            _write_card(staging.folder, report, safety)
             staging.publish()
     return report.with_seconds(clock.seconds)
 
@@ -201,6 +205,21 @@ def _warnings(unprotected: list[str], pair: Pair, rows: list[dict[str, Any]]) ->
     return sentences + [f"{key}: in AFTER only, copied" for key in pair.only_after]
 
 
+def _verified(folder: Path, report: EditReport, consequence: str, checked: Mapping[str, Any]) -> EditReport:
+    """The report with what the guard found, which is written beside it. consequence: the end of the guard's error."""
+    try:
+        report = verify_export(folder, report, **checked)
+    except ExportError as error:
+        raise ExportError(f"{error} {consequence}") from error
+    write_json(folder / VERIFICATION_FILE, report.verification)
+    return report
+
+
+def _write_card(folder: Path, report: EditReport, safety: Mapping[str, Any] | None) -> None:
+    with atomic_path(folder / "README.md") as temporary:
+        temporary.write_text(model_card(report, safety=safety), encoding="utf-8")
+
+
 def _write_small_files(
     staging: Staging,
     report: EditReport,
@@ -209,7 +228,6 @@ def _write_small_files(
     shards: tuple[Shard, ...],
     pair: Pair,
     targets: list[Target],
-    safety: Mapping[str, Any] | None,
 ) -> None:
     folder = staging.folder
     if report.export == "adapter":
@@ -229,8 +247,6 @@ def _write_small_files(
         if len(shards) > 1:
             write_json(folder / INDEX_FILE, shard_index(shards))
     report.save(folder / REPORT_FILE)
-    with atomic_path(folder / "README.md") as temporary:
-        temporary.write_text(model_card(report, safety=safety), encoding="utf-8")
     write_json(
         folder / PROVENANCE_FILE, {"plan_hash": staging.plan_hash, "plan": dict(plan), "inputs": dict(report.inputs)}
     )

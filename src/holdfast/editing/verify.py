@@ -135,7 +135,7 @@ def _compare_running(
         "logits_without_coefficient_off_by": coefficient_error,
         "tolerance": _tolerance(report, pair, targets),
     }
-    _judge(folder, report, found)
+    _judge(report, found)
     return found
 
 
@@ -256,10 +256,7 @@ def _run_probe(
         )
         if done.returncode != 0:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise ExportError(
-                f"The result in {folder} cannot be loaded by a clean process: {last[0]}. Nothing was published; the "
-                "finished parts stay there."
-            )
+            raise ExportError(f"The result in {folder} cannot be loaded by a clean process: {last[0]}.")
         result = json.loads(Path(place, "result.json").read_text(encoding="utf-8"))
         logits = None if input_ids is None else load_file(f"{place}/logits.safetensors")["logits"]
     return result, logits
@@ -301,46 +298,42 @@ def _compare_files(
     }
     faults = result.get("faults", ())
     if faults:
-        raise ExportError(
-            f"The result does not fit the model: {'; '.join(faults[:3])} ({len(faults)} such tensor(s)). Nothing was "
-            f"published; what was written stays in {folder}."
-        )
-    _judge(folder, report, found)
+        raise ExportError(f"The result does not fit the model: {'; '.join(faults[:3])} ({len(faults)} such tensor(s)).")
+    _judge(report, found)
     return found
 
 
-def _judge(folder: Path, report: EditReport, found: Mapping[str, Any]) -> None:
-    nothing = f"Nothing was published; what was written stays in {folder}."
+def _judge(report: EditReport, found: Mapping[str, Any]) -> None:
     if report.export == "adapter":
         expected, active = found["nonzero_modules"], found["active_modules"]
         if expected == 0:
             raise ExportError(
-                f"Every B of the exported adapter is zero: it would serve the base model unchanged. {nothing} Was the "
+                "Every B of the exported adapter is zero: it would serve the base model unchanged. Was the "
                 "adapter saved before it was trained?"
             )
         if active == 0:
             raise ExportError(
                 "The exported adapter, loaded by PEFT onto BEFORE, has no active module: it would serve the base model "
-                f"unchanged. Module names of the adapter and of the model do not meet. {nothing}"
+                "unchanged. Module names of the adapter and of the model do not meet."
             )
         if active != expected:
             raise ExportError(
-                f"{active} of the adapter's {expected} modules that are not zero are active after a reload. {nothing}"
+                f"{active} of the adapter's {expected} modules that are not zero are active after a reload."
             )
     read = found.get("edited_tensors_read", found["edited_tensors"])
     if read != found["edited_tensors"]:
-        raise ExportError(f"{read} of {found['edited_tensors']} edited tensors came out of a reload. {nothing}")
+        raise ExportError(f"{read} of {found['edited_tensors']} edited tensors came out of a reload.")
     which = "tensors_redone" if "tensors_redone" in found else "edited_tensors"
     if found[f"{which}_equal"] != found[which]:
         raise ExportError(
             f"{found[which] - found[f'{which}_equal']} of {found[which]} edited tensors are not what the edit in "
-            f"memory gives, after a reload. {nothing}"
+            f"memory gives, after a reload."
         )
     difference = found["max_logit_difference"]
     if difference is not None and not difference <= found["tolerance"]:
         raise ExportError(
             f"The reloaded result's logits differ from the edit in memory by {difference:.2g} of the largest logit "
-            f"(allowed: {found['tolerance']:.0e}). {nothing}"
+            f"(allowed: {found['tolerance']:.0e})."
         )
 
 
