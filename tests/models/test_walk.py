@@ -10,10 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from holdfast.data.types import Sample
-from holdfast.errors import CalibrationError, ConfigError
+from holdfast.errors import CalibrationError, ConfigError, StorageError
 from holdfast.models import walk
 from holdfast.models.encode import ANSWER, IMAGE, encode_training, token_kinds
 from holdfast.models.families import editable_linears
@@ -95,6 +96,18 @@ def test_a_spool_on_disk_changes_nothing(
     monkeypatch.setattr(walk, "_SPOOL_SHARE", 10**18)
     found = hessians(loaded, samples, blocks_per_pass=1)
     assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_a_full_temporary_disk_is_said_in_a_sentence(
+    loaded: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: object, path: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(walk, "_SPOOL_SHARE", 10**18)
+    monkeypatch.setattr("holdfast.models.replay.save_file", full)
+    with pytest.raises(StorageError, match=r"No space left to write .*holdfast-calibrate-.*TMPDIR"):
+        walk_grams(loaded, samples, lambda layer: None, blocks_per_pass=1)
 
 
 def test_later_passes_run_neither_the_tower_nor_earlier_blocks(loaded: LoadedModel, samples: list[Sample]) -> None:
