@@ -101,6 +101,13 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("metadata", ['{"blocks": {', "[1]"])
+def test_damaged_metadata_is_named(metadata, tmp_path):
+    save_file({"safety/x": torch.ones(2)}, tmp_path / "c.safetensors", metadata={"holdfast": metadata})
+    with pytest.raises(CalibrationError, match=r"c\.safetensors holds metadata that"):
+        Curvature.load(tmp_path / "c.safetensors")
+
+
 @pytest.fixture
 def small_files_only():
     """No file of more than 100 bytes can be written: what a full disk is to a write."""

@@ -19,10 +19,10 @@ from holdfast.checkpoints.curvature import Curvature
 from holdfast.cli import app
 from holdfast.cli.samples import read_samples, write_samples
 from holdfast.data.types import Sample
-from holdfast.errors import CalibrationError, ConfigError
+from holdfast.errors import CalibrationError, ConfigError, StorageError
 from holdfast.functional.hessian import InputGram
 from holdfast.models import calibrate
-from holdfast.models.calibrate import CalibrationConfig, collect_curvature, samples_sha256
+from holdfast.models.calibrate import CalibrationConfig, collect_curvature, is_calibration_of, samples_sha256
 from holdfast.models.load import LoadedModel, load
 from holdfast.models.walk import walk_grams
 from holdfast.stream.protocol import Checkpoint
@@ -191,6 +191,39 @@ def test_two_processes_agree_with_one(
     counts = [json.loads(json.dumps(c.meta["sets"])) for c in (one, two)]
     assert counts[0]["task"]["tokens"] == counts[1]["task"]["tokens"]
     assert counts[0]["task"]["sequences"] == counts[1]["task"]["sequences"] == 5
+
+
+def test_without_a_second_model_the_record_says_old(
+    llava_folder: Path, files: tuple[Path, Path], pictures: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "c.safetensors"
+    options = arguments(llava_folder, "", files, pictures[0].parent, out)
+    del options[2:4]
+    result = CliRunner().invoke(app, [*options, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "activations: old, MODEL's for both sets" in result.output
+    assert Curvature.load(out).meta["config"]["activations"] == "old"
+    again = CliRunner().invoke(app, [*options, "--device", "cpu"])
+    assert isinstance(again.exception, StorageError) and "or pass --overwrite" in str(again.exception)
+
+
+def test_an_out_that_cannot_be_written_is_found_before_the_models_are_loaded(
+    files: tuple[Path, Path], pictures: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "c.safetensors"
+    result = CliRunner().invoke(app, arguments(Path("no-model"), "none", files, pictures[0].parent, out))
+    assert isinstance(result.exception, StorageError) and "could not be written" in str(result.exception)
+
+
+def test_a_calibration_is_known_by_models_samples_and_options(
+    curvature: Curvature, llava_folder: Path, tuned: Checkpoint, samples: list[Sample]
+) -> None:
+    config = CalibrationConfig()
+    assert is_calibration_of(curvature, llava_folder, tuned, samples[:2], samples, config)
+    assert not is_calibration_of(curvature, llava_folder, llava_folder, samples[:2], samples, config)
+    assert not is_calibration_of(curvature, llava_folder, tuned, samples, samples, config)
+    assert not is_calibration_of(curvature, llava_folder, tuned, samples[:2], samples, CalibrationConfig(damping=0.1))
 
 
 def test_a_size_that_is_no_size_is_refused(llava_folder: Path, files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -86,6 +86,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def require_writable(path: Path) -> None:
+    """Raise StorageError now where a file at `path` could not be written after hours of work."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+
+
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON with a final newline, atomically; NaN and inf are refused (they are not JSON)."""
     text = json.dumps(value, indent=2, sort_keys=False, allow_nan=False, ensure_ascii=False) + "\n"

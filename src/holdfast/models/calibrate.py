@@ -7,8 +7,8 @@ import hashlib
 import platform
 import time
 import warnings
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -42,7 +42,8 @@ class CalibrationConfig:
 
     damping: lam as a share of the mean diagonal of H. shrinkage: weight of H's own diagonal, for few tokens.
     normalization: mean over sequences, over tokens, or a plain sum. tokens: which positions count.
-    activations: "each" takes H_s from the model before the task, H_t from the one after; "old", "new": both from one.
+    activations: "each" takes H_s from the model before the task, H_t from the one after; "old", "new": both from one
+        ("old" is also what is recorded where no second model was given).
     on_failure: "retry" raises the damping of a Gram that cannot be factorised, and records it; "error" stops.
     """
 
@@ -99,7 +100,7 @@ def collect_curvature(
     Raises: CalibrationError: an empty set, NaN or inf, a Gram that cannot be factorised. ModelError, DataError: as
         loading and encoding.
     """
-    config = config or CalibrationConfig()
+    config = measured_config(before, after, config or CalibrationConfig())
     for name, samples in (("safety", safety), ("task", task)):
         if not samples:
             other = "task" if name == "safety" else "safety"
@@ -160,6 +161,39 @@ def collect_curvature(
         "versions": _versions(),
     }
     return Curvature(safety=one.diagonals, task=two.diagonals, meta=meta)
+
+
+def measured_config(before: Source, after: Source, config: CalibrationConfig) -> CalibrationConfig:
+    """What is recorded: "each" of two models that are one is "old"."""
+    named = isinstance(before, str | Path) and isinstance(after, str | Path)
+    one = before is after or (named and str(before) == str(after))
+    return replace(config, activations="old") if one and config.activations == "each" else config
+
+
+def is_calibration_of(
+    curvature: Curvature,
+    before: Source,
+    after: Source,
+    safety: Sequence[Sample],
+    task: Sequence[Sample],
+    config: CalibrationConfig,
+) -> bool:
+    """Whether `collect_curvature` of the same arguments made it: by content of models and samples, and by options."""
+    meta = curvature.meta
+    if meta.get("config") != encode(measured_config(before, after, config)):
+        return False
+    for side, source in (("before", before), ("after", after)):
+        found, wanted = meta.get("model", {}).get(side, {}), _identity(source)
+        if wanted["fingerprint"] is None or _hashes(found) != _hashes(wanted):
+            return False
+    return all(
+        meta.get("sets", {}).get(name, {}).get("data_sha256") == samples_sha256(samples)
+        for name, samples in (("safety", safety), ("task", task))
+    )
+
+
+def _hashes(identity: Mapping[str, Any]) -> list[Any]:
+    return [identity.get("fingerprint"), *(adapter["fingerprint"] for adapter in identity.get("adapters", ()))]
 
 
 def open_model(
@@ -240,14 +274,15 @@ def samples_sha256(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
-def _weight_keys(source: Source, modules: list[str]) -> dict[str, str]:
-    """On-disk key of each module's weight, where the checkpoint has one tensor for it."""
+def _weight_keys(source: Source, modules: list[str]) -> dict[str, str | list[str]]:
+    """On-disk key of each module's weight; an empty list where no tensor is that weight."""
     origin = source.source if isinstance(source, LoadedModel) else source
     if origin is None:
         return {module: f"{module}.weight" for module in modules}
     with open_checkpoint(origin) as checkpoint:
         found = {module: checkpoint.names.find(f"{module}.weight") for module in modules}
-    return {module: key for module, key in found.items() if key is not None}
+    # No key: the weight is regrouped when it is loaded. An edit on disk says so; live models can be edited.
+    return {module: [] if key is None else key for module, key in found.items()}
 
 
 def _identity(source: Source) -> dict[str, Any]:
