@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.editing.report import EditReport
+from holdfast.errors import ConfigError
 
 # Columns of the per-layer table, where a rule reports them: key, heading, format.
 _COLUMNS = (
@@ -62,6 +63,19 @@ def model_card(report: EditReport, *, safety: Mapping[str, Any] | None = None) -
         "",
     ]
     return "\n".join(lines)
+
+
+def check_safety(safety: Any) -> Mapping[str, Any]:
+    """`safety` of `model_card`, as given. Raises ConfigError: another shape, or a rate outside 0..1."""
+    if not isinstance(safety, Mapping) or not safety:
+        raise ConfigError(f'measured safety is {safety!r}; expected {{"set": {{"before": rate, "after": rate}}}}.')
+    for name, rates in safety.items():
+        if not isinstance(rates, Mapping) or set(rates) != {"before", "after"}:
+            raise ConfigError(f'measured safety of {name!r} is {rates!r}; expected {{"before": rate, "after": rate}}.')
+        for when, rate in rates.items():
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+                raise ConfigError(f"measured safety of {name!r} {when} is {rate!r}; expected a rate in 0..1.")
+    return safety
 
 
 def _inputs(report: EditReport) -> list[str]:

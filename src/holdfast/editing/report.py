@@ -26,8 +26,9 @@ class EditReport:
     """One edit.
 
     layers: a row per edited layer, in block order: `layer` (name as in memory), `linear` (its last two parts), `block`
-        (0-based), `rows`, `columns`, and the rule's figures (for HPA: kept_share, overlap, safety_share, alpha,
-        coefficient, share_reverted, relative_change; shares are 0..1).
+        (0-based), `rows`, `columns`, the rule's figures (for HPA: kept_share, overlap, safety_share, alpha,
+        coefficient, share_reverted, change, distance, relative_change; shares are 0..1), and of the calibration, where
+        it recorded them, tokens_over_width and fallbacks by set.
     inputs: before, after and calibration, as given and by fingerprint. warnings: sentences, worst first.
     verification: what the no-op guard compared, or None when it was not asked for.
     seconds: wall-clock by phase; never written into the result, whose bytes do not depend on the machine's speed.
