@@ -21,7 +21,7 @@ from holdfast.cli.samples import read_samples, write_samples
 from holdfast.data.types import Sample
 from holdfast.errors import CalibrationError, ConfigError, StorageError
 from holdfast.functional.hessian import InputGram
-from holdfast.models import calibrate
+from holdfast.models import calibrate, memory
 from holdfast.models.calibrate import CalibrationConfig, collect_curvature, is_calibration_of, samples_sha256
 from holdfast.models.load import LoadedModel, load
 from holdfast.models.walk import walk_grams
@@ -103,6 +103,23 @@ def test_weights_too_large_for_the_budget_are_streamed(
     for name, values in curvature.task.items():
         torch.testing.assert_close(streamed.task[name], values, rtol=1e-5, atol=0)
         assert torch.equal(streamed.safety[name], curvature.safety[name])
+
+
+def test_without_a_budget_a_model_beyond_free_memory_is_streamed(
+    llava_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert calibrate.open_model(llava_folder, device="cpu").blocks_on_disk is None
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 1000)
+    assert calibrate.open_model(llava_folder, device="cpu").blocks_on_disk is not None
+
+
+def test_free_memory_stays_within_the_containers_limit(tmp_path: Path) -> None:
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
+    for limit, left in (("1000", 450), ("100", 0), ("max", None)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert memory._left_in_cgroup(tmp_path) == left
+    assert memory._left_in_cgroup(tmp_path / "none") is None
 
 
 def test_an_empty_set_is_named(loaded: LoadedModel, samples: list[Sample]) -> None:

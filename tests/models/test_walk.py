@@ -236,8 +236,9 @@ def test_requests_alone_can_calibrate(loaded: LoadedModel, pictures: list[Path])
     report = walk_grams(loaded, asked, lambda layer: None)
     assert report.sequences == 2
     mixed = [*asked, Sample.single("c", "Hi", "Hello")]
-    with pytest.raises(CalibrationError, match="with and without an answer are mixed"):
-        walk_grams(loaded, mixed, lambda layer: None)
+    for batch_size in (1, 16):
+        with pytest.raises(CalibrationError, match="with and without an answer are mixed"):
+            walk_grams(loaded, mixed, lambda layer: None, batch_size=batch_size)
 
 
 def test_nan_activations_name_the_layer_and_the_samples(llava_folder: Path, samples: list[Sample]) -> None:

@@ -30,6 +30,7 @@ from holdfast.editing.report import EditReport
 from holdfast.editing.rule import EditRule, LoraEditRule
 from holdfast.editing.targets import Target
 from holdfast.errors import ExportError
+from holdfast.models.memory import free_memory_bytes
 
 # Largest logit difference, relative to the largest logit. fp32 arithmetic in another order on equal weights; and a sum
 # that one side rounds to 8 bits (bf16 or fp16 storage) where other parts of the model stay unrounded.
@@ -64,16 +65,6 @@ def verify_export(
             f"the model needs {needed / 1e9:.1f} GB to run and {free / 1e9:.1f} GB are free: its files were compared"
         )
     return replace(report, verification=found)
-
-
-def free_memory_bytes() -> int:
-    """Memory that a new allocation may take, as the kernel estimates it."""
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _compare_running(
@@ -351,4 +342,4 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return float(f"{value:.2g}")
 
 
-__all__ = ["free_memory_bytes", "verify_export"]
+__all__ = ["verify_export"]

@@ -26,6 +26,7 @@ from holdfast.functional.hessian import Normalization
 from holdfast.functional.inverse import OnFailure
 from holdfast.models.families import decoder_blocks
 from holdfast.models.load import LoadedModel, default_device, load, parse_dtype, read_config, resolve_dtype
+from holdfast.models.memory import usable_bytes
 from holdfast.models.streaming import load_streamed
 from holdfast.models.walk import LayerGram, Progress, Tokens, WalkReport, walk_grams
 
@@ -88,7 +89,8 @@ def collect_curvature(
 ) -> Curvature:
     """Diagonals of the inverse damped Grams: of the safety set through `before`, of the task set through `after`.
 
-    Models are loaded one after the other; one whose weights exceed half of `memory_bytes` is streamed block by block.
+    Models are loaded one after the other; one whose weights exceed half of `memory_bytes`, or what is free without it,
+    is streamed block by block.
 
     Args:
         before, after: folder, hub id, checkpoint value, or a model that is loaded already.
@@ -203,17 +205,20 @@ def open_model(
     device: torch.device | str | None = None,
     memory_bytes: int | None = None,
 ) -> LoadedModel:
-    """The model of `source`, whole, or streamed when its weights take more than half of `memory_bytes`."""
+    """The model of `source`, whole, or streamed: when its weights take more than half of `memory_bytes`.
+
+    memory_bytes: None streams what would not fit into the free memory.
+    """
     if isinstance(source, LoadedModel):
         return source
-    if memory_bytes is not None:
-        base = source.base if isinstance(source, CheckpointLike) else str(source)
-        target = torch.device(device) if device is not None else default_device()
-        itemsize = resolve_dtype(parse_dtype(dtype) if dtype is not None else None, read_config(base), target).itemsize
-        with open_checkpoint(source) as checkpoint:
-            elements = sum(entry.numel for entry in checkpoint.entries.values())
-        if elements * itemsize > _RESIDENT_SHARE * memory_bytes:
-            return load_streamed(source, dtype=dtype, device=device)
+    base = source.base if isinstance(source, CheckpointLike) else str(source)
+    target = torch.device(device) if device is not None else default_device()
+    itemsize = resolve_dtype(parse_dtype(dtype) if dtype is not None else None, read_config(base), target).itemsize
+    with open_checkpoint(base) as checkpoint:
+        elements = sum(entry.numel for entry in checkpoint.entries.values())
+    room = usable_bytes(target) if memory_bytes is None else _RESIDENT_SHARE * memory_bytes
+    if elements * itemsize > room:
+        return load_streamed(source, dtype=dtype, device=device)
     return load(source, dtype=dtype, device=device)
 
 

@@ -23,6 +23,7 @@ from holdfast.models.encode import ANSWER, IMAGE, PADDING, Inputs, encode_reques
 from holdfast.models.families import decoder_blocks, editable_linears
 from holdfast.models.grams import GramCollector, LayerGram, gram_bytes
 from holdfast.models.load import LoadedModel, quiet_transformers
+from holdfast.models.memory import usable_bytes
 from holdfast.models.replay import Spool, StopForwardError, VisionMemory, replayed, stop_after
 
 Tokens = Literal["all", "text", "answer"]
@@ -118,7 +119,9 @@ class _Walk:
         self.replay = not getattr(loaded.model.config.get_text_config(), "num_kv_shared_layers", 0)
         self.budget = _Budget(loaded, memory_bytes)
         self.blocks_per_pass = blocks_per_pass
-        self.samples = [_with_answer(sample, tokens) for sample in _my_share(samples)]
+        whole = [_with_answer(sample, tokens) for sample in samples]
+        _refuse_mixed(whole)
+        self.samples = _my_share(whole)
         # Like lengths together: less padding. Long ones first: what does not fit fails at once.
         self.samples.sort(key=lambda s: (-_length(s), s.id))
         self.batch_size = self.budget.batch_size(batch_size, self._bytes_per_sequence())
@@ -301,12 +304,7 @@ class _Budget:
     def __init__(self, loaded: LoadedModel, memory_bytes: int | None) -> None:
         self.device = loaded.device
         held = self._held()
-        if memory_bytes is not None:
-            self.total = memory_bytes
-        elif self.device.type == "cuda":
-            self.total = held + int(0.85 * torch.cuda.mem_get_info(self.device)[0])
-        else:
-            self.total = held + int(0.7 * psutil.virtual_memory().available)
+        self.total = memory_bytes if memory_bytes is not None else held + usable_bytes(self.device)
         self.activations = 0
         self.reserve = max(0, (self.total - held) // _ACTIVATION_SHARE)
 
@@ -339,16 +337,7 @@ class _Budget:
 
 
 def _encode(loaded: LoadedModel, batch: list[Sample], tokens: Tokens) -> tuple[Inputs, Tensor]:
-    answered = [any(t.role == "assistant" for t in s.turns) for s in batch]
-    if all(answered):
-        inputs = encode_training(loaded, batch)
-    elif not any(answered):
-        inputs = encode_request(loaded, batch)
-    else:
-        raise CalibrationError(
-            f"Samples with and without an answer are mixed ({batch[answered.index(False)].id!r} has none); give every "
-            "calibration sample an answer, or none."
-        )
+    inputs = encode_training(loaded, batch) if _answered(batch[0]) else encode_request(loaded, batch)
     kinds = token_kinds(loaded, inputs)
     inputs.pop("labels", None)
     mask = kinds != PADDING
@@ -372,8 +361,22 @@ def _tower_bytes(loaded: LoadedModel, inputs: Inputs) -> int:
     return patches * (layers + 8) * getattr(vision, "hidden_size", 0) * loaded.dtype.itemsize
 
 
+def _answered(sample: Sample) -> bool:
+    return any(turn.role == "assistant" for turn in sample.turns)
+
+
+def _refuse_mixed(samples: Sequence[Sample]) -> None:
+    """All or none have an answer: over the whole set, for which sample meets which in a batch depends on memory."""
+    mute = [sample.id for sample in samples if not _answered(sample)]
+    if mute and len(mute) < len(samples):
+        raise CalibrationError(
+            f"Samples with and without an answer are mixed ({mute[0]!r} has none, {len(mute)} of {len(samples)}); give "
+            "every calibration sample an answer, or none."
+        )
+
+
 def _with_answer(sample: Sample, tokens: Tokens) -> Sample:
-    if any(turn.role == "assistant" for turn in sample.turns):
+    if _answered(sample):
         return sample
     if sample.answer:
         answer = Turn(role="assistant", text=sample.answer)
