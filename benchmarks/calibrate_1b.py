@@ -1,9 +1,10 @@
-"""End to end: calibrate a random 1B-shaped LLaVA under --memory 4GiB; peak memory, time by phase.
+"""End to end: calibrate a random 1B-shaped LLaVA under --memory 4GiB, then edit; peak memory, time by phase.
 
-    python benchmarks/calibrate_1b.py [--memory 4GiB] [--safety 8] [--task 128] [--work DIR]
+    python benchmarks/calibrate_1b.py [--memory 4GiB] [--safety 8] [--task 128] [--device cpu] [--work DIR]
 
 The model is LLaVA-1.5's own architecture with TinyLlama-1.1B's decoder (2048 x 22, ffn 5632) and CLIP ViT-L/14-336, in
-bf16 shards of random numbers. The command runs in a process of its own, whose peak resident memory the kernel reports.
+bf16 shards of random numbers; AFTER is the same with every decoder linear changed by a tenth of its size. Both commands
+run in processes of their own and print their peak resident memory (on a GPU, --memory bounds the device's).
 """
 
 from __future__ import annotations
@@ -63,8 +64,11 @@ def processor() -> LlavaProcessor:
     )
 
 
-def write_model(folder: Path, layers: int = 22, tower_layers: int = 24) -> int:
-    """A checkpoint of random bf16 numbers, a shard per block, without ever holding the model. Returns its bytes."""
+def write_model(folder: Path, layers: int = 22, tower_layers: int = 24, change: float = 0.0) -> int:
+    """A checkpoint of random bf16 numbers, a shard per block, without ever holding the model. Returns its bytes.
+
+    change: standard deviation of what is added to the decoder's linears.
+    """
     made = processor()
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -97,7 +101,7 @@ def write_model(folder: Path, layers: int = 22, tower_layers: int = 24) -> int:
         shards.setdefault(block, {})[name] = tensor.shape
     folder.mkdir(parents=True)
     weight_map, total = {}, 0
-    generator = torch.Generator().manual_seed(0)
+    generator, tuning = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
     for number, names in enumerate(shards.values()):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
@@ -107,7 +111,10 @@ def write_model(folder: Path, layers: int = 22, tower_layers: int = 24) -> int:
             elif "norm" in name and name.endswith("weight"):
                 tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
             else:
-                tensors[name] = (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+                value = torch.randn(shape, generator=generator) * 0.02
+                if change and "language_model.layers." in name:
+                    value += torch.randn(shape, generator=tuning) * change
+                tensors[name] = value.bfloat16()
             weight_map[name] = file
             total += tensors[name].numel() * tensors[name].element_size()
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -136,6 +143,35 @@ def write_samples(path: Path, count: int, seed: int) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+# VmHWM is of the program after exec; getrusage's maximum would include what this process held when it forked.
+COMMAND = """
+import atexit, sys
+from pathlib import Path
+
+def say():
+    peak = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM")).split()[1]
+    print(f"peak {int(peak) / 2**20:.2f} GiB", flush=True)
+
+atexit.register(say)
+from holdfast.cli import main
+main()
+"""
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """One holdfast command in a process of its own; prints its peak memory, wall clock and CPU seconds."""
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", COMMAND, *arguments], check=True, env=environment)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{name}: wall {time.perf_counter() - began:.0f} s, CPU {cpu:.0f} s", flush=True)
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--memory", default="4GiB")
@@ -143,6 +179,7 @@ def main() -> None:
     options.add_argument("--task", type=int, default=128)
     options.add_argument("--layers", type=int, default=22, help="decoder blocks; fewer for a quick look")
     options.add_argument("--tower-layers", type=int, default=24)
+    options.add_argument("--device", default="cpu", help="of the calibration; an edit runs on the CPU")
     options.add_argument("--work", type=Path, default=None)
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="holdfast-1b-", dir=chosen.work) as name:
@@ -152,17 +189,17 @@ def main() -> None:
         print(f"model: {total / 2**30:.2f} GiB of bf16 weights, written in {time.perf_counter() - began:.0f} s")
         write_samples(work / "safety.jsonl", chosen.safety, 1)
         write_samples(work / "task.jsonl", chosen.task, 2)
-        command = [sys.executable, "-m", "holdfast", "calibrate", str(work / "model"), "--memory", chosen.memory]
+        write_model(work / "after", chosen.layers, chosen.tower_layers, change=0.002)
+        command = ["calibrate", str(work / "model"), "--after", str(work / "after"), "--memory", chosen.memory]
         command += ["--safety", str(work / "safety.jsonl"), "--task", str(work / "task.jsonl")]
-        command += ["--out", str(work / "curvature.safetensors"), "--device", "cpu"]
-        began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
-        print(f"wall {time.perf_counter() - began:.0f} s, CPU {cpu:.0f} s, peak {used.ru_maxrss / 2**20:.2f} GiB")
+        command += ["--out", str(work / "curvature.safetensors"), "--device", chosen.device]
+        run("calibrate", command)
+        command = ["edit", str(work / "model"), str(work / "after"), "--out", str(work / "out"), "--no-verify"]
+        run("edit", [*command, "--calibration", str(work / "curvature.safetensors")])
         print(
             f"{chosen.layers} blocks, --memory {chosen.memory}, {chosen.safety} + {chosen.task} samples, "
-            f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+            f"{device_name(chosen.device)}, {os.cpu_count()} cores, torch {torch.__version__}, "
+            f"Python {platform.python_version()}"
         )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 from holdfast.functional.hessian import InputGram
+from synthetic_7b import memory_mb
 
 
 def main() -> None:
@@ -53,6 +54,7 @@ def measure(width: int, tokens: int, repeats: int, device: torch.device) -> None
                 "bf16_product_gflops": round(flops / seconds["bf16_product"] / 1e9, 1),
                 "gram_update_gflops": round(flops / seconds["gram_update"] / 1e9, 1),
                 "rate_percent_of_bf16": round(100 * seconds["bf16_product"] / seconds["gram_update"], 1),
+                "peak_mb": round(memory_mb()),
                 "relative_error": float(f"{float((got - want).norm() / want.norm()):.1e}"),
             }
         ),

@@ -74,12 +74,13 @@ def main() -> None:
                 runs.append(synthetic.in_clean_process(EDIT, *paths, "drop", threads=args.threads))
                 shutil.rmtree(place / "edited")
             shutil.rmtree(adapter)
-            best = min(r["seconds"] for r in runs)
+            best, memory = min(r["seconds"] for r in runs), max(r["above_imports_mb"] for r in runs)
             median = statistics.median(r["seconds"] for r in runs)
             cpu = statistics.median(r["cpu_seconds"] for r in runs)
             result[f"dropped_{name}"] = {"adapter_bytes": nbytes, "seconds": median, "fastest": best, "runs": runs}
             print(
-                f"dropped, {name}: {median:.2f} s (fastest {best:.2f}, {cpu:.2f} s of CPU), {nbytes / 1e6:.0f} MB",
+                f"dropped, {name}: {median:.2f} s (fastest {best:.2f}, {cpu:.2f} s of CPU), {nbytes / 1e6:.0f} MB; "
+                f"{memory:.0f} MB above the imports",
                 flush=True,
             )
         blocks = args.measured_blocks
@@ -92,7 +93,10 @@ def main() -> None:
         paths = [str(place / p) for p in ("real", "adapter", "curvature.safetensors", "edited")]
         measured = synthetic.in_clean_process(EDIT, *paths, "measure", threads=args.threads)
     result["measured"] = {"blocks": blocks, "base_bytes": base_bytes, "read_seconds": read_seconds, **measured}
-    print(f"measured, {blocks} blocks: {measured['seconds']:.2f} s; reading the base alone {read_seconds:.2f} s")
+    print(
+        f"measured, {blocks} blocks: {measured['seconds']:.2f} s; reading the base alone {read_seconds:.2f} s; "
+        f"{measured['above_imports_mb']:.0f} MB above the imports"
+    )
     print(f"largest relative error of leaving the coefficient out: {measured['largest_coefficient_error']:.1e}")
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")

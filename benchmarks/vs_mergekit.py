@@ -65,7 +65,8 @@ def recipe(method: str, before: Path, after: Path) -> str:
 
 def make_environment(folder: Path) -> str:
     python = folder / "bin" / "python"
-    if not python.exists():
+    # Asked of the package itself: an install that was interrupted leaves an interpreter behind.
+    if not python.exists() or subprocess.run([python, "-c", "import mergekit"], capture_output=True).returncode != 0:
         venv.create(folder, with_pip=True)
         # The same torch on both sides: what is compared is the program around it.
         wanted = [f"mergekit=={VERSION}", f"torch=={torch.__version__.partition('+')[0]}"]

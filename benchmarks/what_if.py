@@ -18,6 +18,7 @@ from holdfast.checkpoints.curvature import Curvature
 from holdfast.editing.measure import measure_pair
 from holdfast.functional.hpa import HpaConfig
 from holdfast.methods.sweep import grid, sweep
+import synthetic_7b as synthetic
 before, adapter, curvature = map(Path, sys.argv[1:4])
 began, cpu = time.perf_counter(), time.process_time()
 layers = measure_pair(before, adapter, Curvature.load(curvature))
@@ -27,7 +28,7 @@ configs = grid(keeps, focuses, alphas, HpaConfig())
 rows = sweep(layers, configs)
 print(json.dumps({"settings": len(rows), "layers": len(layers), "read_seconds": read,
                   "sweep_seconds": time.perf_counter() - began - read, "seconds": time.perf_counter() - began,
-                  "cpu_seconds": time.process_time() - cpu}))
+                  "cpu_seconds": time.process_time() - cpu, "peak_mb": synthetic.memory_mb("VmHWM")}))
 """
 
 

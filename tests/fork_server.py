@@ -36,12 +36,14 @@ class ForkServer:
     """`program` defines main(*arguments), given as strings and numbers; each call runs it in a fresh fork."""
 
     def __init__(self, program: str) -> None:
+        # After this folder whatever the tests themselves import from.
+        path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
             [sys.executable, "-c", program + _LOOP],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         )
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 
 import pytest
 import torch
@@ -97,3 +99,27 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path):
     with pytest.raises(StorageError, match="could not be written"):
         make().save(tmp_path / "file" / "curvature.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("metadata", ['{"blocks": {', "[1]"])
+def test_damaged_metadata_is_named(metadata, tmp_path):
+    save_file({"safety/x": torch.ones(2)}, tmp_path / "c.safetensors", metadata={"holdfast": metadata})
+    with pytest.raises(CalibrationError, match=r"c\.safetensors holds metadata that"):
+        Curvature.load(tmp_path / "c.safetensors")
+
+
+@pytest.fixture
+def small_files_only():
+    """No file of more than 100 bytes can be written: what a full disk is to a write."""
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.usefixtures("small_files_only")
+def test_a_disk_that_fills_up_is_said_in_a_sentence(tmp_path):
+    with pytest.raises(StorageError, match=r"No space left to write .*c\.safetensors"):
+        make().save(tmp_path / "c.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -116,6 +116,15 @@ def test_a_partial_of_another_plan_is_refused_and_says_what_differs(single, tmp_
         run_rewrite(single, tmp_path / "out", plan={"kind": "test", "number": 2})
 
 
+def test_what_a_kill_left_of_a_small_file_is_not_published(single, tmp_path):
+    partial = tmp_path / ".out.partial"
+    for folder in (partial / "folder", partial / "marks"):
+        folder.mkdir(parents=True)
+        (folder / ".edit.json.x7a_.tmp").write_text("{")
+    run_rewrite(single, tmp_path / "out")
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_two_processes_cannot_write_one_result(single, tmp_path):
     with (
         Staging(tmp_path / "out", PLAN),

@@ -247,6 +247,76 @@ def test_a_pair_that_does_not_belong_together_is_refused(change, error, message,
     assert not (tmp_path / "out").exists()
 
 
+def unrelated(world, target):
+    """AFTER with the shapes of BEFORE and weights of its own."""
+
+    def draw(tensors):
+        generator = torch.Generator().manual_seed(11)
+        for key, value in tensors.items():
+            if "_proj" in key:
+                noise = torch.randn(value.shape, generator=generator) * value.float().std()
+                tensors[key] = noise.to(value.dtype)
+
+    return changed_copy(world.after, target, draw)
+
+
+def test_weights_of_another_base_of_equal_shapes_are_refused_unless_allowed(world, tmp_path):
+    other = unrelated(world, tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"has nothing in common before and after \(cosine -?0\.0"):
+        edit(world, tmp_path / "out", other)
+    report = edit(world, tmp_path / "allowed", other, allow_other_base=True)
+    assert report.mean("relative_change") == pytest.approx(2**0.5, rel=0.1)
+
+
+def test_an_adapter_that_names_another_base_is_warned_of(world, tmp_path):
+    assert not edit(world, tmp_path / "own", world.adapter).warnings
+    moved = shutil.copytree(world.adapter, tmp_path / "moved")
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "llava-hf/other"}))
+    report = edit(world, tmp_path / "out", moved)
+    assert report.warnings == [
+        f"the adapter was trained on llava-hf/other by its own record; BEFORE is {world.before}",
+    ]
+
+
+def test_nan_in_a_base_that_the_rule_does_not_read_is_found(world, tmp_path):
+    key = decoder_key(world)
+    before = changed_copy(world.before, tmp_path / "b", lambda t: t[key].view(-1)[5:6].fill_(float("nan")))
+    with pytest.raises(NumericalError, match=r"up_proj: NaN or inf in w_prev; BEFORE is damaged"):
+        edit_checkpoint(
+            before,
+            world.adapter,
+            rule=HpaRule(HpaConfig(orthogonal=False)),
+            curvature=world.curvature,
+            out=tmp_path / "out",
+            verify=False,
+        )
+
+
+def test_the_report_carries_the_calibrations_record(world, tmp_path):
+    first, second = world.curvature.modules[:2]
+    record = {"sequences": 3, "tokens_over_width": {first: 1.5}, "fallbacks": {first: ["damping 0.02"]}}
+    known = with_meta(
+        world.curvature,
+        config={"damping": 0.01, "activations": "old"},
+        inputs=[[first, second]],
+        sets={"safety": record, "task": {"tokens_over_width": {first: 9.0}}},
+    )
+    report = edit(world, tmp_path / "out", curvature=known)
+    assert report.inputs["calibration"]["config"]["damping"] == 0.01
+    for row in report.layers[:2]:
+        assert row["tokens_over_width"] == {"safety": 1.5, "task": 9.0}
+        assert row["fallbacks"] == {"safety": ["damping 0.02"]}
+    assert "fallbacks" not in report.layers[2]
+    assert any("measured the task's inputs on BEFORE" in warning for warning in report.warnings)
+
+
+def test_a_layer_that_no_tensor_holds_is_named(world, tmp_path):
+    regrouped = with_meta(world.curvature, weight_keys={world.curvature.modules[0]: []})
+    with pytest.raises(CheckpointError, match=r"No tensor of .* is the weight of .* regroups weights"):
+        edit(world, tmp_path / "out", curvature=regrouped)
+
+
 def test_another_architecture_is_refused(world, tmp_path):
     after = changed_copy(world.after, tmp_path / "after", lambda tensors: None)
     (after / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))

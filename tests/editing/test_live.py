@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,3 +74,9 @@ def test_a_calibration_that_does_not_fit_or_nan_touches_nothing(world):
         holdfast.harmonize(broken, tuned, world.curvature)
     for name, value in tuned.state_dict().items():
         assert torch.equal(value, state[name]), name
+
+
+def test_a_calibration_of_another_kind_of_model_is_refused(world):
+    foreign = replace(world.curvature, meta={**world.curvature.meta, "model_type": "qwen2_5_vl"})
+    with pytest.raises(CalibrationError, match=r"made with a 'qwen2_5_vl' model, and .* is a 'llava' model"):
+        holdfast.harmonize({}, load(world.after), foreign)

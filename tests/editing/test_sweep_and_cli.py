@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from holdfast.cli import app
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.editing.measure import measure_pair
-from holdfast.errors import ConfigError, HoldfastError
+from holdfast.errors import ConfigError, HoldfastError, StorageError
 from holdfast.methods.hpa_rule import HpaConfig, HpaRule
 from holdfast.methods.sweep import grid, sweep
 
@@ -120,3 +120,59 @@ def test_edit_calibrates_by_itself_from_two_sets_of_samples(world, tmp_path):
     report = json.loads((tmp_path / "out" / "edit.json").read_text())
     assert len(report["layers"]) == len(world.curvature.modules)
     assert report["inputs"]["calibration"]["sets"]["safety"]["sequences"] == 3
+
+
+def own_calibration(world, folder, out, *options):
+    rows = [{"id": str(i), "text": f"Question {i}?", "answer": "red"} for i in range(3)]
+    for name in ("safety", "task"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = ("--safety", folder / "safety.jsonl", "--task", folder / "task.jsonl")
+    return run("edit", world.before, world.adapter, "--out", out, "--no-verify", *sets, *options)
+
+
+def test_edits_own_calibration_is_kept_and_reused_while_its_inputs_are_the_same(world, tmp_path, monkeypatch):
+    made = own_calibration(world, tmp_path, tmp_path / "out", "--export", "adapter")
+    assert made.exit_code == 0, (made.output, made.exception)
+    assert (tmp_path / ".out.calibration.safetensors").is_file()
+
+    def never(*_, **__):
+        raise HoldfastError("calibrated again")
+
+    monkeypatch.setattr("holdfast.models.calibrate.collect_curvature", never)
+    again = own_calibration(world, tmp_path, tmp_path / "out", "--export", "adapter")
+    assert again.exit_code == 0 and "of these models, samples and options" in again.output
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    with (tmp_path / "task.jsonl").open("a") as file:
+        file.write("\n")
+    assert own_calibration(world, tmp_path, tmp_path / "out").exit_code == 0
+    shorter = tmp_path / "shorter"
+    shorter.mkdir()
+    (tmp_path / ".out.calibration.safetensors").rename(shorter / ".out.calibration.safetensors")
+    monkeypatch.setattr("holdfast.cli.samples.rename_duplicates", lambda samples: samples[:2])
+    assert str(own_calibration(world, shorter, shorter / "out").exception) == "calibrated again"
+
+
+def test_an_out_that_exists_or_does_not_fit_is_found_before_the_calibration(world, tmp_path, monkeypatch):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    result = own_calibration(world, tmp_path, tmp_path / "taken")
+    assert isinstance(result.exception, StorageError) and "exists. Choose another --out" in str(result.exception)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 100})())
+    result = own_calibration(world, tmp_path, tmp_path / "out")
+    assert isinstance(result.exception, StorageError) and "GB more and its disk has" in str(result.exception)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_measured_safety_and_the_form_of_the_curvature_reach_the_result(world, tmp_path):
+    world.curvature.save(tmp_path / "c.safetensors")
+    (tmp_path / "safety.json").write_text('{"forbidden": {"before": 0.42, "after": 0.05}}')
+    given = ("--calibration", tmp_path / "c.safetensors", "--curvature-form", "multiply", "--no-verify")
+    files = ("--measured-safety", tmp_path / "safety.json")
+    result = run("edit", world.before, world.after, "--out", tmp_path / "out", *given, *files)
+    assert result.exit_code == 0, result.output
+    assert "| forbidden | 42.0% | 5.0% |" in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "edit.json").read_text())["settings"]["curvature"] == "multiply"
+    (tmp_path / "safety.json").write_text('{"forbidden": {"before": 42, "after": 5}}')
+    wrong = run("edit", world.before, world.after, "--out", tmp_path / "wrong", *given, *files)
+    assert "measured safety of 'forbidden' before is 42; expected a rate in 0..1" in str(wrong.exception)
+    assert not (tmp_path / "wrong").exists()

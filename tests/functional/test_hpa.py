@@ -426,6 +426,8 @@ def test_a_damaged_adapter_or_diagonal_is_an_error(layer: Layer) -> None:
     a[1, 2] = float("nan")
     with pytest.raises(NumericalError, match="input column 2"):
         measure_lora(a, torch.ones(3, 2), 1.0)
+    with pytest.raises(NumericalError, match="NaN or inf in lora_b"):
+        measure_lora(torch.ones(2, 4), torch.full((3, 2), float("nan")), 1.0)
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         diagonal = layer.a_s.clone()
         diagonal[5] = bad

@@ -19,10 +19,10 @@ from holdfast.checkpoints.curvature import Curvature
 from holdfast.cli import app
 from holdfast.cli.samples import read_samples, write_samples
 from holdfast.data.types import Sample
-from holdfast.errors import CalibrationError, ConfigError
+from holdfast.errors import CalibrationError, ConfigError, StorageError
 from holdfast.functional.hessian import InputGram
-from holdfast.models import calibrate
-from holdfast.models.calibrate import CalibrationConfig, collect_curvature, samples_sha256
+from holdfast.models import calibrate, memory
+from holdfast.models.calibrate import CalibrationConfig, collect_curvature, is_calibration_of, samples_sha256
 from holdfast.models.load import LoadedModel, load
 from holdfast.models.walk import walk_grams
 from holdfast.stream.protocol import Checkpoint
@@ -103,6 +103,23 @@ def test_weights_too_large_for_the_budget_are_streamed(
     for name, values in curvature.task.items():
         torch.testing.assert_close(streamed.task[name], values, rtol=1e-5, atol=0)
         assert torch.equal(streamed.safety[name], curvature.safety[name])
+
+
+def test_without_a_budget_a_model_beyond_free_memory_is_streamed(
+    llava_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert calibrate.open_model(llava_folder, device="cpu").blocks_on_disk is None
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 1000)
+    assert calibrate.open_model(llava_folder, device="cpu").blocks_on_disk is not None
+
+
+def test_free_memory_stays_within_the_containers_limit(tmp_path: Path) -> None:
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
+    for limit, left in (("1000", 450), ("100", 0), ("max", None)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert memory._left_in_cgroup(tmp_path) == left
+    assert memory._left_in_cgroup(tmp_path / "none") is None
 
 
 def test_an_empty_set_is_named(loaded: LoadedModel, samples: list[Sample]) -> None:
@@ -191,6 +208,39 @@ def test_two_processes_agree_with_one(
     counts = [json.loads(json.dumps(c.meta["sets"])) for c in (one, two)]
     assert counts[0]["task"]["tokens"] == counts[1]["task"]["tokens"]
     assert counts[0]["task"]["sequences"] == counts[1]["task"]["sequences"] == 5
+
+
+def test_without_a_second_model_the_record_says_old(
+    llava_folder: Path, files: tuple[Path, Path], pictures: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "c.safetensors"
+    options = arguments(llava_folder, "", files, pictures[0].parent, out)
+    del options[2:4]
+    result = CliRunner().invoke(app, [*options, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "activations: old, MODEL's for both sets" in result.output
+    assert Curvature.load(out).meta["config"]["activations"] == "old"
+    again = CliRunner().invoke(app, [*options, "--device", "cpu"])
+    assert isinstance(again.exception, StorageError) and "or pass --overwrite" in str(again.exception)
+
+
+def test_an_out_that_cannot_be_written_is_found_before_the_models_are_loaded(
+    files: tuple[Path, Path], pictures: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "c.safetensors"
+    result = CliRunner().invoke(app, arguments(Path("no-model"), "none", files, pictures[0].parent, out))
+    assert isinstance(result.exception, StorageError) and "could not be written" in str(result.exception)
+
+
+def test_a_calibration_is_known_by_models_samples_and_options(
+    curvature: Curvature, llava_folder: Path, tuned: Checkpoint, samples: list[Sample]
+) -> None:
+    config = CalibrationConfig()
+    assert is_calibration_of(curvature, llava_folder, tuned, samples[:2], samples, config)
+    assert not is_calibration_of(curvature, llava_folder, llava_folder, samples[:2], samples, config)
+    assert not is_calibration_of(curvature, llava_folder, tuned, samples, samples, config)
+    assert not is_calibration_of(curvature, llava_folder, tuned, samples[:2], samples, CalibrationConfig(damping=0.1))
 
 
 def test_a_size_that_is_no_size_is_refused(llava_folder: Path, files: tuple[Path, Path], tmp_path: Path) -> None:

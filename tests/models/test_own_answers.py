@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from holdfast.cli import app
+from holdfast.cli.samples import read_samples
 from holdfast.data.types import Sample
 from holdfast.errors import ConfigError, DataError
 from holdfast.models import own_answers
@@ -77,20 +78,34 @@ def test_nothing_to_ask_is_an_error(loaded: LoadedModel, prompts: list[Sample]) 
         own_safe_answers(loaded, prompts, refuses, per_category=0)
 
 
-def test_the_command_writes_the_models_own_answers(
-    llava_folder: Path, prompts: list[Sample], pictures: list[Path], tmp_path: Path
-) -> None:
-    """A random model never refuses: with --allow-short the file is whole, empty, and the shortage is told."""
+def test_the_command_writes_the_aligned_models_own_answers_where_calibrate_finds_them(tmp_path: Path) -> None:
+    from holdfast.tiny import model_path
+    from holdfast.tiny.stream import StreamSize, write_stream
+
+    size = StreamSize(train=2, test=2, validation=2, safety=4, safety_validation=4, calibration=8)
+    stream = write_stream(tmp_path / "stream", seed=3, size=size)
+    prompts = stream.parent / "calibration" / "mixed.jsonl"
+    out = tmp_path / "own" / "safety.jsonl"
+    options = ["calibrate-data", str(model_path("aligned")), "--prompts", str(prompts), "--out", str(out)]
+    options += ["--images", str(stream.parent), "--device", "cpu", "--per-category", "1", "--max-new-tokens", "24"]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 0, (result.output, result.exception)
+    samples = read_samples(out)
+    assert sorted(s.meta["category"] for s in samples) == ["archive", "garden", "harbor", "tower"]
+    assert all("sorry" in s.turns[-1].text for s in samples)
+    images = [path for s in samples for path in s.images]
+    assert images and all(path.is_file() for path in images)
+
+
+def test_a_model_that_never_refuses_leaves_no_file(llava_folder: Path, prompts: list[Sample], tmp_path: Path) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "own.jsonl"
     rows = [{"id": p.id, "prompt": p.prompt, "category": p.meta["category"]} for p in prompts[:4]]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["calibrate-data", str(llava_folder), "--prompts", str(file), "--out", str(out), "--device", "cpu"]
     short = CliRunner().invoke(app, [*options, "--max-new-tokens", "4"])
     assert isinstance(short.exception, DataError) and "too few safe answers" in str(short.exception)
+    none = CliRunner().invoke(app, [*options, "--max-new-tokens", "4", "--allow-short"])
+    assert isinstance(none.exception, DataError) and "gave no safe answer to any of 4 prompts" in str(none.exception)
     assert not out.exists()
-    result = CliRunner().invoke(app, [*options, "--max-new-tokens", "4", "--allow-short"])
-    assert result.exit_code == 0, result.output
-    assert "kept 0, asked 2 (short)" in result.output
-    assert out.read_text() == ""
     overlap = CliRunner().invoke(app, [*options, "--test-set", str(file)])
     assert isinstance(overlap.exception, DataError) and "cannot be tested on" in str(overlap.exception)

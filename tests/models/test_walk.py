@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from holdfast.data.types import Sample
-from holdfast.errors import CalibrationError, ConfigError
+from holdfast.errors import CalibrationError, ConfigError, StorageError
 from holdfast.models import walk
 from holdfast.models.encode import ANSWER, IMAGE, encode_training, token_kinds
 from holdfast.models.families import editable_linears
@@ -94,6 +98,18 @@ def test_a_spool_on_disk_changes_nothing(
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
+def test_a_full_temporary_disk_is_said_in_a_sentence(
+    loaded: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: object, path: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(walk, "_SPOOL_SHARE", 10**18)
+    monkeypatch.setattr("holdfast.models.replay.save_file", full)
+    with pytest.raises(StorageError, match=r"No space left to write .*holdfast-calibrate-.*TMPDIR"):
+        walk_grams(loaded, samples, lambda layer: None, blocks_per_pass=1)
+
+
 def test_later_passes_run_neither_the_tower_nor_earlier_blocks(loaded: LoadedModel, samples: list[Sample]) -> None:
     runs = {"model.vision_tower": 0, "model.language_model.layers.0.mlp": 0, "lm_head": 0}
     handles = []
@@ -158,6 +174,53 @@ def test_the_budget_counts_what_the_process_holds(loaded: LoadedModel, samples: 
         walk_grams(loaded, samples, lambda layer: None, memory_bytes=held // 2)
 
 
+# Rank 0 has room for one block at a time, rank 1 for the whole model; then rank 0 has room for none.
+UNLIKE_BUDGETS = """
+import sys
+import torch.distributed as dist
+from holdfast.data.types import Sample
+from holdfast.errors import ConfigError
+from holdfast.models import walk
+from holdfast.models.load import load
+
+folder, meeting, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+walk._Budget._held = lambda self: 0
+loaded = load(folder, device="cpu")
+samples = [Sample.single(str(i), "Say hello.", "Hello there.") for i in range(2)]
+report = walk.walk_grams(loaded, samples, lambda layer: None, memory_bytes=(70_000, 10**9)[rank])
+print(report.passes)
+try:
+    walk.walk_grams(loaded, samples, lambda layer: None, memory_bytes=(20_000, 10**9)[rank])
+except ConfigError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+
+
+def test_processes_with_unlike_budgets_walk_the_same_passes_or_refuse_together(
+    llava_folder: Path, tmp_path: Path
+) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", UNLIKE_BUDGETS, str(llava_folder), str(tmp_path / "meeting"), str(rank)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0].splitlines() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert [lines[0] for lines in said] == ["((0, 1), (1, 2))"] * 2
+    assert "is too small" in said[0][1]
+    assert "Another process has no memory for block 0" in said[1][1]
+
+
 def test_no_samples_is_an_error(loaded: LoadedModel) -> None:
     with pytest.raises(CalibrationError, match="calibration set is empty"):
         walk_grams(loaded, [], lambda layer: None)
@@ -173,8 +236,9 @@ def test_requests_alone_can_calibrate(loaded: LoadedModel, pictures: list[Path])
     report = walk_grams(loaded, asked, lambda layer: None)
     assert report.sequences == 2
     mixed = [*asked, Sample.single("c", "Hi", "Hello")]
-    with pytest.raises(CalibrationError, match="with and without an answer are mixed"):
-        walk_grams(loaded, mixed, lambda layer: None)
+    for batch_size in (1, 16):
+        with pytest.raises(CalibrationError, match="with and without an answer are mixed"):
+            walk_grams(loaded, mixed, lambda layer: None, batch_size=batch_size)
 
 
 def test_nan_activations_name_the_layer_and_the_samples(llava_folder: Path, samples: list[Sample]) -> None:

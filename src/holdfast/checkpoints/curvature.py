@@ -94,6 +94,21 @@ class Curvature:
         keys = self.meta.get("weight_keys", {}).get(module, f"{module}.weight")
         return (keys,) if isinstance(keys, str) else tuple(keys)
 
+    def record_of(self, module: str) -> dict[str, Any]:
+        """What was recorded of a layer's Grams, by set: `tokens_over_width` (N / c) and `fallbacks`, where there are.
+
+        Layers that share an input share its record, which is kept under the first of them.
+        """
+        groups = self.meta.get("inputs", ())
+        leader = next((group[0] for group in groups if module in group), module)
+        found: dict[str, Any] = {}
+        for key in ("tokens_over_width", "fallbacks"):
+            by_set = {name: record.get(key, {}) for name, record in self.meta.get("sets", {}).items()}
+            values = {name: record[leader] for name, record in by_set.items() if leader in record}
+            if values:
+                found[key] = values
+        return found
+
     def digest(self) -> str:
         """sha256 of all that decides an edit: diagonals, blocks, keys. Calibrations with one digest edit alike."""
         deciding = {"blocks": self.blocks, "block_count": self.block_count}
@@ -137,7 +152,12 @@ class Curvature:
             raise CalibrationError(f"{path} is not a readable safetensors file ({error}); calibrate again.") from error
         if encoded is None:
             raise CalibrationError(f"{path} is no calibration: it lacks the metadata that `holdfast calibrate` writes.")
-        meta = json.loads(encoded)
+        try:
+            meta = json.loads(encoded)
+        except json.JSONDecodeError as error:
+            raise CalibrationError(f"{path} holds metadata that cannot be read ({error}); calibrate again.") from error
+        if not isinstance(meta, dict):
+            raise CalibrationError(f"{path} holds metadata that is no JSON object; calibrate again.")
         version = meta.get("format_version")
         if version != FORMAT_VERSION:
             raise CalibrationError(

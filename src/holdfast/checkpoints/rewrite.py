@@ -33,7 +33,7 @@ _MAX_LARGE_BUFFERS = 8
 
 # Weights in any format, and what a trainer leaves behind: never copied beside an edited checkpoint.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tmp")
-_NOT_COPIED = ("README.md", "holdfast.json", "edit.json", "trainer_state.json", "rng_state.pth")
+_NOT_COPIED = ("README.md", "holdfast.json", "edit.json", "verification.json", "trainer_state.json", "rng_state.pth")
 _COPIED_FOLDERS = ("additional_chat_templates",)
 
 

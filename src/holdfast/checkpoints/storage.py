@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from holdfast.errors import StorageError
 
@@ -29,6 +32,25 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     return StorageError(f"{path} could not be written: {error.strerror or error}.")
 
 
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Within, a failed write to `path` is a StorageError; also one of safetensors, which hides the system's number.
+
+    Raises: StorageError: the disk is full or `path` cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, path) from error
+    except SafetensorError as error:
+        # "I/O error: No space left on device (os error 28)"; any other one is about the tensors.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise storage_error(OSError(code, os.strerror(code)), path) from error
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames and new names in `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
@@ -44,27 +66,32 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Raises: StorageError: the disk is full or the folder cannot be written.
     """
-    try:
+    with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise storage_error(error, path) from error
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        # mkstemp makes the file private; a published file gets what the umask allows.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-        fsync_folder(path.parent)
-    except OSError as error:
-        raise storage_error(error, path) from error
+        with storage_errors(path):
+            yield temporary
+            # mkstemp makes the file private; a published file gets what the umask allows.
+            mask = os.umask(0)
+            os.umask(mask)
+            temporary.chmod(0o666 & ~mask)
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
+            fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_writable(path: Path) -> None:
+    """Raise StorageError now where a file at `path` could not be written after hours of work."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -194,6 +194,9 @@ class Staging:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StorageError(f"Another process is writing {self.out} (it holds {self.root / 'lock'}).") from None
+            # A process killed within an atomic write leaves its temporary file, which would be published.
+            for left_over in (*self.root.glob("*.tmp"), *self.root.glob("*/*.tmp")):
+                left_over.unlink()
             recorded = self.root / "plan.json"
             if recorded.exists():
                 found = read_json(recorded, "the plan of a partial result")

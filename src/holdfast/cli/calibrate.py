@@ -31,6 +31,7 @@ def command(
     activations: Annotated[str, typer.Option(help="each, old or new: whose activations.")] = "each",
     on_failure: Annotated[str, typer.Option(help="error, or retry with more damping and record it.")] = "error",
     batch_size: Annotated[int, typer.Option(help="Sequences per forward.")] = 16,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out where it exists.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
 ) -> None:
@@ -41,6 +42,7 @@ def command(
     from accelerate import PartialState
 
     from holdfast.checkpoints.adapter import is_adapter
+    from holdfast.checkpoints.storage import require_writable
     from holdfast.cli.progress import bars
     from holdfast.cli.samples import read_samples
     from holdfast.config import decode
@@ -50,6 +52,9 @@ def command(
 
     if out.is_dir():
         raise StorageError(f"{out} is a folder; give --out a file name, such as {out / 'curvature.safetensors'}.")
+    if out.exists() and not overwrite:
+        raise StorageError(f"{out} exists. Choose another --out, remove it, or pass --overwrite.")
+    require_writable(out)
     config = decode(
         CalibrationConfig,
         {
@@ -57,7 +62,8 @@ def command(
             "shrinkage": shrinkage,
             "normalization": normalization,
             "tokens": tokens,
-            "activations": activations,
+            # MODEL serves for both then, and the record says so.
+            "activations": "old" if after is None else activations,
             "on_failure": on_failure,
             "batch_size": batch_size,
         },
@@ -89,6 +95,8 @@ def command(
     if chief:
         curvature.save(out)
         sets = curvature.meta["sets"]
+        if after is None:
+            print("activations: old, MODEL's for both sets; the method takes the task's from the tuned model (--after)")
         print(f"{out}: {len(curvature.modules)} layers in {curvature.block_count} blocks")
         for name, figures in sets.items():
             scarce = min(figures["tokens_over_width"].values())

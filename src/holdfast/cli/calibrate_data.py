@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from holdfast.data.types import Sample
 
 
 def command(
     model: Annotated[str, typer.Argument(help="The aligned model: folder or hub id.")],
     prompts: Annotated[Path, typer.Option(help="Harmful requests, JSON or JSON lines; `category` names the risk.")],
-    out: Annotated[Path, typer.Option(help="JSON-lines file to write.")],
+    out: Annotated[Path, typer.Option(help="JSON-lines file to write; images of elsewhere are copied beside it.")],
     images: Annotated[Path | None, typer.Option(help="Folder that image paths start from; that of --prompts.")] = None,
     test_set: Annotated[
         list[Path] | None, typer.Option(help="A test set (data file, or stream YAML) that no prompt may be part of.")
@@ -27,11 +33,14 @@ def command(
 ) -> None:
     """Ask the aligned model harmful requests and keep its own safe answers, for `calibrate --safety`."""
     from holdfast import judges
+    from holdfast.checkpoints.storage import require_writable
     from holdfast.cli.samples import read_samples, read_test_sets, write_samples
+    from holdfast.errors import DataError
     from holdfast.models.load import load
     from holdfast.models.own_answers import own_safe_answers, refuse_overlap
 
     root = images or prompts.parent
+    require_writable(out)
     verdict_of = judges.get(judge)
     requests = read_samples(prompts, images=root)
     test_sets = read_test_sets(test_set or [])
@@ -53,8 +62,37 @@ def command(
         test_sets=test_sets,
         allow_short=allow_short,
     )
-    write_samples(out, made.samples, image_root=root)
+    if not made.samples:
+        asked = sum(made.asked.values())
+        raise DataError(
+            f"{model} gave no safe answer to any of {asked} prompts, judged by {judge}: an empty {out} would calibrate "
+            "nothing. Check that this is the aligned model and that the judge knows its refusals."
+        )
+    write_samples(out, _with_images_beside(made.samples, out), image_root=out.parent.resolve())
     print(f"{out}: {len(made.samples)} samples, judged by {judge}")
     for category, kept in made.kept.items():
         note = " (short)" if category in made.short else ""
         print(f"  {category or 'all prompts'}: kept {kept}, asked {made.asked[category]}{note}")
+
+
+def _with_images_beside(samples: Sequence[Sample], out: Path) -> list[Sample]:
+    """Samples whose images lie below OUT's folder, copied there where they do not.
+
+    Readers start from the data file's own folder and follow no path that leaves it.
+    """
+    from holdfast.checkpoints.storage import storage_errors
+
+    root = out.parent.resolve()
+    copies = root / f"{out.stem}-images"
+    kept = []
+    for number, sample in enumerate(samples):
+        images = []
+        for place, image in enumerate(sample.images):
+            inside = Path(image).resolve().is_relative_to(root)
+            images.append(Path(image).resolve() if inside else copies / f"{number:04d}-{place}-{Path(image).name}")
+            if not inside:
+                with storage_errors(images[-1]):
+                    copies.mkdir(exist_ok=True)
+                    shutil.copyfile(image, images[-1])
+        kept.append(replace(sample, images=tuple(images)))
+    return kept

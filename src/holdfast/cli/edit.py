@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from holdfast.checkpoints.curvature import Curvature
 
 
 def command(
@@ -20,6 +23,9 @@ def command(
     focus: Annotated[float, typer.Option(help="k = focus * p: how many columns count as focal.")] = 2.0,
     alpha: Annotated[str, typer.Option(help="a0..a1, bounds of the task's weight.")] = "0.4..0.8",
     saliency: Annotated[str, typer.Option(help="eps+phi (the method), eps or phi.")] = "eps+phi",
+    curvature_form: Annotated[
+        str, typer.Option(help="divide (by the inverse's diagonal; the method) or multiply.")
+    ] = "divide",
     projection: Annotated[str, typer.Option(help="layer, column or none.")] = "layer",
     coefficient: Annotated[
         str, typer.Option(help="For --export adapter, of the projection: drop (base not read), measure, keep.")
@@ -29,18 +35,23 @@ def command(
     allow_other_calibration: Annotated[
         bool, typer.Option(help="Accept a calibration made with other weights of this architecture.")
     ] = False,
+    allow_other_base: Annotated[
+        bool, typer.Option(help="Accept weights of AFTER that look as if they came from another model than BEFORE.")
+    ] = False,
+    measured_safety: Annotated[
+        Path | None, typer.Option(help='For the card: JSON, {"set": {"before": rate, "after": rate}}, rates 0..1.')
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Reload the result in a clean process and compare.")] = True,
 ) -> None:
     """Edit the change from BEFORE to AFTER, layer by layer. Killed and started again, it goes on where it stopped."""
-    from holdfast.checkpoints.adapter import is_adapter
     from holdfast.checkpoints.curvature import Curvature
+    from holdfast.checkpoints.reader import read_json
     from holdfast.cli.progress import bars
-    from holdfast.cli.samples import read_samples
     from holdfast.cli.units import parse_bounds, parse_bytes, parse_choice
+    from holdfast.editing.card import check_safety
     from holdfast.editing.editor import edit_checkpoint
     from holdfast.errors import ConfigError
     from holdfast.methods.hpa_rule import HpaConfig, HpaRule
-    from holdfast.stream.protocol import Checkpoint
 
     if (calibration is None) == (safety is None and task is None) or (safety is None) != (task is None):
         raise ConfigError("Pass --calibration FILE, or both --safety DATA and --task DATA.")
@@ -49,25 +60,16 @@ def command(
         focus_ratio=focus,
         alpha_bounds=parse_bounds(alpha, "--alpha"),
         saliency=saliency,  # type: ignore[arg-type]
+        curvature=curvature_form,  # type: ignore[arg-type]
         orthogonal=parse_choice(projection, {"layer": True, "column": "column", "none": False}, "--projection"),
     )
     shard_bytes = parse_bytes(shard)
+    measured = check_safety(read_json(measured_safety, "measured safety")) if measured_safety is not None else None
     if calibration is not None:
         curvature = Curvature.load(calibration)
     else:
-        from holdfast.models.calibrate import collect_curvature
-
         assert safety is not None and task is not None
-        tuned = Checkpoint(base=before, adapters=(after,)) if is_adapter(after) else Checkpoint(base=after)
-        with bars("calibrating") as progress:
-            curvature = collect_curvature(
-                Checkpoint(base=before),
-                tuned,
-                read_samples(safety),
-                read_samples(task),
-                memory_bytes=parse_bytes(memory) if memory else None,
-                progress=progress,
-            )
+        curvature = _own_calibration(before, after, safety, task, out, export, memory)
     with bars("editing") as progress:
         report = edit_checkpoint(
             before,
@@ -79,6 +81,8 @@ def command(
             coefficient=coefficient,  # type: ignore[arg-type]
             shard_bytes=shard_bytes,
             allow_other_calibration=allow_other_calibration,
+            allow_other_base=allow_other_base,
+            safety=measured,
             verify=verify,
             progress=progress,
         )
@@ -87,3 +91,35 @@ def command(
     show(out, report)
     if report.seconds:
         print("seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items()))
+
+
+def _own_calibration(
+    before: str, after: str, safety: Path, task: Path, out: Path, export: str, memory: str | None
+) -> Curvature:
+    """Calibrate, and keep the result beside OUT: an edit that fails, or is repeated, does not cost it again."""
+    from holdfast.checkpoints.adapter import is_adapter
+    from holdfast.checkpoints.curvature import Curvature
+    from holdfast.cli.progress import bars
+    from holdfast.cli.samples import read_samples
+    from holdfast.cli.units import parse_bytes
+    from holdfast.editing.editor import require_room
+    from holdfast.models.calibrate import CalibrationConfig, collect_curvature, is_calibration_of
+    from holdfast.stream.protocol import Checkpoint
+
+    memory_bytes = parse_bytes(memory) if memory else None
+    base = Checkpoint(base=before)
+    tuned = Checkpoint(base=before, adapters=(after,)) if is_adapter(after) else Checkpoint(base=after)
+    sets = read_samples(safety), read_samples(task)
+    config = CalibrationConfig()
+    kept = out.parent / f".{out.name}.calibration.safetensors"
+    if kept.is_file():
+        curvature = Curvature.load(kept)
+        if is_calibration_of(curvature, base, tuned, *sets, config):
+            print(f"calibration: {kept}, of these models, samples and options")
+            return curvature
+    require_room(out, before, after, export)  # type: ignore[arg-type]
+    with bars("calibrating") as progress:
+        curvature = collect_curvature(base, tuned, *sets, config=config, memory_bytes=memory_bytes, progress=progress)
+    curvature.save(kept)
+    print(f"calibration: kept as {kept}, for --calibration and for this command again")
+    return curvature

@@ -58,10 +58,9 @@ def show(out: Path, report: EditReport, *, by_layer: bool = False) -> None:
     console.print(table)
     for warning in report.warnings:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
-    verification = report.verification or _read_verification(out)
-    if verification:
+    if report.verification:
         checked = ", ".join(
-            f"{key.replace('_', ' ')} {value}" for key, value in verification.items() if value is not None
+            f"{key.replace('_', ' ')} {value}" for key, value in report.verification.items() if value is not None
         )
         console.print(f"reload check: {checked}", highlight=False)
 
@@ -76,8 +75,3 @@ def _groups(report: EditReport, by_layer: bool) -> list[tuple[str, list[Any]]]:
 def _mean(values: list[Any], form: str) -> str:
     numbers = [value for value in values if isinstance(value, int | float)]
     return form.format(sum(numbers) / len(numbers)) if numbers else "-"
-
-
-def _read_verification(out: Path) -> dict[str, Any] | None:
-    path = out / "verification.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -41,7 +41,10 @@ def read_test_sets(paths: list[Path]) -> list[tuple[str, list[Sample]]]:
 
 
 def write_samples(path: Path, samples: Iterable[Sample], *, image_root: Path) -> None:
-    """JSON lines that `read_samples(path, images=image_root)` reads back, written whole or not at all."""
+    """JSON lines that `read_samples(path, images=image_root)` reads back, written whole or not at all.
+
+    image_root: what image paths are relative to; `path.parent` is where readers look by themselves.
+    """
     lines = [json.dumps(_record(sample, image_root), ensure_ascii=False, sort_keys=True) for sample in samples]
     with atomic_path(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

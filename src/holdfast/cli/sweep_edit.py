@@ -17,6 +17,9 @@ def command(
     focus: Annotated[list[float] | None, typer.Option(help="k / p; repeat it for a grid.")] = None,
     alpha: Annotated[list[str] | None, typer.Option(help="a0..a1; repeat it for a grid.")] = None,
     saliency: Annotated[str, typer.Option(help="eps+phi (the method), eps or phi.")] = "eps+phi",
+    curvature_form: Annotated[
+        str, typer.Option(help="divide (by the inverse's diagonal; the method) or multiply.")
+    ] = "divide",
     out: Annotated[Path | None, typer.Option(help="Write the rows to this JSON file too.")] = None,
     allow_other_calibration: Annotated[
         bool, typer.Option(help="Accept a calibration made with other weights of this architecture.")
@@ -40,7 +43,7 @@ def command(
         [parse_bounds(text, "--keep") for text in keep or ["5..15"]],
         focus or [2.0],
         [parse_bounds(text, "--alpha") for text in alpha or ["0.4..0.8"]],
-        HpaConfig(saliency=saliency),  # type: ignore[arg-type]
+        HpaConfig(saliency=saliency, curvature=curvature_form),  # type: ignore[arg-type]
     )
     curvature = Curvature.load(calibration)
     with bars("reading") as progress:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.editing.report import EditReport
+from holdfast.errors import ConfigError
 
 # Columns of the per-layer table, where a rule reports them: key, heading, format.
 _COLUMNS = (
@@ -42,11 +43,18 @@ def model_card(report: EditReport, *, safety: Mapping[str, Any] | None = None) -
         "",
         *_section("Not protected", [f"- {warning}" for warning in report.warnings]),
         *_section("Safety, measured", _safety_table(safety) if safety else []),
+        *_section("Reload check", _guard(report)),
         "## By block (means over its layers)",
         "",
         *_table(report.layers),
         "",
-        "Every layer's figures are in `edit.json`, the plan and the inputs' hashes in `holdfast.json`, what the reload "
+        "<details><summary>By layer</summary>",
+        "",
+        *_table(report.layers, by_layer=True),
+        "",
+        "</details>",
+        "",
+        "All figures are in `edit.json`, the plan and the inputs' hashes in `holdfast.json`, what the reload "
         "check compared in `verification.json`. `holdfast inspect` prints them.",
         "",
         "## Versions",
@@ -55,6 +63,19 @@ def model_card(report: EditReport, *, safety: Mapping[str, Any] | None = None) -
         "",
     ]
     return "\n".join(lines)
+
+
+def check_safety(safety: Any) -> Mapping[str, Any]:
+    """`safety` of `model_card`, as given. Raises ConfigError: another shape, or a rate outside 0..1."""
+    if not isinstance(safety, Mapping) or not safety:
+        raise ConfigError(f'measured safety is {safety!r}; expected {{"set": {{"before": rate, "after": rate}}}}.')
+    for name, rates in safety.items():
+        if not isinstance(rates, Mapping) or set(rates) != {"before", "after"}:
+            raise ConfigError(f'measured safety of {name!r} is {rates!r}; expected {{"before": rate, "after": rate}}.')
+        for when, rate in rates.items():
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+                raise ConfigError(f"measured safety of {name!r} {when} is {rate!r}; expected a rate in 0..1.")
+    return safety
 
 
 def _inputs(report: EditReport) -> list[str]:
@@ -74,16 +95,36 @@ def _safety_table(safety: Mapping[str, Any]) -> list[str]:
     return rows + [f"| {name} | {value['before']:.1%} | {value['after']:.1%} |" for name, value in safety.items()]
 
 
-def _table(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+def _guard(report: EditReport) -> list[str]:
+    """What the no-op guard compared; a card without it would let an unchecked result look like a checked one."""
+    found = report.verification
+    if found is None:
+        return ["This result was not loaded back and compared (`--no-verify`)."]
+    lines = [f"- {key.replace('_', ' ')}: {value}" for key, value in found.items() if value is not None]
+    left_out = found.get("logits_without_coefficient_off_by")
+    if left_out is not None:
+        lines.append(
+            f"- leaving out the orthogonal coefficient moves the logits of the probe batch by {left_out:.1e} of the "
+            "largest one"
+        )
+    return lines
+
+
+def _table(layers: Sequence[Mapping[str, Any]], *, by_layer: bool = False) -> list[str]:
     shown = [column for column in _COLUMNS if any(isinstance(row.get(column[0]), int | float) for row in layers)]
+    head = "| layer |" if by_layer else "| block | layers |"
     lines = [
-        "| block | layers | " + " | ".join(heading for _, heading, _ in shown) + " |",
-        "|" + "---|" * (len(shown) + 2),
+        f"{head} " + " | ".join(heading for _, heading, _ in shown) + " |",
+        "|" + "---|" * (len(shown) + head.count("|") - 1),
     ]
-    for block in sorted({row["block"] for row in layers}):
-        rows = [row for row in layers if row["block"] == block]
+    if by_layer:
+        groups = [(f"{row['block']}.{row['linear']}", [row]) for row in layers]
+    else:
+        blocks = {row["block"]: [r for r in layers if r["block"] == row["block"]] for row in layers}
+        groups = [(f"{block} | {len(rows)}", rows) for block, rows in sorted(blocks.items())]
+    for name, rows in groups:
         cells = [_mean([row.get(key) for row in rows], form) for key, _, form in shown]
-        lines.append(f"| {block} | {len(rows)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 

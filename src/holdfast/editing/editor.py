@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
 from safetensors.torch import save_file
@@ -22,7 +23,7 @@ from holdfast.checkpoints.writer import (
     plan_shards,
     shard_index,
 )
-from holdfast.editing.card import model_card
+from holdfast.editing.card import check_safety, model_card
 from holdfast.editing.pair import Pair, Source, describe, open_pair
 from holdfast.editing.recipes import (
     SCALE_FIELD,
@@ -32,7 +33,7 @@ from holdfast.editing.recipes import (
     output_tensors,
     read_scale_field,
 )
-from holdfast.editing.report import REPORT_FILE, EditReport, versions
+from holdfast.editing.report import REPORT_FILE, VERIFICATION_FILE, EditReport, versions
 from holdfast.editing.rule import EditRule
 from holdfast.editing.targets import (
     Target,
@@ -42,10 +43,9 @@ from holdfast.editing.targets import (
     find_targets,
 )
 from holdfast.editing.verify import verify_export
-from holdfast.errors import CalibrationError, ConfigError
+from holdfast.errors import CalibrationError, ConfigError, ExportError, StorageError
 
 Export = Literal["dense", "adapter"]
-VERIFICATION_FILE = "verification.json"
 
 
 def edit_checkpoint(
@@ -61,6 +61,7 @@ def edit_checkpoint(
     seed: int = 0,
     blocks: tuple[Mapping[str, int], int] | None = None,
     allow_other_calibration: bool = False,
+    allow_other_base: bool = False,
     verify: bool = True,
     safety: Mapping[str, Any] | None = None,
     progress: Callable[..., None] | None = None,
@@ -68,8 +69,8 @@ def edit_checkpoint(
     """Edit the change from `before` to `after` layer by layer and publish the result as the folder `out`.
 
     Killed at any point and called again with the same arguments, it takes up where it stopped and ends with the same
-    bytes (`verification.json` apart, whose figures depend on the machine). A finished `out` of the same arguments is
-    left alone and its report returned.
+    bytes (`verification.json` and the model card apart, whose figures depend on the machine). A finished `out` of the
+    same arguments is left alone and its report returned; with `verify`, one that was never checked is checked now.
 
     Args:
         before: folder, hub id, or checkpoint value (base and adapters): what the update started from.
@@ -82,6 +83,7 @@ def edit_checkpoint(
             `holdfast_input_scale.safetensors`, applied by holdfast's loaders; PEFT alone ignores it).
         shard_bytes: bound on the data of one output file.
         allow_other_calibration: accept a calibration made with other weights of the same architecture.
+        allow_other_base: accept weights of `after` that have nothing in common with those of `before`.
         verify: load the result in a clean process and compare it with the edit in memory, before publishing.
         safety: {set: {"before": rate, "after": rate}} for the model card, where measured.
         progress: called as progress("edit_layer", name=, done=, total=).
@@ -92,6 +94,8 @@ def edit_checkpoint(
     """
     out = Path(out)
     _check_options(rule, curvature, export, coefficient)
+    if safety is not None:
+        check_safety(safety)
     clock = _Clock()
     with open_pair(before, after) as pair:
         if curvature is not None and not allow_other_calibration:
@@ -107,7 +111,7 @@ def edit_checkpoint(
             # PEFT reads one file; its size is bounded by the rank.
             shards = plan_shards(tensors, shard_bytes=max(1, sum(t.nbytes for t in tensors)), stem=stem)
         else:
-            recipe, unprotected = dense_recipe(pair, targets, rule)
+            recipe, unprotected = dense_recipe(pair, targets, rule, allow_other_base=allow_other_base)
             stem = SINGLE_FILE.removesuffix(".safetensors")
             shards = plan_shards(output_tensors(pair.after.entries), shard_bytes=shard_bytes, stem=stem)
         plan: dict[str, Any] = {
@@ -126,11 +130,24 @@ def edit_checkpoint(
         }
         clock.lap("open")
         with Staging(out, plan) as staging:
+            checked = {
+                "before": before,
+                "after": after,
+                "pair": pair,
+                "targets": targets,
+                "rule": rule,
+                "coefficient": coefficient,
+            }
             if staging.already_published:
-                return EditReport.load(out / REPORT_FILE)
+                report = EditReport.load(out / REPORT_FILE)
+                if not verify or report.verification is not None:
+                    return report
+                report = _verified(out, report, f"{out} was published without this check; do not use it.", checked)
+                _write_card(out, report, safety)
+                return report
             result = rewrite(staging, shards, recipe, progress=_layers_only(progress, targets, export))
             clock.lap("edit")
-            rows = _rows(result, targets, export)
+            rows = _rows(result, targets, export, curvature)
             report = EditReport(
                 rule=rule.name,
                 settings=plan["settings"],
@@ -138,26 +155,40 @@ def edit_checkpoint(
                 layers=rows,
                 inputs=_inputs(before, after, pair, curvature),
                 plan_hash=staging.plan_hash,
-                warnings=_warnings([*unprotected, *result.changed], pair, rows),
+                warnings=_warnings([*unprotected, *result.changed], pair, rows, curvature),
                 versions=versions(),
             )
-            _write_small_files(staging, report, result, plan, shards, pair, targets, safety)
+            _write_small_files(staging, report, result, plan, shards, pair, targets)
             clock.lap("write")
             if verify:
-                report = verify_export(
-                    staging.folder,
-                    report,
-                    before=before,
-                    after=after,
-                    pair=pair,
-                    targets=targets,
-                    rule=rule,
-                    coefficient=coefficient,
-                )
-                write_json(staging.folder / VERIFICATION_FILE, report.verification)
+                kept = f"Nothing was published; what was written stays in {staging.folder}."
+                report = _verified(staging.folder, report, kept, checked)
                 clock.lap("verify")
+            _write_card(staging.folder, report, safety)
             staging.publish()
     return report.with_seconds(clock.seconds)
+
+
+def require_room(out: str | Path, before: Source, after: Source, export: Export) -> None:
+    """What can be known before a long calibration: the pair belongs together, `out` is free, its disk is large enough.
+
+    Raises: CheckpointError, AdapterError: as `edit_checkpoint`. StorageError: `out` exists or would not fit.
+    """
+    out = Path(out).absolute()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise StorageError(f"{out} exists. Choose another --out, or remove it.")
+    with open_pair(before, after) as pair:
+        entries = pair.lora.entries if export == "adapter" and pair.lora is not None else pair.after.entries
+        needed = sum(entry.nbytes for entry in entries.values())
+    partial = out.parent / f".{out.name}.partial"
+    written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    place = next(folder for folder in out.parents if folder.exists())
+    free = shutil.disk_usage(place).free
+    if needed - written > free:
+        raise StorageError(
+            f"{out} needs {(needed - written) / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB left. Free some "
+            "space or choose an --out on another disk."
+        )
 
 
 def _check_options(rule: EditRule, curvature: Curvature | None, export: str, coefficient: str) -> None:
@@ -171,11 +202,14 @@ def _check_options(rule: EditRule, curvature: Curvature | None, export: str, coe
         )
 
 
-def _rows(result: RewriteResult, targets: list[Target], export: str) -> list[dict[str, Any]]:
+def _rows(
+    result: RewriteResult, targets: list[Target], export: str, curvature: Curvature | None
+) -> list[dict[str, Any]]:
     rows = []
     for target in targets:
         written = target.lora.a.name if export == "adapter" and target.lora is not None else target.key
-        rows.append({key: value for key, value in result.rows[written].items() if key != SCALE_FIELD})
+        row = {key: value for key, value in result.rows[written].items() if key != SCALE_FIELD}
+        rows.append({**row, **(curvature.record_of(target.layer.name) if curvature is not None else {})})
     return rows
 
 
@@ -187,18 +221,57 @@ def _inputs(before: Source, after: Source, pair: Pair, curvature: Curvature | No
     }
     if curvature is not None:
         counted = {
-            side: {key: record[key] for key in ("sequences", "tokens", "damping", "normalization") if key in record}
+            side: {key: record[key] for key in ("sequences", "tokens") if key in record}
             for side, record in curvature.meta.get("sets", {}).items()
         }
-        inputs["calibration"] = {"source": "curvature", "fingerprint": [curvature.digest()], "sets": counted}
+        inputs["calibration"] = {
+            "source": "curvature",
+            "fingerprint": [curvature.digest()],
+            "sets": counted,
+            "config": dict(curvature.meta.get("config", {})),
+        }
     return inputs
 
 
-def _warnings(unprotected: list[str], pair: Pair, rows: list[dict[str, Any]]) -> list[str]:
+def _warnings(unprotected: list[str], pair: Pair, rows: list[dict[str, Any]], curvature: Curvature | None) -> list[str]:
     sentences = describe_unprotected(unprotected) if unprotected else []
+    if curvature is not None and curvature.meta.get("config", {}).get("activations") == "old":
+        sentences.append(
+            "the calibration measured the task's inputs on BEFORE (activations: old); the method takes them from AFTER "
+            "(`holdfast calibrate --after`)"
+        )
     if all(row.get("change") == 0 for row in rows):
         sentences.insert(0, "AFTER equals BEFORE in every calibrated layer: there was nothing to edit")
+    sentences += _other_base(pair)
     return sentences + [f"{key}: in AFTER only, copied" for key in pair.only_after]
+
+
+def _verified(folder: Path, report: EditReport, consequence: str, checked: Mapping[str, Any]) -> EditReport:
+    """The report with what the guard found, which is written beside it. consequence: the end of the guard's error."""
+    try:
+        report = verify_export(folder, report, **checked)
+    except ExportError as error:
+        raise ExportError(f"{error} {consequence}") from error
+    write_json(folder / VERIFICATION_FILE, report.verification)
+    return report
+
+
+def _write_card(folder: Path, report: EditReport, safety: Mapping[str, Any] | None) -> None:
+    with atomic_path(folder / "README.md") as temporary:
+        temporary.write_text(model_card(report, safety=safety), encoding="utf-8")
+
+
+def _other_base(pair: Pair) -> list[str]:
+    """Adapters record a path or hub id; moved folders are common, so a name that differs is a warning only."""
+    named = pair.lora.config.get("base_model_name_or_path") if pair.lora is not None else None
+    if not isinstance(named, str) or not named:
+        return []
+    config = pair.before.base.config().get("_name_or_path")
+    last = {PurePath(name).name for name in (str(pair.before.folder), config or "") if name}
+    # A hub snapshot lies under models--ORG--NAME.
+    if PurePath(named).name in last or f"models--{named.replace('/', '--')}" in pair.before.folder.parts:
+        return []
+    return [f"the adapter was trained on {named} by its own record; BEFORE is {pair.before.folder}"]
 
 
 def _write_small_files(
@@ -209,7 +282,6 @@ def _write_small_files(
     shards: tuple[Shard, ...],
     pair: Pair,
     targets: list[Target],
-    safety: Mapping[str, Any] | None,
 ) -> None:
     folder = staging.folder
     if report.export == "adapter":
@@ -229,8 +301,6 @@ def _write_small_files(
         if len(shards) > 1:
             write_json(folder / INDEX_FILE, shard_index(shards))
     report.save(folder / REPORT_FILE)
-    with atomic_path(folder / "README.md") as temporary:
-        temporary.write_text(model_card(report, safety=safety), encoding="utf-8")
     write_json(
         folder / PROVENANCE_FILE, {"plan_hash": staging.plan_hash, "plan": dict(plan), "inputs": dict(report.inputs)}
     )

@@ -32,6 +32,7 @@ def edit_live(
         `before` lacks a layer or has it in another shape. AdapterError: a LoRA variant or a rule without closed form.
         NumericalError: NaN or inf.
     """
+    _check_model(curvature, after)
     modules = dict(after.named_modules())
     full_names = {strip_peft_prefix(name): name for name in modules if name}
     names = NameIndex(full_names, what=type(after).__name__)
@@ -65,6 +66,17 @@ def edit_live(
     if not rows:
         raise AdapterError("The adapter changes none of the calibrated layers; there is nothing to edit.")
     return rows
+
+
+def _check_model(curvature: Curvature, after: nn.Module) -> None:
+    """Names and widths agree between unlike families, too; of live weights there is no fingerprint to compare."""
+    made_with = curvature.meta.get("model_type")
+    found = getattr(getattr(after, "config", None), "model_type", None)
+    if made_with is not None and found is not None and made_with != found:
+        raise CalibrationError(
+            f"The calibration is of another model: it was made with a {made_with!r} model, and {type(after).__name__} "
+            f"is a {found!r} model. Calibrate with BEFORE and AFTER themselves."
+        )
 
 
 def _check(layer: Layer, module: Any, old: Tensor | None, rule: EditRule) -> None:

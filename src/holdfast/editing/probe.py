@@ -1,8 +1,9 @@
 """The clean process of the no-op guard: load an export as any user would, and say what came out.
 
 Run as `python -m holdfast.editing.probe REQUEST.json`. The request: `export` (the folder), `kind` (dense | adapter),
-`base` and `base_adapters` (what an adapter goes on), `modules` {name in memory: stored type}, `input_ids` (or null: the
-model is not run), `result` (a JSON file to write) and `logits` (a safetensors file to write).
+`base` and `base_adapters` (what an adapter goes on), `after` (the folder that a dense export must have the tensors of),
+`modules` {name in memory: stored type}, `input_ids` (or null: the model is not run), `result` (a JSON file to write)
+and `logits` (a safetensors file to write).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -71,22 +73,29 @@ def forward(model: Any, input_ids: Sequence[Sequence[int]]) -> Tensor:
     return answer.logits.float().cpu()
 
 
-def adapter_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """LoRA layers of a PEFT model that are switched on and not all zero, by the name of the layer they sit on."""
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """LoRA layers of a PEFT model that are switched on and were given their factors, by the layer they sit on."""
     from peft.tuners.lora import LoraLayer
 
-    found: dict[str, nn.Module] = {}
+    found: dict[str, Any] = {}
     modules: Any = model.named_modules()
     for name, module in modules:
-        layer: Any = module
         if not isinstance(module, LoraLayer) or module.disable_adapters:
             continue
         for active in module.active_adapters:
             # A factor that the file did not have stays without memory when the base has none.
-            factor = layer.lora_B[active].weight if active in layer.lora_B else None
-            if factor is not None and not factor.is_meta and bool(factor.any()):
-                found[strip_peft_prefix(name)] = layer
+            if active in module.lora_B and not module.lora_B[active].weight.is_meta:
+                found[strip_peft_prefix(name)] = module
     return found
+
+
+def adapter_modules(model: nn.Module) -> dict[str, Any]:
+    """Of `lora_layers`, those that do something: B is not all zero."""
+    return {
+        name: layer
+        for name, layer in lora_layers(model).items()
+        if any(bool(layer.lora_B[active].weight.any()) for active in layer.active_adapters if active in layer.lora_B)
+    }
 
 
 def attach_input_scale(model: nn.Module, folder: Path) -> int:
@@ -123,6 +132,8 @@ def _load(request: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
             with init_empty_weights():
                 folder = request["export"] if dense else request["base"]
                 model: Any = AutoModelForImageTextToText.from_config(read_config(folder))
+            if not dense:
+                _stand_in(model)
         elif dense:
             model = load(request["export"], dtype=torch.float32, device="cpu").model
         else:
@@ -137,27 +148,89 @@ def _load(request: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         active = adapter_modules(model)
         return model.eval(), {
             "active_modules": len(active),
-            "adapter_hashes": _adapter_hashes(active, request["modules"]),
+            "adapter_hashes": _adapter_hashes(lora_layers(model), request["modules"]),
             "scaled_modules": attach_input_scale(model, Path(request["export"])),
         }
 
 
-def _adapter_hashes(active: Mapping[str, nn.Module], wanted: Mapping[str, str]) -> dict[str, str]:
-    names = NameIndex(active, what="the active adapter modules")
+def _stand_in(model: nn.Module) -> None:
+    """Zeros of every parameter's shape that share one number, where the model has no weights.
+
+    PEFT moves an adapter to where its base weight is: on the meta device its factors would be lost.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            setattr(module, name, nn.Parameter(zeros, requires_grad=False))
+
+
+def _adapter_hashes(loaded: Mapping[str, Any], wanted: Mapping[str, str]) -> dict[str, str]:
+    names = NameIndex(loaded, what="the adapter's modules")
     hashes = {}
     for name, dtype in wanted.items():
         found = names.find(name)
         if found is not None:
-            layer: Any = active[found]
+            layer = loaded[found]
             weight = layer.lora_A[layer.active_adapters[0]].weight
             hashes[name] = tensor_hash(weight, getattr(torch, dtype))
     return hashes
 
 
+def _read_files(request: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A dense export without running it: every tensor finds its place in the model, every edited one is read.
+
+    `weight_hashes`: by module, of what can be read, has the module's shape and is finite. `faults`: a sentence for
+    each tensor that has not. What AFTER does not store under the model's names (regrouped on load) is no fault.
+    """
+    folder = Path(request["export"])
+    files = _files_by_key(folder)
+    stored, given = NameIndex(files, what=str(folder)), NameIndex(_files_by_key(Path(request["after"])), what="AFTER")
+    faults = []
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    matched = 0
+    for name, parameter in parameters.items():
+        key = stored.find(name)
+        if key is None:
+            if given.find(name) is not None:
+                faults.append(f"{name} is missing")
+            continue
+        matched += 1
+        with safe_open(files[key], framework="pt") as file:
+            shape = tuple(file.get_slice(key).get_shape())
+        if shape != tuple(parameter.shape):
+            faults.append(f"{key} is {shape}, the model has {tuple(parameter.shape)}")
+    hashes = {}
+    for name, dtype in request["modules"].items():
+        key = stored.find(f"{name}.weight")
+        if key is None:
+            faults.append(f"{name}.weight is missing")
+            continue
+        with safe_open(files[key], framework="pt") as file:
+            tensor = file.get_tensor(key)
+        if bool(tensor.isfinite().all()):
+            hashes[name] = tensor_hash(tensor, getattr(torch, dtype))
+        else:
+            faults.append(f"{key} holds NaN or inf")
+    return {"weight_hashes": hashes, "faults": faults, "matched_tensors": matched}
+
+
+def _files_by_key(folder: Path) -> dict[str, Path]:
+    """Shard of every tensor: by the index where there is one, as transformers looks them up."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {key: folder / file for key, file in weight_map.items()}
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        return dict.fromkeys(file.keys(), path)
+
+
 def main(path: str) -> None:
     request = json.loads(Path(path).read_text(encoding="utf-8"))
     model, result = _load(request)
-    if request["kind"] == "dense" and request["input_ids"] is not None:
+    if request["kind"] == "dense" and request["input_ids"] is None:
+        result |= _read_files(request, model)
+    elif request["kind"] == "dense":
         names = module_index(model)
         result["weight_hashes"] = {
             name: tensor_hash(model.get_submodule(names.require(name)).weight, getattr(torch, dtype))  # type: ignore[arg-type]

@@ -10,11 +10,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from holdfast.checkpoints.reader import read_json
 from holdfast.checkpoints.storage import write_json
 from holdfast.errors import CheckpointError
 
 FORMAT_VERSION = 1
 REPORT_FILE = "edit.json"
+# What the no-op guard found: beside the report and not in it, for its figures depend on the machine.
+VERIFICATION_FILE = "verification.json"
 _PACKAGES = ("holdfast", "torch", "transformers", "peft", "safetensors")
 
 
@@ -23,8 +26,9 @@ class EditReport:
     """One edit.
 
     layers: a row per edited layer, in block order: `layer` (name as in memory), `linear` (its last two parts), `block`
-        (0-based), `rows`, `columns`, and the rule's figures (for HPA: kept_share, overlap, safety_share, alpha,
-        coefficient, share_reverted, relative_change; shares are 0..1).
+        (0-based), `rows`, `columns`, the rule's figures (for HPA: kept_share, overlap, safety_share, alpha,
+        coefficient, share_reverted, change, distance, relative_change; shares are 0..1), and of the calibration, where
+        it recorded them, tokens_over_width and fallbacks by set.
     inputs: before, after and calibration, as given and by fingerprint. warnings: sentences, worst first.
     verification: what the no-op guard compared, or None when it was not asked for.
     seconds: wall-clock by phase; never written into the result, whose bytes do not depend on the machine's speed.
@@ -65,7 +69,7 @@ class EditReport:
 
     @classmethod
     def load(cls, path: Path) -> EditReport:
-        """Read `edit.json`.
+        """Read `edit.json`, with what the guard found from `verification.json` beside it, where it is.
 
         Raises: CheckpointError: no such file, damaged, or of another format version.
         """
@@ -74,6 +78,9 @@ class EditReport:
             version = data.pop("format_version")
             if version != FORMAT_VERSION:
                 raise CheckpointError(f"{path} has report format {version}, this version reads {FORMAT_VERSION}.")
+            beside = path.parent / VERIFICATION_FILE
+            if data.get("verification") is None and beside.is_file():
+                data["verification"] = read_json(beside, "the record of a reload check")
             return cls(**data)
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist: {path.parent} is no result of `holdfast edit`.") from None

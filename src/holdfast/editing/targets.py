@@ -78,6 +78,12 @@ def _loras_by_key(pair: Pair) -> dict[str, LoraEntry]:
 
 def _find(pair: Pair, layer: Layer, curvature: Curvature | None, loras: Mapping[str, LoraEntry]) -> Target | None:
     wanted = curvature.weight_keys(layer.name) if curvature is not None else (f"{layer.name}.weight",)
+    if not wanted:
+        raise CheckpointError(
+            f"No tensor of {pair.before.folder} is the weight of {layer.name}: this family regroups weights when "
+            "it is loaded. Save the model again with this version of transformers, or edit it live "
+            "(`holdfast.harmonize`)."
+        )
     if len(wanted) != 1:
         raise CheckpointError(
             f"The weight of {layer.name} is stored as {len(wanted)} tensors ({', '.join(wanted)}) that are fused on "

@@ -1,8 +1,9 @@
 """The no-op guard: an export is loaded back in a clean process and must do what the edit does in memory.
 
 With room for the model in memory, its logits on a probe batch are compared with those of the same edit done on a live
-model, and every edited weight by hash. Without, the files are compared with the edit of some layers done again, and an
-adapter is loaded by PEFT onto a model without weights. What was compared is always recorded.
+model, and every edited weight by hash. Without, the clean process reads every edited tensor and fits all of them to a
+model without weights (PEFT loads an adapter onto it), and the edit of some layers is done again; no logits are compared
+then. What was compared is always recorded.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from holdfast.editing.report import EditReport
 from holdfast.editing.rule import EditRule, LoraEditRule
 from holdfast.editing.targets import Target
 from holdfast.errors import ExportError
+from holdfast.models.memory import free_memory_bytes
 
 # Largest logit difference, relative to the largest logit. fp32 arithmetic in another order on equal weights; and a sum
 # that one side rounds to 8 bits (bf16 or fp16 storage) where other parts of the model stay unrounded.
@@ -63,16 +65,6 @@ def verify_export(
             f"the model needs {needed / 1e9:.1f} GB to run and {free / 1e9:.1f} GB are free: its files were compared"
         )
     return replace(report, verification=found)
-
-
-def free_memory_bytes() -> int:
-    """Memory that a new allocation may take, as the kernel estimates it."""
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _compare_running(
@@ -118,6 +110,7 @@ def _compare_running(
         coefficient_error = _relative(forward(model, ids), reference)
     del model
     dtypes = _stored_dtypes(report, pair, targets)
+    live = _live_modules(folder, report.export)
     result, logits = _run_probe(folder, report.export, before, pair, dtypes, ids)
     assert logits is not None
     loaded = result.get("adapter_hashes" if report.export == "adapter" else "weight_hashes", {})
@@ -126,13 +119,14 @@ def _compare_running(
         "edited_tensors": len(targets),
         "edited_tensors_equal": sum(loaded.get(name) == value for name, value in hashes.items()),
         "weights_changed_by_edit": changed,
+        **live,
         **{key: result[key] for key in ("active_modules", "scaled_modules") if key in result},
         "max_logit_difference": _relative(logits, reference),
         "edit_moves_logits_by": _relative(unedited, reference),
         "logits_without_coefficient_off_by": coefficient_error,
         "tolerance": _tolerance(report, pair, targets),
     }
-    _judge(folder, report, found, pair)
+    _judge(report, found)
     return found
 
 
@@ -186,6 +180,17 @@ class _Written:
                 opened.close()
 
 
+def _live_modules(folder: Path, export: str) -> dict[str, int]:
+    """Of a written adapter: modules whose B is not all zero. A module that was never trained is no active one."""
+    if export != "adapter":
+        return {}
+    adapter = LoraAdapter(folder)
+    try:
+        return {"nonzero_modules": sum(bool(adapter.raw(entry.b).any()) for entry in adapter.modules.values())}
+    finally:
+        adapter.close()
+
+
 def _same(stored: Tensor, redone: Tensor) -> bool:
     """Equal up to one rounding: a matrix product in other memory may differ in its last bit before the cast."""
     eps = torch.finfo(stored.dtype).eps
@@ -225,6 +230,7 @@ def _run_probe(
             "export": str(folder),
             "kind": export,
             "base": str(pair.before.folder),
+            "after": str(pair.after.folder),
             "base_adapters": list(before.adapters) if isinstance(before, CheckpointLike) else [],
             "modules": dict(dtypes),
             "input_ids": input_ids,
@@ -241,10 +247,7 @@ def _run_probe(
         )
         if done.returncode != 0:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise ExportError(
-                f"The result in {folder} cannot be loaded by a clean process: {last[0]}. Nothing was published; the "
-                "finished parts stay there."
-            )
+            raise ExportError(f"The result in {folder} cannot be loaded by a clean process: {last[0]}.")
         result = json.loads(Path(place, "result.json").read_text(encoding="utf-8"))
         logits = None if input_ids is None else load_file(f"{place}/logits.safetensors")["logits"]
     return result, logits
@@ -259,48 +262,69 @@ def _compare_files(
     rule: EditRule,
     coefficient: str,
 ) -> dict[str, Any]:
+    from holdfast.editing.probe import tensor_hash
+
     dtypes = _stored_dtypes(report, pair, targets)
     redone = targets[:: max(1, len(targets) // _LAYERS_REDONE)]
-    equal = 0
+    hashes: dict[str, str] = {}
     with _Written(folder, report.export) as written:
         for target in redone:
             merged = pair.after.read_float(target.key)
             new, _, factor = _redo(pair, target, rule, merged, report.export, coefficient)
-            equal += _same(written.read(target), new if factor is None else factor)
+            stored = written.read(target)
+            if _same(stored, new if factor is None else factor):
+                hashes[target.layer.name] = tensor_hash(stored, stored.dtype)
     result, _ = _run_probe(folder, report.export, before, pair, dtypes, None)
+    loaded = result.get("adapter_hashes" if report.export == "adapter" else "weight_hashes", {})
     found: dict[str, Any] = {
-        "compared": "files with the edit of some layers done again",
-        "edited_tensors": len(redone),
-        "edited_tensors_equal": equal,
-        **{key: result[key] for key in ("active_modules", "scaled_modules") if key in result},
+        "compared": "files only: every edited tensor read by a clean process, the edit of some done again; the model "
+        "was not run and no logits were compared",
+        "edited_tensors": len(targets),
+        "edited_tensors_read": len(loaded),
+        "tensors_redone": len(redone),
+        "tensors_redone_equal": sum(loaded.get(name) == value for name, value in hashes.items()),
+        **_live_modules(folder, report.export),
+        **{key: result[key] for key in ("matched_tensors", "active_modules", "scaled_modules") if key in result},
         "max_logit_difference": None,
     }
-    _judge(folder, report, found, pair)
+    faults = result.get("faults", ())
+    if faults:
+        raise ExportError(f"The result does not fit the model: {'; '.join(faults[:3])} ({len(faults)} such tensor(s)).")
+    _judge(report, found)
     return found
 
 
-def _judge(folder: Path, report: EditReport, found: Mapping[str, Any], pair: Pair) -> None:
-    nothing = f"Nothing was published; what was written stays in {folder}."
+def _judge(report: EditReport, found: Mapping[str, Any]) -> None:
     if report.export == "adapter":
-        assert pair.lora is not None
-        expected, active = len(pair.lora.modules), found["active_modules"]
+        expected, active = found["nonzero_modules"], found["active_modules"]
+        if expected == 0:
+            raise ExportError(
+                "Every B of the exported adapter is zero: it would serve the base model unchanged. Was the "
+                "adapter saved before it was trained?"
+            )
         if active == 0:
             raise ExportError(
                 "The exported adapter, loaded by PEFT onto BEFORE, has no active module: it would serve the base model "
-                f"unchanged. Module names of the adapter and of the model do not meet. {nothing}"
+                "unchanged. Module names of the adapter and of the model do not meet."
             )
         if active != expected:
-            raise ExportError(f"{active} of the adapter's {expected} modules are active after a reload. {nothing}")
-    if found["edited_tensors_equal"] != found["edited_tensors"]:
+            raise ExportError(
+                f"{active} of the adapter's {expected} modules that are not zero are active after a reload."
+            )
+    read = found.get("edited_tensors_read", found["edited_tensors"])
+    if read != found["edited_tensors"]:
+        raise ExportError(f"{read} of {found['edited_tensors']} edited tensors came out of a reload.")
+    which = "tensors_redone" if "tensors_redone" in found else "edited_tensors"
+    if found[f"{which}_equal"] != found[which]:
         raise ExportError(
-            f"{found['edited_tensors'] - found['edited_tensors_equal']} of {found['edited_tensors']} edited tensors "
-            f"are not what the edit in memory gives, after a reload. {nothing}"
+            f"{found[which] - found[f'{which}_equal']} of {found[which]} edited tensors are not what the edit in "
+            f"memory gives, after a reload."
         )
     difference = found["max_logit_difference"]
     if difference is not None and not difference <= found["tolerance"]:
         raise ExportError(
             f"The reloaded result's logits differ from the edit in memory by {difference:.2g} of the largest logit "
-            f"(allowed: {found['tolerance']:.0e}). {nothing}"
+            f"(allowed: {found['tolerance']:.0e})."
         )
 
 
@@ -318,4 +342,4 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return float(f"{value:.2g}")
 
 
-__all__ = ["free_memory_bytes", "verify_export"]
+__all__ = ["verify_export"]

@@ -7,6 +7,7 @@ float64 if a weight is), so bf16 and fp16 checkpoints are widened a strip at a t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,22 @@ class ColumnChange:
     def norm(self) -> float:
         """||D||_F."""
         return float((self.energy.sum() * self.rows).sqrt())
+
+    def relative(self) -> float | None:
+        """||D||_F / ||W_prev||_F; None where W_prev was not read or is zero."""
+        total = 0.0 if self.square is None else float(self.square.sum())
+        return self.norm / math.sqrt(total) if total > 0 else None
+
+    def cosine(self) -> float | None:
+        """<W_new, W_prev> / (||W_new|| ||W_prev||); None where W_prev was not read, or a weight is zero.
+
+        Near 0 for weights that have nothing to do with each other, however large a change is otherwise.
+        """
+        if self.dot is None or self.square is None:
+            return None
+        dot, square = float(self.dot.sum()), float(self.square.sum())
+        new = self.norm**2 + 2 * dot + square
+        return (dot + square) / math.sqrt(new * square) if new > 0 and square > 0 else None
 
     def coefficient(self) -> float:
         """<D, W_prev>_F / ||W_prev||_F^2; 0 for a zero weight."""
@@ -156,7 +173,10 @@ def measure_lora(
         energy = ((b.T @ b) @ a).mul_(a).sum(0).double() * (scaling**2 / rows)
     # A semi-definite form; rounding may leave -1e-20 where a column of D is zero.
     energy = energy.clamp_min_(0) if bool(torch.isfinite(energy).all()) else energy
-    _require_finite(energy, lora_a=lora_a)
+    if not bool(torch.isfinite(energy).all()):
+        if not bool(torch.isfinite(lora_b).all()):
+            raise NumericalError("NaN or inf in lora_b; the training that made it diverged. Nothing was edited.")
+        _require_finite(energy, lora_a=lora_a)
     dot = square = None
     if w_prev is not None:
         device, columns = w_prev.device, lora_a.shape[1]

@@ -24,7 +24,11 @@ __all__ = ["HpaConfig", "HpaRule", "diagonals", "figures"]
 
 @dataclass(frozen=True)
 class HpaRule:
-    """HPA's edit of one layer, dense and as a LoRA closed form, with the paper's depth schedule of p."""
+    """HPA's edit of one layer, dense and as a LoRA closed form, with the paper's depth schedule of p.
+
+    Where the base is read, a row also has relative_change ||D|| / ||W_prev||, and for a dense pair the cosine of W_new
+    and W_prev.
+    """
 
     config: HpaConfig = field(default_factory=HpaConfig)
     name = "hpa"
@@ -43,7 +47,8 @@ class HpaRule:
         (outcome,) = what_if(change, safety, task, [self.setting(layer)], curvature=self.config.curvature)
         kept, coefficient = outcome.selection.kept, outcome.coefficient
         weight = apply_columns(w_prev, w_new, kept, coefficient=coefficient, out=w_new)
-        return DenseEdit(weight=weight, row=figures(outcome))
+        row = {**figures(outcome), "relative_change": change.relative(), "cosine": change.cosine()}
+        return DenseEdit(weight=weight, row=row)
 
     def edit_lora(
         self, layer: Layer, w_prev: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
@@ -62,6 +67,7 @@ class HpaRule:
         row = figures(outcome)
         if projected:
             row["coefficient_error"] = _coefficient_error(change, outcome)
+            row["relative_change"] = change.relative()
         elif self.config.orthogonal is not False:
             row["coefficient"] = None
         return LoraEdit(lora_a=done.lora_a, input_scale=done.input_scale if projected else None, row=row)

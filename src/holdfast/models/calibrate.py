@@ -7,8 +7,8 @@ import hashlib
 import platform
 import time
 import warnings
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,6 +26,7 @@ from holdfast.functional.hessian import Normalization
 from holdfast.functional.inverse import OnFailure
 from holdfast.models.families import decoder_blocks
 from holdfast.models.load import LoadedModel, default_device, load, parse_dtype, read_config, resolve_dtype
+from holdfast.models.memory import usable_bytes
 from holdfast.models.streaming import load_streamed
 from holdfast.models.walk import LayerGram, Progress, Tokens, WalkReport, walk_grams
 
@@ -42,7 +43,8 @@ class CalibrationConfig:
 
     damping: lam as a share of the mean diagonal of H. shrinkage: weight of H's own diagonal, for few tokens.
     normalization: mean over sequences, over tokens, or a plain sum. tokens: which positions count.
-    activations: "each" takes H_s from the model before the task, H_t from the one after; "old", "new": both from one.
+    activations: "each" takes H_s from the model before the task, H_t from the one after; "old", "new": both from one
+        ("old" is also what is recorded where no second model was given).
     on_failure: "retry" raises the damping of a Gram that cannot be factorised, and records it; "error" stops.
     """
 
@@ -87,7 +89,8 @@ def collect_curvature(
 ) -> Curvature:
     """Diagonals of the inverse damped Grams: of the safety set through `before`, of the task set through `after`.
 
-    Models are loaded one after the other; one whose weights exceed half of `memory_bytes` is streamed block by block.
+    Models are loaded one after the other; one whose weights exceed half of `memory_bytes`, or what is free without it,
+    is streamed block by block.
 
     Args:
         before, after: folder, hub id, checkpoint value, or a model that is loaded already.
@@ -99,7 +102,7 @@ def collect_curvature(
     Raises: CalibrationError: an empty set, NaN or inf, a Gram that cannot be factorised. ModelError, DataError: as
         loading and encoding.
     """
-    config = config or CalibrationConfig()
+    config = measured_config(before, after, config or CalibrationConfig())
     for name, samples in (("safety", safety), ("task", task)):
         if not samples:
             other = "task" if name == "safety" else "safety"
@@ -162,6 +165,39 @@ def collect_curvature(
     return Curvature(safety=one.diagonals, task=two.diagonals, meta=meta)
 
 
+def measured_config(before: Source, after: Source, config: CalibrationConfig) -> CalibrationConfig:
+    """What is recorded: "each" of two models that are one is "old"."""
+    named = isinstance(before, str | Path) and isinstance(after, str | Path)
+    one = before is after or (named and str(before) == str(after))
+    return replace(config, activations="old") if one and config.activations == "each" else config
+
+
+def is_calibration_of(
+    curvature: Curvature,
+    before: Source,
+    after: Source,
+    safety: Sequence[Sample],
+    task: Sequence[Sample],
+    config: CalibrationConfig,
+) -> bool:
+    """Whether `collect_curvature` of the same arguments made it: by content of models and samples, and by options."""
+    meta = curvature.meta
+    if meta.get("config") != encode(measured_config(before, after, config)):
+        return False
+    for side, source in (("before", before), ("after", after)):
+        found, wanted = meta.get("model", {}).get(side, {}), _identity(source)
+        if wanted["fingerprint"] is None or _hashes(found) != _hashes(wanted):
+            return False
+    return all(
+        meta.get("sets", {}).get(name, {}).get("data_sha256") == samples_sha256(samples)
+        for name, samples in (("safety", safety), ("task", task))
+    )
+
+
+def _hashes(identity: Mapping[str, Any]) -> list[Any]:
+    return [identity.get("fingerprint"), *(adapter["fingerprint"] for adapter in identity.get("adapters", ()))]
+
+
 def open_model(
     source: Source,
     *,
@@ -169,17 +205,20 @@ def open_model(
     device: torch.device | str | None = None,
     memory_bytes: int | None = None,
 ) -> LoadedModel:
-    """The model of `source`, whole, or streamed when its weights take more than half of `memory_bytes`."""
+    """The model of `source`, whole, or streamed: when its weights take more than half of `memory_bytes`.
+
+    memory_bytes: None streams what would not fit into the free memory.
+    """
     if isinstance(source, LoadedModel):
         return source
-    if memory_bytes is not None:
-        base = source.base if isinstance(source, CheckpointLike) else str(source)
-        target = torch.device(device) if device is not None else default_device()
-        itemsize = resolve_dtype(parse_dtype(dtype) if dtype is not None else None, read_config(base), target).itemsize
-        with open_checkpoint(source) as checkpoint:
-            elements = sum(entry.numel for entry in checkpoint.entries.values())
-        if elements * itemsize > _RESIDENT_SHARE * memory_bytes:
-            return load_streamed(source, dtype=dtype, device=device)
+    base = source.base if isinstance(source, CheckpointLike) else str(source)
+    target = torch.device(device) if device is not None else default_device()
+    itemsize = resolve_dtype(parse_dtype(dtype) if dtype is not None else None, read_config(base), target).itemsize
+    with open_checkpoint(base) as checkpoint:
+        elements = sum(entry.numel for entry in checkpoint.entries.values())
+    room = usable_bytes(target) if memory_bytes is None else _RESIDENT_SHARE * memory_bytes
+    if elements * itemsize > room:
+        return load_streamed(source, dtype=dtype, device=device)
     return load(source, dtype=dtype, device=device)
 
 
@@ -240,14 +279,15 @@ def samples_sha256(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
-def _weight_keys(source: Source, modules: list[str]) -> dict[str, str]:
-    """On-disk key of each module's weight, where the checkpoint has one tensor for it."""
+def _weight_keys(source: Source, modules: list[str]) -> dict[str, str | list[str]]:
+    """On-disk key of each module's weight; an empty list where no tensor is that weight."""
     origin = source.source if isinstance(source, LoadedModel) else source
     if origin is None:
         return {module: f"{module}.weight" for module in modules}
     with open_checkpoint(origin) as checkpoint:
         found = {module: checkpoint.names.find(f"{module}.weight") for module in modules}
-    return {module: key for module, key in found.items() if key is not None}
+    # No key: the weight is regrouped when it is loaded. An edit on disk says so; live models can be edited.
+    return {module: [] if key is None else key for module, key in found.items()}
 
 
 def _identity(source: Source) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from holdfast.checkpoints.storage import storage_errors
+
+_PREFIX = "holdfast-calibrate-"
 # Fields of a vision encoder's output that only shape the prompt's embeddings, which a replay overwrites.
 _OVERWRITTEN = frozenset({"last_hidden_state", "pooler_output", "hidden_states", "attentions"})
 
@@ -28,7 +31,10 @@ class StopForwardError(Exception):
 
 
 class Spool:
-    """Tensors by key, in memory up to `limit_bytes`, beyond that in a temporary folder."""
+    """Tensors by key, in memory up to `limit_bytes`, beyond that in a temporary folder.
+
+    Raises: StorageError: that folder's disk is full.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self._memory: dict[str, dict[str, Tensor]] = {}
@@ -43,9 +49,11 @@ class Spool:
             self._memory[key] = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
             self.held_bytes += size
             return
-        if self._folder is None:
-            self._folder = TemporaryDirectory(prefix="holdfast-calibrate-")
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, self._file(key))
+        kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        with storage_errors(Path(gettempdir(), f"{_PREFIX}* (TMPDIR says where)")):
+            if self._folder is None:
+                self._folder = TemporaryDirectory(prefix=_PREFIX)
+            save_file(kept, self._file(key))
 
     def get(self, key: str) -> dict[str, Tensor]:
         return self._memory[key] if key in self._memory else load_file(self._file(key))

@@ -23,6 +23,7 @@ from holdfast.models.encode import ANSWER, IMAGE, PADDING, Inputs, encode_reques
 from holdfast.models.families import decoder_blocks, editable_linears
 from holdfast.models.grams import GramCollector, LayerGram, gram_bytes
 from holdfast.models.load import LoadedModel, quiet_transformers
+from holdfast.models.memory import usable_bytes
 from holdfast.models.replay import Spool, StopForwardError, VisionMemory, replayed, stop_after
 
 Tokens = Literal["all", "text", "answer"]
@@ -118,7 +119,9 @@ class _Walk:
         self.replay = not getattr(loaded.model.config.get_text_config(), "num_kv_shared_layers", 0)
         self.budget = _Budget(loaded, memory_bytes)
         self.blocks_per_pass = blocks_per_pass
-        self.samples = [_with_answer(sample, tokens) for sample in _my_share(samples)]
+        whole = [_with_answer(sample, tokens) for sample in samples]
+        _refuse_mixed(whole)
+        self.samples = _my_share(whole)
         # Like lengths together: less padding. Long ones first: what does not fit fails at once.
         self.samples.sort(key=lambda s: (-_length(s), s.id))
         self.batch_size = self.budget.batch_size(batch_size, self._bytes_per_sequence())
@@ -238,9 +241,18 @@ class _Walk:
             if left < 0:
                 break
             stop += 1
-        if stop == start:
-            self.budget.refuse(self._block_bytes(start), start)
-        return stop
+        agreed = self._agree(stop)
+        if agreed == start:
+            self.budget.refuse(self._block_bytes(start), start, elsewhere=stop > start)
+        return agreed
+
+    def _agree(self, stop: int) -> int:
+        """The smallest `stop` of all processes: each sees memory of its own, and the Grams of a pass are summed."""
+        if not _several():
+            return stop
+        shared = torch.tensor([stop], device=self.loaded.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+        return int(shared)
 
     def _block_bytes(self, index: int) -> int:
         # Before a block of this shape has run, every layer counts as having an input of its own.
@@ -292,12 +304,7 @@ class _Budget:
     def __init__(self, loaded: LoadedModel, memory_bytes: int | None) -> None:
         self.device = loaded.device
         held = self._held()
-        if memory_bytes is not None:
-            self.total = memory_bytes
-        elif self.device.type == "cuda":
-            self.total = held + int(0.85 * torch.cuda.mem_get_info(self.device)[0])
-        else:
-            self.total = held + int(0.7 * psutil.virtual_memory().available)
+        self.total = memory_bytes if memory_bytes is not None else held + usable_bytes(self.device)
         self.activations = 0
         self.reserve = max(0, (self.total - held) // _ACTIVATION_SHARE)
 
@@ -317,7 +324,12 @@ class _Budget:
         unused = max(0, spool.limit_bytes - spool.held_bytes)
         return self.total - self._held() - min(self.activations, self.reserve) - unused - 4 * widest * widest // 8
 
-    def refuse(self, needed: int, block: int) -> None:
+    def refuse(self, needed: int, block: int, *, elsewhere: bool) -> None:
+        if elsewhere:
+            raise ConfigError(
+                f"Another process has no memory for block {block}, which needs {needed / 2**30:.2f} GiB here; its own "
+                "message says what it holds. Raise --memory, lower the batch size, or start fewer processes."
+            )
         raise ConfigError(
             f"The memory budget of {self.total / 2**30:.2f} GiB is too small: {self._held() / 2**30:.2f} GiB are held "
             f"already and block {block} needs {needed / 2**30:.2f} GiB more. Raise --memory, or lower the batch size."
@@ -325,16 +337,7 @@ class _Budget:
 
 
 def _encode(loaded: LoadedModel, batch: list[Sample], tokens: Tokens) -> tuple[Inputs, Tensor]:
-    answered = [any(t.role == "assistant" for t in s.turns) for s in batch]
-    if all(answered):
-        inputs = encode_training(loaded, batch)
-    elif not any(answered):
-        inputs = encode_request(loaded, batch)
-    else:
-        raise CalibrationError(
-            f"Samples with and without an answer are mixed ({batch[answered.index(False)].id!r} has none); give every "
-            "calibration sample an answer, or none."
-        )
+    inputs = encode_training(loaded, batch) if _answered(batch[0]) else encode_request(loaded, batch)
     kinds = token_kinds(loaded, inputs)
     inputs.pop("labels", None)
     mask = kinds != PADDING
@@ -358,8 +361,22 @@ def _tower_bytes(loaded: LoadedModel, inputs: Inputs) -> int:
     return patches * (layers + 8) * getattr(vision, "hidden_size", 0) * loaded.dtype.itemsize
 
 
+def _answered(sample: Sample) -> bool:
+    return any(turn.role == "assistant" for turn in sample.turns)
+
+
+def _refuse_mixed(samples: Sequence[Sample]) -> None:
+    """All or none have an answer: over the whole set, for which sample meets which in a batch depends on memory."""
+    mute = [sample.id for sample in samples if not _answered(sample)]
+    if mute and len(mute) < len(samples):
+        raise CalibrationError(
+            f"Samples with and without an answer are mixed ({mute[0]!r} has none, {len(mute)} of {len(samples)}); give "
+            "every calibration sample an answer, or none."
+        )
+
+
 def _with_answer(sample: Sample, tokens: Tokens) -> Sample:
-    if any(turn.role == "assistant" for turn in sample.turns):
+    if _answered(sample):
         return sample
     if sample.answer:
         answer = Turn(role="assistant", text=sample.answer)
@@ -371,8 +388,12 @@ def _with_answer(sample: Sample, tokens: Tokens) -> Sample:
     return sample
 
 
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _my_share(samples: Sequence[Sample]) -> list[Sample]:
-    if dist.is_available() and dist.is_initialized():
+    if _several():
         return list(samples[dist.get_rank() :: dist.get_world_size()])
     return list(samples)
 
