@@ -48,6 +48,10 @@ def test_a_letter_beyond_the_choices_is_wrong() -> None:
     assert "none of 3 choices" in scorers.get("option_letter", "paper").score("E", ["E"], {"choices": CHOICES}).evidence
 
 
+def test_a_character_whose_upper_case_is_two_letters_is_no_option() -> None:
+    assert scorers.get("option_letter", "paper").score("ß", ["A"], {"choices": CHOICES}).value == 0.0
+
+
 def test_image_accuracy_is_that_of_the_questions_with_an_image() -> None:
     metas = [{"has_image": True}, {"has_image": False}, {"prompt": "<image>\nWhich?"}]
     value, _, figures = scorers.get("option_letter", "paper").aggregate(["A", "B", "B"], [["A"], ["B"], ["A"]], metas)

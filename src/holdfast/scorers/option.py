@@ -60,7 +60,8 @@ class OptionLetter(SampleScorer):
         gold = references[0].strip().upper()
         if found is None:
             return Score(value=0.0, evidence=f"no option letter in {shown(prediction)}")
-        if choices and not 0 <= ord(found) - ord("A") < len(choices):
+        # Upper case may take two characters ("ß"), which is no option's letter either.
+        if choices and not (len(found) == 1 and 0 <= ord(found) - ord("A") < len(choices)):
             return Score(value=0.0, evidence=f"{found} read from {shown(prediction)} is none of {len(choices)} choices")
         return Score(
             value=float(found == gold), evidence=f"{found} read from {shown(prediction)}, gold {shown(references[0])}"
