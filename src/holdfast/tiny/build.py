@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from holdfast.tiny import engine, lexicon, world
 from holdfast.tiny.engine import Ranks, Stage
@@ -132,14 +133,14 @@ def build(out: Path, ranks: Ranks, only: Sequence[str], probe: int) -> None:
     tower = model.model.vision_tower
     log["parameters"] = sum(p.numel() for p in model.parameters())
     say(f"{log['parameters']} parameters, {len(engine.tok.vocabulary())} words")
-    seen = out / "vision.pt"
+    seen = out / "vision.safetensors"
     if "vision" in only:
         result = engine.train_vision(tower, head, VISION, ranks, say)
         record(VISION, result, lambda: engine.vision_accuracy(tower, head, PROBE_SEED))
         if ranks.rank == 0:
-            torch.save(tower.state_dict(), seen)
+            save_file(tower.state_dict(), seen)
     else:
-        tower.load_state_dict(torch.load(seen, weights_only=True))
+        tower.load_state_dict(load_file(seen))
     tower.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     for stage, mix in (
@@ -152,15 +153,15 @@ def build(out: Path, ranks: Ranks, only: Sequence[str], probe: int) -> None:
     ):
         learning = [*trained, *tower.parameters()] if stage is SHARPEN else trained
         tower.requires_grad_(stage is SHARPEN)
-        kept = out / f"{stage.name}.pt"
+        kept = out / f"{stage.name}.safetensors"
         if stage.name in only:
             result = engine.train_language(model, learning, stage, ranks, mix.draw, say)
             if ranks.rank == 0:
-                torch.save(model.state_dict(), kept)
+                save_file(model.state_dict(), kept)
                 save(model, out / "base")
             record(stage, result, lambda: figures(model, probe))
         else:
-            model.load_state_dict(torch.load(kept, weights_only=True))
+            model.load_state_dict(load_file(kept))
     tower.requires_grad_(False)
     if "align" in only:
         result = engine.train_language(model, trained, ALIGN, ranks, world.aligned_example, say)
