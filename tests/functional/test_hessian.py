@@ -307,3 +307,15 @@ def test_overflow_in_a_merged_sum_is_found() -> None:
     gram = InputGram(600, dual=False).update(torch.full((1, 3, 600), 1e25))
     with pytest.raises(NumericalError, match="inf at input column 0"):
         gram.inverse_diagonal()
+
+
+def test_bf16_inputs_are_summed_as_exactly_as_their_float32_copies():
+    # Above width 512 sums are float32, and a CPU multiplies bf16 inputs as bf16.
+    x = torch.randn(1, 1200, 520, generator=torch.Generator().manual_seed(3)).bfloat16()
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    narrow, wide = (InputGram(520).update(inputs).hessian() for inputs in (x, x.float()))
+    exact = 2 * x[0].double().T @ x[0].double()
+    assert narrow.dtype == torch.float32
+    for found in (narrow, wide):
+        assert torch.linalg.norm(found.double() - exact) < 1e-6 * torch.linalg.norm(exact)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before

@@ -11,7 +11,7 @@ a recursion made of matrix products that runs wherever torch runs. docs/design/i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -57,14 +57,29 @@ def add_gram_(total: Float[Tensor, "c c"], x: Float[Tensor, "n c"]) -> None:
     width = 256 if on_cpu else 2048
     # Tensor cores multiply bf16 and fp16 exactly and add in float32; a CPU does so through a float32 copy of the input.
     mixed = not on_cpu and total.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    # The copy of a bf16 input holds bf16 numbers; multiplied as bf16 nothing is rounded, and sums stay float32.
+    lossless = on_cpu and total.dtype == torch.float32 and x.dtype == torch.bfloat16
     x = x if mixed else x.to(total.dtype)
-    for start in range(0, c, width):
-        stop = min(c, start + width)
-        left, right, block = x[:, start:stop].T, x[:, :stop], total[start:stop, :stop]
-        if mixed:
-            block.add_(torch.mm(left, right, out_dtype=torch.float32))
-        else:
-            block.addmm_(left, right)
+    with cpu_products("bf16") if lossless else nullcontext():
+        for start in range(0, c, width):
+            stop = min(c, start + width)
+            left, right, block = x[:, start:stop].T, x[:, :stop], total[start:stop, :stop]
+            if mixed:
+                block.add_(torch.mm(left, right, out_dtype=torch.float32))
+            else:
+                block.addmm_(left, right)
+
+
+@contextmanager
+def cpu_products(precision: str) -> Iterator[None]:
+    """oneDNN's float32 products in `precision` ("ieee", "bf16") while the block runs."""
+    backend: Any = torch.backends.mkldnn.matmul
+    previous = backend.fp32_precision
+    backend.fp32_precision = precision
+    try:
+        yield
+    finally:
+        backend.fp32_precision = previous
 
 
 def mirror_lower_(matrix: Float[Tensor, "c c"]) -> None:
