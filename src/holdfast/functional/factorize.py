@@ -34,10 +34,17 @@ def ieee_matmul() -> Iterator[None]:
 
     Trainers switch TF32 on for the whole process; ten bits of mantissa make a damped Gram matrix indefinite.
     """
-    backends: list[Any] = [getattr(torch.backends, name).matmul for name in ("cuda", "mkldnn")]
+    with _float32_products("ieee", "cuda", "mkldnn"):
+        yield
+
+
+@contextmanager
+def _float32_products(precision: str, *names: str) -> Iterator[None]:
+    """Float32 products of the backends `names` in `precision` ("ieee", "bf16") while the block runs."""
+    backends: list[Any] = [getattr(torch.backends, name).matmul for name in names]
     previous = [b.fp32_precision for b in backends]
     for backend in backends:
-        backend.fp32_precision = "ieee"
+        backend.fp32_precision = precision
     try:
         yield
     finally:
@@ -60,7 +67,7 @@ def add_gram_(total: Float[Tensor, "c c"], x: Float[Tensor, "n c"]) -> None:
     # The copy of a bf16 input holds bf16 numbers; multiplied as bf16 nothing is rounded, and sums stay float32.
     lossless = on_cpu and total.dtype == torch.float32 and x.dtype == torch.bfloat16
     x = x if mixed else x.to(total.dtype)
-    with cpu_products("bf16") if lossless else nullcontext():
+    with _float32_products("bf16", "mkldnn") if lossless else nullcontext():
         for start in range(0, c, width):
             stop = min(c, start + width)
             left, right, block = x[:, start:stop].T, x[:, :stop], total[start:stop, :stop]
@@ -68,18 +75,6 @@ def add_gram_(total: Float[Tensor, "c c"], x: Float[Tensor, "n c"]) -> None:
                 block.add_(torch.mm(left, right, out_dtype=torch.float32))
             else:
                 block.addmm_(left, right)
-
-
-@contextmanager
-def cpu_products(precision: str) -> Iterator[None]:
-    """oneDNN's float32 products in `precision` ("ieee", "bf16") while the block runs."""
-    backend: Any = torch.backends.mkldnn.matmul
-    previous = backend.fp32_precision
-    backend.fp32_precision = precision
-    try:
-        yield
-    finally:
-        backend.fp32_precision = previous
 
 
 def mirror_lower_(matrix: Float[Tensor, "c c"]) -> None:
