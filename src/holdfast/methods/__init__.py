@@ -37,6 +37,8 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "reg_lora": ("holdfast.methods.reg_lora:RegLora", {}),
     "replay": ("holdfast.methods.replay:Replay", {}),
     "cram": ("holdfast.methods.cram:Cram", {}),
+    # Both of them: the edit on finished experts.
+    "cram_hpa": ("holdfast.methods.cram_hpa:CramHpa", {"edit": {"orthogonal": False}}),
     # Ablations of CRAM.
     "cram_no_penalty": ("holdfast.methods.cram:Cram", {"cram": {"penalty": 0.0}}),
     "cram_fixed_rank": ("holdfast.methods.cram:Cram", {"cram": {"rank": {"fixed": True}}}),

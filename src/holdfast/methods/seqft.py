@@ -152,36 +152,63 @@ class SeqFT:
 
     def safety_samples(self, ctx: TaskContext) -> list[Sample]:
         """theta_0's own safe answers. Raises CalibrationError: the stream has none."""
-        limit = self.config.safety_samples if isinstance(self.config, EditingConfig) else None
-        safety = list(ctx.stream.safety_calibration)[:limit]
-        if not safety:
-            raise CalibrationError(
-                f"{self.name} needs safety calibration samples, and stream {ctx.stream.name!r} has none. Give the "
-                "stream `safety_calibration` prompts (theta_0 answers them itself)."
-            )
-        return safety
+        return safety_answers(ctx, self._editing(), self.name)
 
     def curvature(self, ctx: TaskContext, trained: Checkpoint) -> Curvature:
         """The step's calibration: H_s before and H_t after the task by default; kept as curvature.safetensors."""
-        path = ctx.work_dir / "curvature.safetensors"
-        if path.is_file():
-            return Curvature.load(path)
-        config = self.config
-        if not isinstance(config, EditingConfig):
+        return step_curvature(
+            ctx, self._editing(), self.name, before=ctx.previous, after=trained, samples=self.samples(ctx)
+        )
+
+    def _editing(self) -> EditingConfig:
+        if not isinstance(self.config, EditingConfig):
             raise ConfigError(
                 f"{type(self).__name__}.Config must derive from EditingConfig: its edit needs a calibration."
             )
-        found = collect_curvature(
-            ctx.previous,
-            trained,
-            self.safety_samples(ctx),
-            draw(self.samples(ctx), config.task_samples, step_seed(ctx)),
-            config=config.calibration,
-            dtype=config.calibration_dtype,
-            progress=lambda event, done, total, **rest: ctx.progress("calibrate", done=done, total=total),
+        return self.config
+
+
+def safety_answers(ctx: TaskContext, config: EditingConfig, name: str) -> list[Sample]:
+    """theta_0's own safe answers, as many as `config` wants. Raises CalibrationError: the stream has none.
+
+    name: of the method that asks.
+    """
+    safety = list(ctx.stream.safety_calibration)[: config.safety_samples]
+    if not safety:
+        raise CalibrationError(
+            f"{name} needs safety calibration samples, and stream {ctx.stream.name!r} has none. Give the stream "
+            "`safety_calibration` prompts (theta_0 answers them itself)."
         )
-        found.save(path)
-        return found
+    return safety
+
+
+def step_curvature(
+    ctx: TaskContext,
+    config: EditingConfig,
+    name: str,
+    *,
+    before: Checkpoint,
+    after: Checkpoint,
+    samples: Sequence[Sample],
+) -> Curvature:
+    """A step's calibration, H_s on `before` and H_t on `after` by default; kept as curvature.safetensors.
+
+    name: of the method that asks. samples: of the task, from which `config.task_samples` are drawn by the step's seed.
+    """
+    path = ctx.work_dir / "curvature.safetensors"
+    if path.is_file():
+        return Curvature.load(path)
+    found = collect_curvature(
+        before,
+        after,
+        safety_answers(ctx, config, name),
+        draw(samples, config.task_samples, step_seed(ctx)),
+        config=config.calibration,
+        dtype=config.calibration_dtype,
+        progress=lambda event, done, total, **rest: ctx.progress("calibrate", done=done, total=total),
+    )
+    found.save(path)
+    return found
 
 
 def step_seed(ctx: TaskContext) -> int:
@@ -195,4 +222,13 @@ def draw(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
     return [samples[i] for i in sorted(chosen)]
 
 
-__all__ = ["EditingConfig", "KeepUpdate", "SeqFT", "SeqFTConfig", "draw", "step_seed"]
+__all__ = [
+    "EditingConfig",
+    "KeepUpdate",
+    "SeqFT",
+    "SeqFTConfig",
+    "draw",
+    "safety_answers",
+    "step_curvature",
+    "step_seed",
+]
