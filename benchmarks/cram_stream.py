@@ -215,17 +215,14 @@ def abstention(done: Seed, seed: int, skill_count: int) -> dict[str, Any]:
     return found
 
 
-def variant(folder: Path, out: Path, abstain: str, experts: Sequence[Path] | None = None) -> Path:
-    """A copy of a CRAM folder with another rule of abstention, and other weights of its experts where given."""
+def variant(folder: Path, out: Path, abstain: str) -> Path:
+    """A copy of a CRAM folder with another rule of abstention."""
     if not out.exists():
         with new_folder(out) as temporary:
             shutil.copytree(folder, temporary, dirs_exist_ok=True)
             router = json.loads((temporary / ROUTER).read_text())
             router["config"]["abstain"] = abstain
             write_json(temporary / ROUTER, router)
-            for row, expert in zip(router["experts"], experts or (), strict=experts is not None):
-                shutil.rmtree(temporary / row["folder"])
-                shutil.copytree(expert, temporary / row["folder"])
     return out
 
 

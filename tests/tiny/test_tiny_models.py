@@ -41,6 +41,17 @@ def test_the_files_are_small_half_precision_and_of_one_world():
         assert tuple(sorted(words, key=words.__getitem__)) == tokenizer.vocabulary()
 
 
+def test_the_builder_has_the_stages_that_made_the_shipped_files():
+    from dataclasses import asdict
+
+    from holdfast.tiny import build
+
+    log = json.loads((model_path("base").parent / "build-log.json").read_text())
+    for name in build.STAGES:
+        stage = asdict(getattr(build, name.upper()))
+        assert {key: log["stages"][name][key] for key in stage} == stage
+
+
 def test_the_builders_batches_are_the_processors(processor):
     """Training at build time sees what every user's code path sees."""
     from PIL import Image

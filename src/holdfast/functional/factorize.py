@@ -137,9 +137,16 @@ def column_square_sums(factor: Float[Tensor, "c c"]) -> Float[Tensor, " c"]:
         partial[: stop - start, :start].addcmul_(left, left)
         partial[: stop - start, start:stop].addcmul_(corner, corner)
         if number % 64 == 63:
-            total += partial.sum(0, dtype=torch.float64)
+            _add_rows_(total, partial)
             partial.zero_()
-    return total.add_(partial.sum(0, dtype=torch.float64))
+    return _add_rows_(total, partial)
+
+
+def _add_rows_(total: Tensor, rows: Tensor) -> Tensor:
+    """Row by row: a sum in float64 would widen all of them at once."""
+    for row in rows:
+        total += row
+    return total
 
 
 def _lapack(matrix: Tensor) -> Callable[[], None] | None:

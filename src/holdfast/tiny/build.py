@@ -33,7 +33,7 @@ SHARPEN = Stage(name="sharpen", steps=800, batch=64, lr=1.2e-3, warmup=50, seed=
 TALK = Stage(name="talk", steps=600, batch=48, lr=1.5e-3, warmup=50, seed=16)
 SETTLE = Stage(name="settle", steps=500, batch=48, lr=1.5e-3, warmup=40, seed=17)
 FINISH = Stage(name="finish", steps=500, batch=64, lr=1.2e-3, warmup=40, seed=18)
-ALIGN = Stage(name="align", steps=200, batch=64, lr=8e-4, seed=13)
+ALIGN = Stage(name="align", steps=400, batch=64, lr=8e-4, seed=13)
 STAGES = tuple(s.name for s in (VISION, BASE, BIND, SHARPEN, TALK, SETTLE, FINISH, ALIGN))
 PROBE_SEED = 20_000
 
