@@ -183,6 +183,35 @@ def test_the_fused_pass_compiles_without_a_graph_break(make, requests):
         torch.testing.assert_close(compiled(x), linear(x))
 
 
+def test_a_compiled_model_answers_request_after_request_and_breaks_only_as_the_base_does(make, requests, pico_folder):
+    def breaks() -> set[str]:
+        return set(torch._dynamo.utils.counters["graph_break"])
+
+    def compiled(loaded):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        return torch.compile(loaded.model, backend="aot_eager")
+
+    base, loaded = load(pico_folder), load(pico_folder)
+    rows = [requests["warm"][0], requests["cold"][1]]
+    inputs = encode_request(loaded, rows)
+    with torch.no_grad():
+        compiled(base)(**inputs)
+        own = breaks()
+        cram = make(loaded, samples=requests)
+        model = compiled(loaded)
+        for samples in (rows, rows[::-1], requests["maths"][:2]):
+            inputs = encode_request(loaded, samples)
+            expected, weights = answer(cram, samples, inputs)
+            with cram.serving(samples):
+                found = model(**inputs).logits[:, -1]
+            torch.testing.assert_close(found, expected, **TOLERANCE)
+            assert torch.equal(cram.last_routing.weights[:, 0], weights)
+            if samples is rows:
+                assert breaks() <= own
+    torch._dynamo.reset()
+
+
 def test_forced_weights_bypass_the_router(make, requests):
     cram = make(samples=requests)
     samples = requests["warm"][:2]
