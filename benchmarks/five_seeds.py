@@ -44,6 +44,8 @@ METHODS = (
     "largest_change_matched",
     "random_columns_matched",
     "interpolation_matched",
+    "cram",
+    "cram_hpa",
 )
 # Rows that are no method of their own: a method with other options.
 VARIANTS: dict[str, dict[str, Any]] = {

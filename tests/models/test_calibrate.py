@@ -19,8 +19,11 @@ from holdfast.checkpoints.curvature import Curvature
 from holdfast.cli import app
 from holdfast.cli.samples import read_samples, write_samples
 from holdfast.data.types import Sample
+from holdfast.editing.editor import edit_checkpoint
 from holdfast.errors import CalibrationError, ConfigError, StorageError
 from holdfast.functional.hessian import InputGram
+from holdfast.functional.hpa import HpaConfig
+from holdfast.methods.hpa_rule import HpaRule
 from holdfast.models import calibrate, memory
 from holdfast.models.calibrate import CalibrationConfig, collect_curvature, is_calibration_of, samples_sha256
 from holdfast.models.load import LoadedModel, load
@@ -231,6 +234,59 @@ def test_an_out_that_cannot_be_written_is_found_before_the_models_are_loaded(
     out = tmp_path / "file" / "c.safetensors"
     result = CliRunner().invoke(app, arguments(Path("no-model"), "none", files, pictures[0].parent, out))
     assert isinstance(result.exception, StorageError) and "could not be written" in str(result.exception)
+
+
+def lora(base: Path, folder: Path, targets: str) -> Checkpoint:
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    get_peft_model(load(base, device="cpu", trainable=True).model, config).save_pretrained(folder)
+    return Checkpoint(base=str(base), adapters=(str(folder),))
+
+
+def test_of_an_adapter_only_what_it_changes_is_measured(
+    llava_folder: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    tuned = lora(llava_folder, tmp_path / "adapter", r".*language_model.*(v_proj|o_proj)")
+    one, two = (
+        collect_curvature(llava_folder, tuned, samples[:2], samples, device="cpu", adapted_only=only)
+        for only in (True, False)
+    )
+    assert {name.rpartition(".")[2] for name in one.modules} == {"v_proj", "o_proj"}
+    assert len(two.modules) > len(one.modules)
+    for name in one.modules:
+        assert torch.equal(one.safety[name], two.safety[name]) and torch.equal(one.task[name], two.task[name])
+    edited = [
+        edit_checkpoint(
+            llava_folder,
+            tuned,
+            rule=HpaRule(HpaConfig(orthogonal=False)),
+            curvature=c,
+            out=tmp_path / str(len(c.modules)),
+            export="adapter",
+            coefficient="drop",
+            verify=False,
+        )
+        for c in (one, two)
+    ]
+    assert edited[0].layers and edited[0].layers == edited[1].layers
+    files = [tmp_path / str(len(c.modules)) / "adapter_model.safetensors" for c in (one, two)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_without_an_adapter_everything_is_measured(llava_folder: Path, samples: list[Sample]) -> None:
+    asked = collect_curvature(llava_folder, llava_folder, samples[:2], samples, device="cpu", adapted_only=True)
+    assert UP in asked.modules
+
+
+def test_an_adapter_of_other_layers_is_refused(llava_folder: Path, samples: list[Sample], tmp_path: Path) -> None:
+    tuned = lora(llava_folder, tmp_path / "adapter", r".*vision_tower.*q_proj")
+    with pytest.raises(CalibrationError, match="changes no linear layer of the blocks to calibrate"):
+        collect_curvature(llava_folder, tuned, samples[:2], samples, device="cpu", adapted_only=True)
+
+
+def test_an_unknown_linear_is_named(loaded: LoadedModel, samples: list[Sample]) -> None:
+    with pytest.raises(CalibrationError, match=r"has no linear layer model\.none in the blocks"):
+        walk_grams(loaded, samples, lambda layer: None, linears=["model.none"])
 
 
 def test_a_calibration_is_known_by_models_samples_and_options(

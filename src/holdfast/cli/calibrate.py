@@ -31,11 +31,16 @@ def command(
     activations: Annotated[str, typer.Option(help="each, old or new: whose activations.")] = "each",
     on_failure: Annotated[str, typer.Option(help="error, or retry with more damping and record it.")] = "error",
     batch_size: Annotated[int, typer.Option(help="Sequences per forward.")] = 16,
+    every_linear: Annotated[
+        bool, typer.Option("--every-linear", help="Also the layers that an adapter given as --after leaves alone.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out where it exists.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
 ) -> None:
     """Measure which input columns of every layer refusals and the task rest on.
+
+    Where --after is an adapter, only the layers that it changes are measured: all that an edit of it needs.
 
     Under `accelerate launch` the samples are dealt out over the processes and their Grams are summed.
     """
@@ -87,6 +92,7 @@ def command(
             task_samples,
             config=config,
             memory_bytes=memory_bytes,
+            adapted_only=not every_linear,
             dtype=dtype,
             device=device if device is not None or state is None else state.device,
             progress=progress,

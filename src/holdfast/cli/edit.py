@@ -119,7 +119,15 @@ def _own_calibration(
             return curvature
     require_room(out, before, after, export)  # type: ignore[arg-type]
     with bars("calibrating") as progress:
-        curvature = collect_curvature(base, tuned, *sets, config=config, memory_bytes=memory_bytes, progress=progress)
+        curvature = collect_curvature(
+            base,
+            tuned,
+            *sets,
+            config=config,
+            memory_bytes=memory_bytes,
+            adapted_only=True,
+            progress=progress,
+        )
     curvature.save(kept)
     print(f"calibration: kept as {kept}, for --calibration and for this command again")
     return curvature

@@ -204,6 +204,7 @@ def step_curvature(
         safety_answers(ctx, config, name),
         draw(samples, config.task_samples, step_seed(ctx)),
         config=config.calibration,
+        adapted_only=True,
         dtype=config.calibration_dtype,
         progress=lambda event, done, total, **rest: ctx.progress("calibrate", done=done, total=total),
     )

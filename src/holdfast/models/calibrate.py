@@ -7,7 +7,7 @@ import hashlib
 import platform
 import time
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +24,7 @@ from holdfast.data.types import Sample
 from holdfast.errors import CalibrationError, ConfigError, NumericalError
 from holdfast.functional.hessian import Normalization
 from holdfast.functional.inverse import OnFailure
-from holdfast.models.families import decoder_blocks
+from holdfast.models.families import decoder_blocks, editable_linears
 from holdfast.models.load import LoadedModel, default_device, load, parse_dtype, read_config, resolve_dtype
 from holdfast.models.memory import usable_bytes
 from holdfast.models.streaming import load_streamed
@@ -82,6 +82,7 @@ def collect_curvature(
     config: CalibrationConfig | None = None,
     memory_bytes: int | None = None,
     blocks: Collection[int] | None = None,
+    adapted_only: bool = False,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
@@ -97,6 +98,8 @@ def collect_curvature(
         safety: requests with the aligned model's own safe answers. task: samples of the task just learned.
         memory_bytes: bound on what the process (or the GPU) holds; None takes most of what is free.
         blocks: decoder blocks to calibrate, 0-based; None: all.
+        adapted_only: where `after` is `before` under adapters, only the layers that they change: all that an edit of
+            that update needs. An adapter on attention alone saves the widest and slowest Gram of every block.
         seconds: receives the time of each phase; kept out of the result, whose bytes depend on its inputs alone.
 
     Raises: CalibrationError: an empty set, NaN or inf, a Gram that cannot be factorised. ModelError, DataError: as
@@ -117,6 +120,7 @@ def collect_curvature(
     sides: dict[str, _Side] = {}
     held: LoadedModel | None = None
     structure: dict[str, Any] = {}
+    changed = _adapted(before, after) if adapted_only else None
     for (name, samples), source in zip((("safety", safety), ("task", task)), sources, strict=True):
         began = time.perf_counter()
         if held is None or source is not sources[0]:
@@ -134,6 +138,7 @@ def collect_curvature(
             batch_size=config.batch_size,
             memory_bytes=memory_bytes,
             blocks=blocks,
+            linears=None if changed is None else changed(editable_linears(held.model, blocks)),
             progress=progress,
         )
         side.samples = samples
@@ -163,6 +168,31 @@ def collect_curvature(
         "versions": _versions(),
     }
     return Curvature(safety=one.diagonals, task=two.diagonals, meta=meta)
+
+
+def _adapted(before: Source, after: Source) -> Callable[[Iterable[str]], list[str]] | None:
+    """Which of some linear layers the adapters of `after` change, or None where it is not `before` under adapters."""
+    old, new = (s.source if isinstance(s, LoadedModel) else s for s in (before, after))
+    if not isinstance(new, CheckpointLike):
+        return None
+    base, adapters = (old.base, old.adapters) if isinstance(old, CheckpointLike) else (str(old), ())
+    if new.base != base or new.adapters[: len(adapters)] != adapters or len(new.adapters) == len(adapters):
+        return None
+    with open_checkpoint(new) as checkpoint:
+        names, own = checkpoint.names, checkpoint.adapters[len(adapters) :]
+        keys = {key for adapter in own for key in adapter.match(names).values()}
+        # Whole tensors of an adapter; those of its own, which the base has not, are no linear's weight.
+        keys |= {key for adapter in own for name in adapter.saved if (key := names.find(name)) is not None}
+
+    def changed(linears: Iterable[str]) -> list[str]:
+        found = [linear for linear in linears if names.find(f"{linear}.weight") in keys]
+        if not found:
+            raise CalibrationError(
+                f"{new.adapters[-1]} changes no linear layer of the blocks to calibrate; there is nothing to measure."
+            )
+        return found
+
+    return changed
 
 
 def measured_config(before: Source, after: Source, config: CalibrationConfig) -> CalibrationConfig:

@@ -58,6 +58,7 @@ def walk_grams(
     memory_bytes: int | None = None,
     blocks_per_pass: int | None = None,
     blocks: Collection[int] | None = None,
+    linears: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> WalkReport:
     """Run `samples` through the model and hand the Gram of every distinct input to `consumer`, block after block.
@@ -73,10 +74,10 @@ def walk_grams(
         batch_size: sequences per forward; lowered where a budget asks for it.
         memory_bytes: what the process (on a GPU: the device) may hold altogether; None takes most of what is free.
         blocks_per_pass: overrides the budget.
-        blocks: 0-based indices to calibrate; None: all.
+        blocks: 0-based indices to calibrate; None: all. linears: names of linear layers, as in memory; None: all.
 
     Raises: CalibrationError: no samples, no token of the kind asked for, NaN or inf in an activation, a layer that
-        never runs. ConfigError: a budget too small for one block. DataError: as encoding.
+        never runs, no such layer. ConfigError: a budget too small for one block. DataError: as encoding.
     """
     if not samples:
         raise CalibrationError("The calibration set is empty; expected at least one sample.")
@@ -84,7 +85,7 @@ def walk_grams(
         raise ConfigError(f"tokens={tokens!r}; expected one of {', '.join(get_args(Tokens))}.")
     if batch_size < 1 or (blocks_per_pass is not None and blocks_per_pass < 1):
         raise ConfigError(f"batch_size {batch_size} and blocks_per_pass {blocks_per_pass} must be positive.")
-    walk = _Walk(loaded, samples, tokens, normalization, batch_size, memory_bytes, blocks_per_pass, blocks)
+    walk = _Walk(loaded, samples, tokens, normalization, batch_size, memory_bytes, blocks_per_pass, blocks, linears)
     try:
         return walk.run(consumer, progress or _silent)
     finally:
@@ -102,12 +103,20 @@ class _Walk:
         memory_bytes: int | None,
         blocks_per_pass: int | None,
         wanted: Collection[int] | None,
+        names: Collection[str] | None,
     ) -> None:
         self.loaded = loaded
         self.tokens: Tokens = tokens
         self.normalization: Normalization = normalization
         self.blocks = [block for _, block in decoder_blocks(loaded.model)]
         by_block = _linears_by_block(loaded, wanted)
+        # Activations are as wide as the widest layer that runs, whether or not it is calibrated.
+        self.widest = max((linear.in_features for layers in by_block.values() for linear in layers.values()), default=0)
+        if names is not None:
+            unknown = sorted(set(names) - {name for layers in by_block.values() for name in layers})
+            if unknown:
+                raise CalibrationError(f"{loaded.name} has no linear layer {unknown[0]} in the blocks asked for.")
+            by_block = {i: {n: linear for n, linear in layers.items() if n in names} for i, layers in by_block.items()}
         self.linears = {i: by_block.get(i, {}) for i in range(len(self.blocks))}
         self.last = max((i for i, layers in self.linears.items() if layers), default=-1)
         if self.last < 0:
@@ -137,11 +146,8 @@ class _Walk:
         inputs, mask = _encode(self.loaded, self.samples[:1], self.tokens)
         hidden = self.loaded.model.config.get_text_config().hidden_size
         # Inputs held for sharing, their fp32 copies, gate and up and their product, the residual stream.
-        decoder = mask.shape[1] * 4 * (4 * self.widest() + 8 * hidden)
+        decoder = mask.shape[1] * 4 * (4 * self.widest + 8 * hidden)
         return max(decoder, _tower_bytes(self.loaded, inputs))
-
-    def widest(self) -> int:
-        return max(linear.in_features for layers in self.linears.values() for linear in layers.values())
 
     def run(self, consumer: Consumer, progress: Progress) -> WalkReport:
         passes: list[tuple[int, int]] = []
@@ -234,7 +240,7 @@ class _Walk:
     def _choose_stop(self, start: int) -> int:
         if self.blocks_per_pass is not None:
             return min(start + self.blocks_per_pass, self.last + 1)
-        left = self.budget.for_blocks(self.widest(), self.spool)
+        left = self.budget.for_blocks(self.widest, self.spool)
         stop = start
         while stop <= self.last:
             left -= self._block_bytes(stop)
