@@ -10,8 +10,10 @@ import pytest
 import yaml
 from PIL import Image
 
+from holdfast.data import names
 from holdfast.data.streams import load_stream, read_spec, stream_spec
 from holdfast.errors import ConfigError, DataError, UnknownNameError
+from holdfast.stream import record
 
 TRAIN = [
     {
@@ -116,6 +118,29 @@ def test_root_takes_environment_variables_and_an_unset_one_is_named(
 def test_bad_input_is_refused_in_words(tmp_path: Path, change: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         load_stream(write_stream(tmp_path, **change))
+
+
+@pytest.mark.parametrize(("key", "kind"), [("tasks", "tasks"), ("safety", "safety sets")])
+def test_two_names_that_become_one_file_name_are_refused(tmp_path: Path, key: str, kind: str) -> None:
+    path = write_stream(tmp_path)
+    spec = yaml.safe_load(path.read_text())
+    spec[key] = [{"name": name, "format": "qa", "test": "test.json"} for name in ("a b", "b", "a-b")]
+    if key == "safety":
+        spec[key] = [{"name": item["name"], "format": "qa"} for item in spec[key]]
+    message = rf"stream 'mini': the {kind} 'a b' and 'a-b' would write to the same files \('a-b'\)\. Rename one"
+    with pytest.raises(ConfigError, match=message):
+        stream_spec(spec, base=tmp_path)
+    path.write_text(yaml.safe_dump(spec))
+    with pytest.raises(ConfigError, match=message):
+        read_spec(path)
+    # A task and a safety set of one name lie in different files.
+    spec = yaml.safe_load(write_stream(tmp_path).read_text())
+    assert stream_spec({**spec, "safety": [{"name": "dots", "format": "qa"}]}, base=tmp_path).safety[0].name == "dots"
+
+
+@pytest.mark.parametrize("name", ["red team", "red-team", "a -b", "-a.", "图表", "A_b.c", "é è"])
+def test_names_are_checked_by_the_folder_names_of_a_run(name: str) -> None:
+    assert names.slug(name) == record.slug(name)
 
 
 def test_duplicate_test_ids_are_numbered_on_request(tmp_path: Path) -> None:

@@ -144,6 +144,7 @@ def _safety_specs(path: Path) -> tuple[tuple[Any, ...], Path]:
     from collections.abc import Mapping
 
     from holdfast.config import decode
+    from holdfast.data.names import refuse_shared_names
     from holdfast.data.streams import SafetySpec, expand_root, read_yaml
     from holdfast.errors import ConfigError
 
@@ -154,6 +155,7 @@ def _safety_specs(path: Path) -> tuple[tuple[Any, ...], Path]:
     if not isinstance(listed, list) or not listed:
         raise ConfigError(f"{path} names no safety set; list at least one under `safety`.")
     specs = tuple(decode(SafetySpec, item, f"{path}: safety[{i}]") for i, item in enumerate(listed))
+    refuse_shared_names("safety set", [spec.name for spec in specs], str(path))
     return specs, path.parent / expand_root(str(data.get("root", ".")))
 
 

@@ -26,6 +26,7 @@ import yaml
 from holdfast.config import decode
 from holdfast.data.files import expand_braces, missing, read_text
 from holdfast.data.items import refuse_duplicates, rename_duplicates
+from holdfast.data.names import refuse_shared_names
 from holdfast.data.readers import Source, Split, safety_reader, task_reader
 from holdfast.data.types import SafetySet, Sample, Stream, Task
 from holdfast.errors import ConfigError, DataError, HoldfastError
@@ -138,9 +139,7 @@ class StreamSpec:
         if not self.tasks:
             raise ConfigError(f"stream {self.name!r} has no task; list at least one under `tasks`.")
         for kind, names in (("task", [t.name for t in self.tasks]), ("safety set", [s.name for s in self.safety])):
-            double = sorted({name for name in names if names.count(name) > 1})
-            if double:
-                raise ConfigError(f"stream {self.name!r}: {kind} name(s) used twice: {', '.join(double)}.")
+            refuse_shared_names(kind, names, f"stream {self.name!r}")
 
     @property
     def data_root(self) -> Path:
@@ -320,20 +319,29 @@ def build_safety(spec: SafetySpec, root: Path) -> SafetySet:
     )
 
 
-def build_calibration(spec: CalibrationSpec, root: Path) -> tuple[Sample, ...]:
-    """Reads the safety calibration data, ids made unique."""
+def build_calibration(
+    spec: CalibrationSpec,
+    root: Path,
+    *,
+    name: str = "safety_calibration",
+    obtain: str = "Make it with `holdfast calibrate-data`.",
+) -> tuple[Sample, ...]:
+    """Reads the safety calibration data, ids made unique.
+
+    name, obtain: what errors call it, and say of where it comes from.
+    """
     source = Source(
-        name="safety_calibration",
+        name=name,
         split="train",
         root=root,
         files=_files(spec.file),
         images=_files(spec.images),
         options=spec.options,
-        obtain="Make it with `holdfast calibrate-data`.",
+        obtain=obtain,
     )
     samples = rename_duplicates(task_reader(spec.format)(source))
     if not samples:
-        raise DataError(f"safety_calibration: {source.path()} is empty; expected at least one sample.")
+        raise DataError(f"{name}: {source.path()} is empty; expected at least one sample.")
     return tuple(samples[: spec.limit])
 
 
