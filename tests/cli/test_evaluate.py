@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import model_zoo
 from holdfast.cli import app
-from holdfast.errors import ConfigError, RunError, UnknownNameError
+from holdfast.errors import ConfigError, DataError, RunError, UnknownNameError
 
 
 @pytest.fixture
@@ -69,6 +72,76 @@ def test_a_file_of_safety_sets_alone_and_judges_of_ones_own_choice(pico_folder, 
     assert row["judge"] == "keyword_prefix" and row["n"] == 2 and list(row["judges"]) == ["keyword"]
     assert result["scores"] == {} and result["ap"] is None and "benign" not in row
     assert result["masr"] == row["asr"]
+
+
+def test_new_weights_under_the_old_path_are_refused(pico_folder, data, tmp_path):
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    shutil.copytree(pico_folder, model)
+    adapter.mkdir()
+    module = "model.language_model.layers.0.mlp.down_proj"
+    shape = next(t.shape for k, t in load_file(model / "model.safetensors").items() if "layers.0.mlp.down_proj" in k)
+    factors = {"lora_A": torch.ones(1, shape[1]), "lora_B": torch.ones(shape[0], 1)}
+    save_file(
+        {f"base_model.model.{module}.{k}.weight": f for k, f in factors.items()}, adapter / "adapter_model.safetensors"
+    )
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [module]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    args = (model, "--adapter", adapter, "--safety", data / "stream.yaml", "--out", tmp_path / "o", "--limit", 1)
+    call(*args)
+    call(*args)
+
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 2}))
+    with pytest.raises(RunError, match=r"model_sha256.adapters\[0\]: '\w+' -> '\w+'\n.*choose another --out"):
+        call(*args)
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    call(*args)
+
+    weights = load_file(model / "model.safetensors")
+    key = next(k for k in weights if k.endswith("down_proj.weight"))
+    save_file({**weights, key: weights[key] + 1}, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match=r"model_sha256.weights: '\w+' -> '\w+'"):
+        call(*args)
+    shutil.copy(pico_folder / "model.safetensors", model)
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(RunError, match=r"model_sha256.settings: '\w+' -> '\w+'"):
+        call(*args)
+
+
+def test_new_questions_under_the_old_path_are_refused(pico_folder, data, tmp_path):
+    stream = data / "stream.yaml"
+    args = (pico_folder, "--tasks", stream, "--safety", stream, "--out", tmp_path / "o", "--limit", 2)
+    call(*args)
+    tests = json.loads((data / "test.json").read_text())
+    tests[3]["text"] = "Never asked, behind the limit"
+    (data / "test.json").write_text(json.dumps(tests))
+    call(*args)
+
+    tests[0]["text"] = "What is not shown?"
+    (data / "test.json").write_text(json.dumps(tests))
+    with pytest.raises(RunError, match=r"data_sha256.tasks.colour: '\w+' -> '\w+'\nGo back"):
+        call(*args)
+    tests[0] |= {"text": "<image>\nWhat colour? 0", "answer": "blue"}
+    (data / "test.json").write_text(json.dumps(tests))
+    with pytest.raises(RunError, match=r"data_sha256.tasks.colour"):
+        call(*args)
+    (data / "test.json").write_text(json.dumps([{**tests[0], "answer": "red"}, *tests[1:]]))
+    call(*args)
+
+    model_zoo.picture(data / "p.png", (0, 0, 255))  # the same path and as many pixels
+    with pytest.raises(RunError, match=r"(?s)data_sha256.tasks.colour.*data_sha256.safety.own.benign"):
+        call(*args)
+    (data / "p.png").unlink()
+    with pytest.raises(DataError, match=r"p\.png does not exist.*holdfast doctor"):
+        call(*args)
+
+
+def test_two_safety_sets_of_one_file_name_are_refused(pico_folder, data, tmp_path):
+    sets = "safety: [{name: red team, format: qa, options: {unsafe: unsafe.jsonl}}, {name: red-team, format: qa}]\n"
+    (data / "sets.yaml").write_text(sets)
+    for file in (data / "sets.yaml", data / "whole.yaml"):
+        file.write_text(sets if file.stem == "sets" else "name: s\ntasks: [{name: t, test: test.json}]\n" + sets)
+        with pytest.raises(ConfigError, match=r"the safety sets 'red team' and 'red-team' would write to the same"):
+            call(pico_folder, "--safety", file, "--out", tmp_path / "o")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from holdfast.data.types import Turn
 from holdfast.errors import ConfigError, RunError, UnknownNameError
 from holdfast.evaluation import CheckpointEvaluator, EvaluationConfig, JudgeConfig
 from holdfast.evaluation import evaluator as evaluator_module
@@ -99,6 +100,27 @@ def test_answers_to_other_samples_are_refused(ask, pico_stream):
     changed = dataclasses.replace(pico_stream, tasks=[task, *pico_stream.tasks[1:]])
     with pytest.raises(RunError, match=r"answers to other samples than the ones to ask now \(5 rows, 3 samples\)"):
         ask(step=0, stream=changed)
+
+
+@pytest.mark.parametrize("kind", ["task", "safety"])
+def test_an_answer_to_another_prompt_of_the_same_id_is_not_reused(ask, pico_stream, tmp_path, kind):
+    ask(step=0)
+
+    def changed(samples):
+        first, *rest = samples
+        return [dataclasses.replace(first, turns=(Turn(role="user", text="Something else?"),), images=()), *rest]
+
+    (task, *tasks), (safety,) = pico_stream.tasks, pico_stream.safety
+    if kind == "task":
+        task = dataclasses.replace(task, test=changed(task.test))
+    else:
+        safety = dataclasses.replace(safety, unsafe=changed(safety.unsafe))
+    stream = dataclasses.replace(pico_stream, tasks=[task, *tasks], safety=[safety])
+    with pytest.raises(
+        RunError,
+        match=r"another prompt of '\S+' than .*then, 'Something else\?' now\. .*choose another --out, or delete",
+    ):
+        ask(step=0, stream=stream)
 
 
 def test_two_judges_stand_side_by_side_with_their_agreement(ask):

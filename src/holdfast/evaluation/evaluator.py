@@ -244,7 +244,7 @@ def _part(path: Path, side: Side | None = None) -> Path:
 def _stored(path: Path, samples: Sequence[Sample], *, key: str, side: Side | None = None) -> list[str] | None:
     """Answers in a finished file, or None when there is none yet.
 
-    Raises: RunError: it answers other samples than these.
+    Raises: RunError: it answers other samples than these, or other prompts under their ids.
     """
     if not path.is_file():
         return None
@@ -255,6 +255,13 @@ def _stored(path: Path, samples: Sequence[Sample], *, key: str, side: Side | Non
             f"{path} holds answers to other samples than the ones to ask now ({len(rows)} rows, {len(samples)} "
             "samples). The data changed since it was written: choose another --out, or delete this file to ask again."
         )
+    for row, sample in zip(rows, samples, strict=True):
+        if row["prompt"] != sample.prompt:
+            raise RunError(
+                f"{path} holds an answer to another prompt of {sample.id!r} than the one to ask now: {row['prompt']!r} "
+                f"then, {sample.prompt!r} now. The data changed since it was written: choose another --out, or delete "
+                "this file to ask again."
+            )
     return [row[key] for row in rows]
 
 

@@ -1,6 +1,6 @@
 """One checkpoint, asked and judged outside a stream run: a folder with its figures and every answer.
 
-OUT/config.json          what was asked for; the folder belongs to one question
+OUT/config.json          what was asked for, with digests of weights and data; the folder belongs to one question
 OUT/predictions/*.jsonl  every answer with its evidence (see `evaluator`)
 OUT/evaluation.json      {"format", "asked", "scores", "ap", "safety", "masr", "versions"}, written last
 """
@@ -17,6 +17,7 @@ from holdfast.data.types import Stream
 from holdfast.evaluation.answers import ALONE, Share
 from holdfast.evaluation.config import EvaluationConfig
 from holdfast.evaluation.evaluator import CheckpointEvaluator
+from holdfast.evaluation.identity import checkpoint_digests, data_digests
 from holdfast.metrics.intervals import Interval, bootstrap_mean, wilson
 from holdfast.models.load import CheckpointLike
 from holdfast.stream.record import RunDirectory, claim, slug, versions
@@ -36,11 +37,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Asks `checkpoint` every task and safety set of `stream` and writes `out`; called again, it resumes.
 
-    asked: plain data that says what was asked for; `out` is refused when it holds answers to something else.
+    asked: plain data that says what was asked for. Digests of the checkpoint and of the data are added to it, because
+        a path may hold other weights or questions by now; `out` is refused when it holds answers to something else.
     share: this process's part of the answering; processes other than the chief get an empty result.
     Raises: RunError: `out` belongs to another question. Otherwise what loading, asking and judging raise.
     """
     if share.chief:
+        digests = {"model_sha256": checkpoint_digests(checkpoint), "data_sha256": data_digests(stream, config.limit)}
+        asked = {**asked, **digests}
         claim(RunDirectory(out), asked, {})
     share.wait()
     predictions = out / "predictions"
