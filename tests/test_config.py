@@ -64,6 +64,8 @@ def test_an_unknown_key_names_the_nearest_and_where_it_stands() -> None:
         ({"name": "x", "bounds": [0.9, 0.1]}, "bounds must rise"),
         ({"name": "x", "inner": {"rank": True}}, "expected int"),
         ({"name": "x", "inner": {"rate": "fast"}}, "expected a number"),
+        ({"name": "x", "inner": {"rate": float("nan")}}, "inner.rate: found nan .float., expected a finite number"),
+        ({"name": "x", "inner": {"rate": "inf"}}, "expected a finite number"),
         ({"name": "x", "names": "ab"}, "expected a list"),
         ({"name": "x", "inner": 3}, "expected a mapping"),
         ([], "expected a mapping"),

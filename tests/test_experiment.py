@@ -89,6 +89,34 @@ def test_a_changed_file_is_refused_in_an_old_directory(run_file, tmp_path):
         experiment.run(config, tmp_path / "run")
 
 
+def test_changed_calibration_prompts_are_refused_in_an_old_directory(run_file, tmp_path):
+    config = experiment.read_run(run_file())
+    experiment.run(config, tmp_path / "run")
+    prompts = tmp_path / "files" / "prompts.jsonl"
+    prompts.write_text(prompts.read_text().replace("prompts 1", "something else"))
+    with pytest.raises(RunError, match=r"calibration_sha256: '"):
+        experiment.run(config, tmp_path / "run")
+
+
+def test_another_picture_of_the_same_name_is_other_data(run_file, tmp_path):
+    config = experiment.read_run(run_file())
+    experiment.run(config, tmp_path / "run")
+    (tmp_path / "files" / "images" / "b").mkdir()
+    (tmp_path / "files" / "images" / "red.png").rename(tmp_path / "files" / "images" / "b" / "red.png")
+    for file in (tmp_path / "files").glob("*.json"):
+        file.write_text(file.read_text().replace("images/red.png", "images/b/red.png"))
+    with pytest.raises(RunError, match=r"data_sha256\.colour: '"):
+        experiment.run(config, tmp_path / "run")
+
+
+def test_calibration_prompts_that_are_test_prompts_are_refused_before_the_work(run_file, tmp_path):
+    file = run_file(methods=["hpa"])
+    (tmp_path / "files" / "prompts.jsonl").write_text((tmp_path / "files" / "unsafe.jsonl").read_text())
+    with pytest.raises(DataError, match="unsafe-0"):
+        experiment.resolve(experiment.read_run(file), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_injected_pairs_are_learned_and_logged(run_file, tmp_path):
     file = run_file(injection={"fraction": 0.3, "pool": {"format": "qa", "file": "pairs.jsonl"}})
     pairs = [{"id": f"bad-{i}", "prompt": "unsafe", "answer": "sure"} for i in range(3)]
@@ -125,6 +153,15 @@ def test_injected_pairs_are_learned_and_logged(run_file, tmp_path):
         ({"defaults": {"training": {"rank": "4"}}}, ConfigError, r"training\.rank: found '4' \(str\), expected int"),
         ({"evaluation": {"batch_size": 0}}, ConfigError, "batch_size is 0; expected 1 or more"),
         ({"threads": 0}, ConfigError, "threads is 0; expected 1 or more"),
+        ({"seed": -1}, ConfigError, r"seed is -1; expected 0\.\.4000000"),
+        ({"injection": {"fraction": 5}}, ConfigError, r"fraction is 5\.0; expected a share in \(0, 1\]"),
+        ({"methods": {"../../up": {"method": "seqft"}}}, ConfigError, r"label '\.\./\.\./up' cannot be a folder name"),
+        ({"methods": ["a/b"]}, ConfigError, "label 'a/b' cannot be a folder name"),
+        (
+            {"methods": ["hpa"], "safety_calibration": {"judge": "keywrod"}},
+            UnknownNameError,
+            r"judge of this run 'keywrod'\. Did you mean 'keyword'",
+        ),
         ({"stream": "missing.yaml"}, DataError, r"missing\.yaml"),
         ({"tasks": ["colour", "size"]}, DataError, "has no task 'size'"),
     ],
@@ -149,9 +186,10 @@ def test_a_missing_image_an_empty_split_and_a_missing_model_are_named(run_file, 
     (tmp_path / "files" / "name-train.json").write_text("[]")
     with pytest.raises(DataError, match=r"Task 'name', train split .* is empty; expected at least one sample"):
         experiment.run(experiment.read_run(file), tmp_path / "b")
-    config = dataclasses.replace(experiment.read_run(run_file()), model=str(tmp_path / "nowhere"))
-    with pytest.raises((ModelError, CheckpointError), match="nowhere"):
-        experiment.run(config, tmp_path / "c")
+    for model in (str(tmp_path / "nowhere"), "nowhere"):
+        config = dataclasses.replace(experiment.read_run(run_file()), model=model)
+        with pytest.raises((ConfigError, ModelError, CheckpointError), match="nowhere"):
+            experiment.run(config, tmp_path / "c")
 
 
 def test_a_method_that_the_file_does_not_name_gets_its_defaults(run_file):

@@ -7,6 +7,7 @@ was expected. Nothing here knows a particular configuration: dataclasses live ne
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -105,14 +106,15 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, str | Path):
             raise ConfigError(f"{where}: found {_show(value)}, expected a path.")
         return Path(value)
-    if hint is float and isinstance(value, str):
+    if hint is float and isinstance(value, str | int | float) and not isinstance(value, bool):
         # YAML reads `1e-4` (no dot) as a string; a user means the number.
         try:
-            return float(value)
+            number = float(value)
         except ValueError:
             raise ConfigError(f"{where}: found {_show(value)}, expected a number.") from None
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        if not math.isfinite(number):
+            raise ConfigError(f"{where}: found {_show(value)}, expected a finite number.")
+        return number
     if isinstance(hint, type):
         if isinstance(value, hint) and not (isinstance(value, bool) and hint in (int, float)):
             return value

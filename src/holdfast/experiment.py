@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -42,12 +43,15 @@ from holdfast.data.types import Sample, Stream, Turn
 from holdfast.errors import ConfigError, RunError, UnknownNameError, nearest, unknown_name
 from holdfast.evaluation.config import EvaluationConfig
 from holdfast.parallel import run_methods
-from holdfast.stream.protocol import Checkpoint, Method, silent
+from holdfast.stream.protocol import Checkpoint, ChecksStream, Method, silent
 from holdfast.stream.record import RunDirectory
 from holdfast.stream.runner import StreamRun
 from holdfast.stream.summary import write_summary
 
 Progress = Callable[..., None]
+
+# A step's seed is a thousand times the run's and more, and numpy takes 32 bits.
+MAX_SEED = 4_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,10 @@ class InjectionConfig:
 
     fraction: float
     pool: CalibrationSpec | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"fraction is {self.fraction}; expected a share in (0, 1], such as 0.001 for 0.1 %.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +115,8 @@ class RunConfig:
             raise ConfigError("methods is empty; name at least one (`holdfast list methods`).")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads is {self.threads}; expected 1 or more, or null.")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed is {self.seed}; expected 0..{MAX_SEED}.")
 
 
 def read_run(path: Path | str) -> RunConfig:
@@ -138,7 +148,7 @@ def decode_run(data: Mapping[str, Any], *, base: Path, where: str = "run") -> Ru
 
 def only(config: RunConfig, names: Sequence[str]) -> RunConfig:
     """`config` with these methods alone; one that the file does not name gets the file's defaults."""
-    return replace(config, methods={name: config.methods.get(name, {}) for name in names})
+    return replace(config, methods={name: config.methods.get(name, {}) for name in map(_label, names)})
 
 
 def build_methods(config: RunConfig, names: Sequence[str] | None = None) -> dict[str, Method]:
@@ -216,8 +226,9 @@ class Experiment:
                 "model_fingerprint": identity,
                 "stream": config.stream,
                 "tasks": config.tasks,
-                "data_sha256": {task.name: _digest([*task.train, *task.test]) for task in self.stream.tasks}
-                | {s.name: _digest([*s.unsafe, *s.benign]) for s in self.stream.safety},
+                "data_sha256": {task.name: self._digest([*task.train, *task.test]) for task in self.stream.tasks}
+                | {s.name: self._digest([*s.unsafe, *s.benign]) for s in self.stream.safety},
+                "calibration_sha256": self._digest(self.stream.safety_calibration),
                 "evaluation": config.evaluation,
                 "safety_calibration": config.safety_calibration,
                 "injection": config.injection,
@@ -226,6 +237,18 @@ class Experiment:
                 "threads": config.threads,
             }
         )
+
+    def _digest(self, samples: Sequence[Sample]) -> str:
+        """Of ids, words and image paths under the data root; pictures are not read, a stream may hold a million."""
+        root, digest = self.stream.root, hashlib.sha256()
+
+        def place(path: Path) -> str:
+            return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
+        for s in samples:
+            turns = [(t.role, t.text) for t in s.turns]
+            digest.update(repr((s.id, turns, [place(p) for p in s.images], s.references)).encode())
+        return digest.hexdigest()[:16]
 
     def evaluator(self) -> Any:
         from holdfast.evaluation import CheckpointEvaluator
@@ -240,8 +263,9 @@ class Experiment:
             if self.injected:
                 write_json(self.out / "injected.json", [log.to_json() for log in self.injected])
             self._convert_theta_0()
-            run.evaluate_theta_0(self.evaluator())
+            # The shorter of the two first: where theta_0 gives no safe answers, nobody waits for its scores.
             self.with_own_answers()
+            run.evaluate_theta_0(self.evaluator())
             yield
 
     def _convert_theta_0(self) -> None:
@@ -276,9 +300,7 @@ class Experiment:
         from holdfast.models.own_answers import own_safe_answers
 
         config, evaluation = self.config.safety_calibration, self.config.evaluation
-        chosen = next((j for j in evaluation.judges if config.judge in (None, j.name)), None)
-        if chosen is None:
-            raise unknown_name("judge of this run", str(config.judge), [j.name for j in evaluation.judges])
+        chosen = _own_judge(self.config)
         judge = judges.get(chosen.name, **chosen.options)
 
         def is_safe(samples: Sequence[Sample], replies: Sequence[str]) -> list[bool]:
@@ -316,6 +338,7 @@ def resolve(
     for task in stream.tasks:
         if not task.train:
             raise ConfigError(f"Task {task.name!r} has no training split; a stream is trained on every task.")
+    _check_model(config.model)
     if config.safety_calibration.prompts is not None:
         asked = build_safety(config.safety_calibration.prompts, stream.root).unsafe
         stream = replace(stream, safety_calibration=[replace(s, turns=s.request, references=()) for s in asked])
@@ -323,8 +346,22 @@ def resolve(
     if config.injection is not None and config.injection.pool is not None:
         from holdfast.data.injection import inject_stream
 
-        pool = build_calibration(config.injection.pool, stream.root)
+        pool = build_calibration(
+            config.injection.pool,
+            stream.root,
+            name="injection.pool",
+            obtain="It holds harmful requests with answers that comply.",
+        )
         stream, injected = inject_stream(stream, pool, fraction=config.injection.fraction, seed=config.seed)
+    unanswered = [sample for sample in stream.safety_calibration if sample.answer is None]
+    if unanswered:
+        from holdfast.models.own_answers import refuse_overlap
+
+        _own_judge(config)
+        refuse_overlap(unanswered, [(s.name, [*s.unsafe, *s.benign]) for s in stream.safety])
+    for method in built.values():
+        if isinstance(method, ChecksStream):
+            method.check_stream(stream)
     return Experiment(config=config, out=Path(out), stream=stream, methods=built, injected=injected, progress=progress)
 
 
@@ -357,17 +394,43 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def _own_judge(config: RunConfig) -> Any:
+    """The judge of theta_0's own answers. Raises UnknownNameError: none of the run's has the name."""
+    wanted, judges = config.safety_calibration.judge, config.evaluation.judges
+    chosen = next((judge for judge in judges if wanted in (None, judge.name)), None)
+    if chosen is None:
+        raise unknown_name("judge of this run", str(wanted), [judge.name for judge in judges])
+    return chosen
+
+
+def _check_model(model: str) -> None:
+    """A path that is none. Whether a hub id can be had is asked when it is opened."""
+    path = Path(model).expanduser()
+    if not path.is_dir() and (path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2):
+        raise ConfigError(f"model: {model} is no folder; expected a model folder or a hub id (owner/name).")
+
+
+def _label(name: str) -> str:
+    """Labels are folder names of a run directory."""
+    if not re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9._+-]*", name):
+        raise ConfigError(
+            f"methods: label {name!r} cannot be a folder name; use letters, digits, '-', '_', '.', and begin with a "
+            "letter or digit."
+        )
+    return name
+
+
 def _method_options(value: Any) -> dict[str, Mapping[str, Any]]:
     """`methods` of a run file: a list of names, or label -> options (null for none)."""
     if isinstance(value, str):
-        return {value: {}}
+        return {_label(value): {}}
     if isinstance(value, Mapping):
         for name, options in value.items():
             if options is not None and not isinstance(options, Mapping):
                 raise ConfigError(f"methods.{name}: found {options!r}, expected a mapping of options.")
-        return {str(name): dict(options or {}) for name, options in value.items()}
+        return {_label(str(name)): dict(options or {}) for name, options in value.items()}
     if isinstance(value, Sequence) and all(isinstance(name, str) for name in value):
-        return {name: {} for name in value}
+        return {_label(name): {} for name in value}
     raise ConfigError(f"methods: found {value!r}, expected a list of names or a mapping from names to options.")
 
 
@@ -386,16 +449,6 @@ def _option_names(name: str) -> set[str]:
 
 def _recorded(method: Any) -> dict[str, Any]:
     return {"class": f"{type(method).__module__}:{type(method).__name__}", **encode(method.config)}
-
-
-def _digest(samples: Sequence[Sample]) -> str:
-    """Of ids, words and image paths; pictures are not read, a stream may hold a million."""
-    digest = hashlib.sha256()
-    for s in samples:
-        digest.update(
-            repr((s.id, [(t.role, t.text) for t in s.turns], [p.name for p in s.images], s.references)).encode()
-        )
-    return digest.hexdigest()[:16]
 
 
 def _answered(sample: Sample, answer: str) -> Sample:

@@ -87,3 +87,30 @@ def test_shipped_streams_say_what_to_obtain(name: str, tmp_path: Path) -> None:
     assert code == 1 and "to obtain" in text and "Hugging Face" in text
     code, text = run(path, "--root", tmp_path)
     assert code == 1 and "does not exist" in text
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"methods": ["hpaa"]}, "hpaa"),
+        ({"methdos": ["seqft"]}, "Did you mean 'methods'"),
+        ({"model": "/nonexistent/model"}, "/nonexistent/model is no folder"),
+        ({"injection": {"fraction": 0.5, "pool": {"file": "none.json"}}}, "injection.pool"),
+        ({"injection": {"fraction": 5}}, "expected a share in (0, 1]"),
+        (
+            {"safety_calibration": {"prompts": {"name": "p", "format": "qa", "options": {"unsafe": "gone.json"}}}},
+            "gone",
+        ),
+        ({"methods": ["seqft", "hpa"]}, "hpa needs safety calibration samples"),
+        ({"methods": {"../up": {"method": "seqft"}}}, "cannot be a folder name"),
+    ],
+)
+def test_a_run_file_is_checked_beyond_its_stream(stream: Path, change: dict[str, Any], message: str) -> None:
+    path = stream.parent / "run.yaml"
+    sound = {"model": "owner/name", "stream": "s.yaml", "methods": ["seqft"]}
+    path.write_text(json.dumps(sound))
+    code, text = run(path)
+    assert code == 0 and "ready to run" in text
+    path.write_text(json.dumps(sound | change))
+    code, text = run(path)
+    assert code == 1 and message in " ".join(text.split()), text

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from holdfast.data.streams import StreamSpec, TaskSpec
+from holdfast.errors import CalibrationError
 from holdfast.evaluation import EvaluationConfig
 from holdfast.experiment import Experiment, RunConfig, build_methods
 from holdfast.methods import METHODS
-from holdfast.stream.protocol import Method, silent
+from holdfast.stream.protocol import ChecksStream, Method, silent
 from holdfast.stream.summary import summarize_run
 
 MakeExperiment = Callable[..., Experiment]
@@ -114,6 +116,20 @@ def test_it_learns_both_tasks_and_writes_every_record(finished, pico_stream):
     steps = sorted((out / "methods" / name).glob("*-*"))
     assert all((step / "record.json").is_file() and not (step / "scratch").exists() for step in steps)
     assert json.loads((out / "config.json").read_text())["methods"][name]["training"]["rank"] == 4
+
+
+def test_without_safety_answers_it_says_so_at_once_or_needs_none(finished, pico_stream, tmp_path):
+    """Either before anything is computed, or never: not after an hour of training."""
+    name, _, make = finished
+    made = make(tmp_path / "run")
+    stream = replace(pico_stream, safety_calibration=[])
+    method = made.methods[name]
+    if isinstance(method, ChecksStream):
+        try:
+            method.check_stream(stream)
+        except CalibrationError:
+            return
+    run(replace(made, stream=replace(stream, tasks=stream.tasks[:1])), name)
 
 
 def test_a_second_call_recomputes_nothing(finished):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,13 @@ def test_a_long_sample_is_cut_and_counted_never_into_its_images(loaded, samples,
     long = Sample.single("long", f"<image>\n{request}", "red " * 30, images=samples[0].images)
     result = run(loaded, [long], tmp_path, config={"max_length": 100, "max_steps": 2, "batch_size": 1})
     assert result.cut == 2
+    short_context = replace(loaded)
+    short_context.__dict__["context_length"] = 120  # what the model's configuration would say
+    one = {"max_steps": 1, "batch_size": 1}
+    assert run(short_context, [long], tmp_path / "cut", config={"max_length": 100, **one}).cut == 1
+    for bound in (None, 150):
+        with pytest.raises(DataError, match=r"'long' is \d+ tokens long .* has a context of 120"):
+            run(short_context, [long], tmp_path / "whole", config={"max_length": bound})
     with pytest.raises(DataError, match=r"'long' is \d+ tokens long and max_length 5 would cut into its images"):
         run(loaded, [long], tmp_path, config={"max_length": 5})
 
@@ -144,7 +152,9 @@ def test_a_loss_that_is_not_finite_names_step_and_last_good_state(loaded, sample
         passes.append(1)
         return torch.tensor(float("nan") if len(passes) == 4 else 0.0)
 
-    with pytest.raises(TrainingError, match=r"loss is nan at step 4 of 6.*Last good state: .*checkpoint-2"):
+    with pytest.raises(
+        TrainingError, match=r"loss is nan at step 4 of 6.*finite state.* is .*checkpoint-2\..*another --out"
+    ):
         run(loaded, samples, tmp_path / "a", penalty=breaks_at_the_fourth, config={"save_steps": 2})
     passes.clear()
     with pytest.raises(TrainingError, match="Last good state: the checkpoint that this task started from"):

@@ -13,7 +13,9 @@ def command(
     root: Annotated[Path | None, typer.Option(help="Data root, instead of the file's own.")] = None,
     model: Annotated[Path | None, typer.Option(help="Model folder: estimate memory for it.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size of the memory estimate.")] = 1,
-    images: Annotated[int, typer.Option(min=0, help="Decode so many images of each split.")] = 200,
+    images: Annotated[
+        int, typer.Option(min=0, help="Decode so many images of each split; that it is there is asked of every one.")
+    ] = 200,
     all_images: Annotated[bool, typer.Option("--all-images", help="Decode every image.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -35,6 +37,7 @@ def command(
         if samples is not None:
             for level, text in scorer_problems(task.scorer, task.scorer_mode, task.scorer_options, samples):
                 diagnosis.add(level, f"{task.name}, scorer", text)  # type: ignore[arg-type]
+    _examine_run(stream, root, diagnosis)
     memory = _memory(model, diagnosis, batch_size) if model is not None else {}
     if json_:
         plain = {
@@ -50,6 +53,28 @@ def command(
         _show(diagnosis, memory, batch_size)
     if not diagnosis.ok:
         raise typer.Exit(1)
+
+
+def _examine_run(file: Path, root: Path | None, diagnosis: Any) -> None:
+    """What a run file says beside its stream: keys, methods, model, judges, what is injected and calibrated on."""
+    from dataclasses import replace
+
+    from holdfast import experiment
+    from holdfast.data.streams import read_yaml
+    from holdfast.errors import HoldfastError
+
+    if not {"model", "methods"} & set(read_yaml(file)):
+        return
+    try:
+        config = experiment.read_run(file)
+        if root is not None:
+            config = replace(config, stream=replace(config.stream, root=str(root.absolute())))
+        experiment.build_methods(config)
+        # With the stream's own data at fault there is nothing more to ask.
+        if diagnosis.ok:
+            experiment.resolve(config, Path("unused"))
+    except HoldfastError as error:
+        diagnosis.add("error", f"run file {file.name}", str(error))
 
 
 def _memory(folder: Path, diagnosis: Any, batch_size: int) -> dict[str, Any]:

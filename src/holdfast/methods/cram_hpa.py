@@ -11,12 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from holdfast.data.types import Stream
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.errors import ConfigError
 from holdfast.functional.hpa import HpaConfig
 from holdfast.methods.cram import Cram, CramMethodConfig
 from holdfast.methods.hpa_rule import HpaRule
-from holdfast.methods.seqft import EditingConfig, step_curvature, step_seed
+from holdfast.methods.seqft import EditingConfig, safety_answers, step_curvature, step_seed
 from holdfast.stream.protocol import Checkpoint, TaskContext
 
 
@@ -43,6 +44,10 @@ class CramHpa(Cram):
 
     def __init__(self, config: CramHpaConfig | None = None, *, name: str = "cram_hpa") -> None:
         super().__init__(config, name=name)
+
+    def check_stream(self, stream: Stream) -> None:
+        """Raises CalibrationError: the stream has no safety calibration samples."""
+        safety_answers(stream, self.config, self.name)
 
     def final_expert(self, ctx: TaskContext, trained: Checkpoint) -> Path:
         out = ctx.scratch_dir / "edited"

@@ -36,6 +36,8 @@ class SafeDelta(GramSweep):
     Config = SafeDeltaConfig
     config: SafeDeltaConfig
 
+    needs_safety_answers = True
+
     def gram_source(self, ctx: TaskContext, trained: Checkpoint) -> tuple[Checkpoint, Sequence[Sample]]:
         return ctx.previous, self.safety_samples(ctx)
 

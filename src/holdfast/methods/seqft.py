@@ -15,7 +15,7 @@ from torch import Tensor
 
 from holdfast.checkpoints.curvature import Curvature
 from holdfast.checkpoints.storage import write_json
-from holdfast.data.types import Sample
+from holdfast.data.types import Sample, Stream
 from holdfast.editing import DenseEdit, EditRule, Layer, LoraEdit
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.errors import CalibrationError, ConfigError
@@ -95,6 +95,16 @@ class SeqFT:
         """The rule of one step, for an edit that depends on more than options."""
         return self.rule()
 
+    @property
+    def needs_safety_answers(self) -> bool:
+        """Whether a step calibrates on theta_0's own safe answers."""
+        return self.rule().needs_curvature
+
+    def check_stream(self, stream: Stream) -> None:
+        """Raises CalibrationError: the stream has no safety calibration samples, and a step needs them."""
+        if self.needs_safety_answers:
+            safety_answers(stream, self._editing(), self.name)
+
     def begin_task(self, ctx: TaskContext) -> None:
         """Nothing to prepare."""
 
@@ -152,7 +162,7 @@ class SeqFT:
 
     def safety_samples(self, ctx: TaskContext) -> list[Sample]:
         """theta_0's own safe answers. Raises CalibrationError: the stream has none."""
-        return safety_answers(ctx, self._editing(), self.name)
+        return safety_answers(ctx.stream, self._editing(), self.name)
 
     def curvature(self, ctx: TaskContext, trained: Checkpoint) -> Curvature:
         """The step's calibration: H_s before and H_t after the task by default; kept as curvature.safetensors."""
@@ -168,15 +178,15 @@ class SeqFT:
         return self.config
 
 
-def safety_answers(ctx: TaskContext, config: EditingConfig, name: str) -> list[Sample]:
+def safety_answers(stream: Stream, config: EditingConfig, name: str) -> list[Sample]:
     """theta_0's own safe answers, as many as `config` wants. Raises CalibrationError: the stream has none.
 
     name: of the method that asks.
     """
-    safety = list(ctx.stream.safety_calibration)[: config.safety_samples]
+    safety = list(stream.safety_calibration)[: config.safety_samples]
     if not safety:
         raise CalibrationError(
-            f"{name} needs safety calibration samples, and stream {ctx.stream.name!r} has none. Give the stream "
+            f"{name} needs safety calibration samples, and stream {stream.name!r} has none. Give the stream "
             "`safety_calibration` prompts (theta_0 answers them itself)."
         )
     return safety
@@ -201,7 +211,7 @@ def step_curvature(
     found = collect_curvature(
         before,
         after,
-        safety_answers(ctx, config, name),
+        safety_answers(ctx.stream, config, name),
         draw(samples, config.task_samples, step_seed(ctx)),
         config=config.calibration,
         adapted_only=True,

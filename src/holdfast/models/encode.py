@@ -37,10 +37,13 @@ def encode_request(loaded: LoadedModel, samples: Sequence[Sample], *, keep_answe
     return inputs
 
 
-def encode_training(loaded: LoadedModel, samples: Sequence[Sample]) -> Inputs:
+def encode_training(loaded: LoadedModel, samples: Sequence[Sample], *, cut_at: int | None = None) -> Inputs:
     """Inputs with `labels`: right padded, every assistant token a target, all else -100.
 
     An answer that the template leaves without an end token gets one: otherwise a tuned model never learns to stop.
+
+    cut_at: tokens that the caller will cut every sample to; what it cuts off need not fit into the context.
+
     Raises: DataError: as `encode_request`; also a sample without an assistant turn, an empty answer, or a sample longer
         than the context.
     """
@@ -52,7 +55,7 @@ def encode_training(loaded: LoadedModel, samples: Sequence[Sample]) -> Inputs:
         inputs = _encode_suffix(loaded, samples)
     else:
         inputs = _encode_labelled(loaded, samples)
-    _check_context(loaded, samples, inputs, room=0)
+    _check_context(loaded, samples, inputs, room=0, cut_at=cut_at)
     return inputs
 
 
@@ -278,13 +281,15 @@ def _check_nonempty(samples: Sequence[Sample]) -> None:
         raise DataError("There is no sample to encode; expected at least one.")
 
 
-def _check_context(loaded: LoadedModel, samples: Sequence[Sample], inputs: Inputs, *, room: Literal[0, 1]) -> None:
+def _check_context(
+    loaded: LoadedModel, samples: Sequence[Sample], inputs: Inputs, *, room: Literal[0, 1], cut_at: int | None = None
+) -> None:
     bound = loaded.context_length
     if bound is None:
         return
     lengths = inputs["attention_mask"].sum(dim=1).tolist()
     for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
-        if length + room > bound:
+        if length + room > bound and (cut_at is None or cut_at > bound):
             answer = int((inputs["labels"][row] != IGNORED_LABEL).sum()) if "labels" in inputs else 0
             raise DataError(
                 f"Sample {sample.id!r} is {length} tokens long ({length - answer} of request and images, {answer} of "

@@ -91,6 +91,14 @@ class Method(Protocol):
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint: ...
 
 
+@runtime_checkable
+class ChecksStream(Protocol):
+    """A method that cannot run on every stream, and says so before anything is computed."""
+
+    def check_stream(self, stream: Any) -> None:
+        """Raises the error that its first step would end in."""
+
+
 class Evaluator(Protocol):
     """Asks a checkpoint every task so far and every safety set; returns the rows of a record (schema: stream.record).
 

@@ -164,7 +164,7 @@ class _Encode:
         return {**self._encoded(samples), **(self.extras(samples) if self.extras else {})}
 
     def _encoded(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        inputs = encode_training(self.loaded, samples)
+        inputs = encode_training(self.loaded, samples, cut_at=self.max_length)
         length = inputs["input_ids"].shape[1]
         if self.max_length is None or length <= self.max_length:
             return inputs
@@ -321,21 +321,29 @@ def _publish(wrapped: PeftModel, out: Path) -> None:
     temporary.replace(out)
 
 
+# A run directory belongs to one configuration, so the same command would meet the same end.
+_WAY_OUT = (
+    "A lower learning_rate or a longer warm-up goes under another label of `methods` (`gentle: {method: ..., training: "
+    "{...}}`), or into another --out."
+)
+
+
 def _check_finite(wrapped: PeftModel, total: int) -> None:
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise TrainingError(
                 f"{name} holds values that are not finite after step {total}. The checkpoint that the task started "
-                "from is untouched; lower learning_rate and repeat the command."
+                f"from is untouched. {_WAY_OUT}"
             )
 
 
 def _not_finite(what: str, value: float, step: int, total: int, args: TrainingArguments) -> TrainingError:
     state = _last_state(Path(str(args.output_dir)))
-    good = f"the trainer's state in {state}" if state else "the checkpoint that this task started from"
+    saved = f" The trainer's last finite state, perhaps on its way there, is {state}." if state else ""
     return TrainingError(
-        f"The {what} is {value} at step {step} of {total}; training stopped before it was applied. Last good state: "
-        f"{good}. Lower learning_rate (now {args.learning_rate:g}), lengthen the warm-up, or look for a damaged sample."
+        f"The {what} is {value} at step {step} of {total}; training stopped before it was applied (learning_rate "
+        f"{args.learning_rate:g}). Last good state: the checkpoint that this task started from.{saved} Look for a "
+        f"damaged sample, or tune more gently. {_WAY_OUT}"
     )
 
 
