@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import html
+import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -17,8 +20,9 @@ from holdfast.errors import RunError, UnknownNameError
 from holdfast.metrics.continual import summarize
 from holdfast.reports import write_report
 from holdfast.reports.card import write_card
-from holdfast.reports.compare import difference, group_runs
-from holdfast.reports.load import load_run
+from holdfast.reports.compare import Entry, Group, difference
+from holdfast.reports.load import load_run, read_rows
+from holdfast.reports.seeds import group_runs
 
 METHODS = {"seqft": 0.6, "hpa": 0.9, "largest_change": 0.8}
 
@@ -31,6 +35,27 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(run: Path) -> str:
     return write_report([run]).html.read_text(encoding="utf-8")
+
+
+def configure(run: Path, *, methods: dict[str, Any] | None = None, **config: Any) -> Path:
+    """Record other settings in a run's config.json: of the methods, and those they share."""
+    path = run / "config.json"
+    data = json.loads(path.read_text())
+    data["config"] |= config
+    data["methods"] |= methods or {}
+    path.write_text(json.dumps(data))
+    return run
+
+
+def cut(run: Path, method: str, *, after: int) -> Path:
+    """As if the run had been killed while `method` learned task `after` + 1."""
+    for step in range(after, len(fake_run.TASKS)):
+        (run / f"methods/{method}/{step + 1}-{fake_run.TASKS[step]}/record.json").unlink()
+    return run
+
+
+def entries_of(group: Group) -> dict[str, Entry]:
+    return {entry.label: entry for entry in group.entries}
 
 
 class _Tags(HTMLParser):
@@ -118,7 +143,8 @@ def test_a_clear_difference_is_told_from_noise(tmp_path: Path) -> None:
         for s in range(4)
     ]
     (group,) = group_runs(runs)
-    better, twin = difference(group, "better", "a", "AP"), difference(group, "twin", "a", "AP")
+    rows = entries_of(group)
+    better, twin = (difference(rows[name], rows["a"], "AP") for name in ("better", "twin"))
     assert better is not None and better.low > 0.1
     assert twin is not None and twin.low < 0 < twin.high
 
@@ -128,6 +154,110 @@ def test_an_unfinished_run_is_shown_as_far_as_it_got(tmp_path: Path) -> None:
     view = load_run(run)
     assert view.methods["hpa"].finished == 1
     assert "seqft 1/3 tasks" in write_report([run]).html.read_text(encoding="utf-8")
+
+
+def test_an_unfinished_method_is_marked_wherever_it_stands_beside_finished_ones(tmp_path: Path) -> None:
+    run = cut(fake_run.write_run(tmp_path / "run", methods=METHODS), "hpa", after=2)
+    files = write_report([run])
+    page, table = files.html.read_text(encoding="utf-8"), (run / "table.md").read_text(encoding="utf-8")
+    assert "<td>hpa (2 of 3 tasks)</td>" in page and "<td>hpa</td>" not in page and "<dt>hpa<" not in page
+    assert "| hpa (2 of 3 tasks) |" in table and "| seqft |" in table
+    assert "hpa (2 of 3 tasks) is not compared with seqft: they finished different numbers of tasks." in files.lines
+    assert any(line.startswith("largest_change against seqft: AP") for line in files.lines)
+    drawn = [svg for svg in page.split("<svg")[1:] if "hpa" in svg]
+    assert drawn and all("hpa (2 of 3 tasks)" in svg for svg in drawn)
+    assert "| hpa (2 of 3 tasks) |" in write_card(run, "hpa").read_text(encoding="utf-8")
+
+
+def test_runs_that_finished_different_numbers_of_tasks_are_not_averaged(tmp_path: Path) -> None:
+    runs = [fake_run.write_run(tmp_path / str(s), methods=METHODS, seed=s) for s in range(3)]
+    cut(runs[2], "hpa", after=2)
+    (group,) = group_runs([load_run(run) for run in runs])
+    rows = entries_of(group)
+    assert list(rows) == [
+        "seqft",
+        "hpa (2 of 3 seeds)",
+        "hpa (2 of 3 tasks, 1 of 3 seeds)",
+        "largest_change",
+    ]
+    assert list(rows["hpa (2 of 3 seeds)"].views) == [0, 1]
+    files = write_report(runs, tmp_path / "out")
+    table = (tmp_path / "out/table.md").read_text(encoding="utf-8")
+    lines = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("|")}
+    assert "±" in lines["seqft"] and "±" in lines["hpa (2 of 3 seeds)"]
+    assert "±" not in lines["hpa (2 of 3 tasks, 1 of 3 seeds)"]
+    assert any(line.startswith("hpa (2 of 3 seeds) against seqft: AP") for line in files.lines)
+    assert difference(rows["hpa (2 of 3 tasks, 1 of 3 seeds)"], rows["seqft"], "AP") is None
+
+
+def test_runs_of_other_settings_stand_side_by_side_and_are_named_by_them(tmp_path: Path) -> None:
+    runs = []
+    for seed, rate in ((0, 1e-4), (1, 1e-4), (0, 3e-4)):
+        run = fake_run.write_run(tmp_path / f"{seed}-{rate}", methods=METHODS, seed=seed)
+        runs.append(configure(run, methods={name: {"training": {"learning_rate": rate}} for name in METHODS}))
+    groups = group_runs([load_run(run) for run in runs])
+    assert [len(group.runs) for group in groups] == [2, 1]
+    assert [group.title for group in groups] == [
+        "fake, clean data, training.learning_rate 0.0001",
+        "fake, clean data, training.learning_rate 0.0003",
+    ]
+    files = write_report([runs[0], runs[2]], tmp_path / "out")
+    page = files.html.read_text(encoding="utf-8")
+    assert "seeds" not in page.split("How this was run")[0] and "training.learning_rate 0.0003" in page
+    assert len(set(files.pngs)) == len(files.pngs) == 2 * len(write_report([runs[0]], tmp_path / "one").pngs)
+
+
+def test_seeds_of_one_thing_may_differ_in_places_and_in_what_the_seed_draws(tmp_path: Path) -> None:
+    runs = [fake_run.write_run(tmp_path / str(s), methods=METHODS, seed=s) for s in range(2)]
+    for seed, run in enumerate(runs):
+        stream = {"tasks": [{"train": "t.json"}], "root": f"/data/{seed}", "description": f"Seed {seed}."}
+        digests = {"data_sha256": {"shapes": f"{seed}"}, "calibration_sha256": f"{seed}"}
+        configure(run, model=f"/models/{seed}", model_fingerprint="f", stream=stream, **digests)
+    assert [len(group.runs) for group in group_runs([load_run(run) for run in runs])] == [2]
+    configure(runs[1], model_fingerprint="g")
+    titles = [group.title for group in group_runs([load_run(run) for run in runs])]
+    assert titles == ["fake, clean data, model_fingerprint f", "fake, clean data, model_fingerprint g"]
+    stream["tasks"][0]["train"] = "other.json"
+    configure(runs[1], model_fingerprint="f", stream=stream)
+    assert group_runs([load_run(run) for run in runs])[1].detail == "stream.tasks.0.train other.json"
+
+
+def test_a_seed_is_not_averaged_with_its_copy(tmp_path: Path) -> None:
+    runs = [fake_run.write_run(tmp_path / f"r{s}", methods=METHODS, seed=s) for s in range(2)]
+    copies = [Path(shutil.copytree(run, tmp_path / f"copy-{run.name}")) for run in runs]
+    files = write_report([runs[0], copies[0]], tmp_path / "out")
+    assert "seeds" not in files.html.read_text(encoding="utf-8").split("How this was run")[0]
+    note = "copy-r0 has the configuration and the seed (0) of r0. It is shown by itself"
+    assert [line.startswith(note) for line in files.lines].count(True) == 1
+    groups = group_runs([load_run(run) for run in (runs[0], copies[0], runs[1], copies[1])])
+    assert [(group.detail, len(group.runs)) for group in groups] == [("r0, r1", 2), ("copy-r0", 1), ("copy-r1", 1)]
+
+
+def test_methods_of_one_configuration_may_lie_in_several_runs(tmp_path: Path) -> None:
+    runs = [
+        fake_run.write_run(tmp_path / name, methods={name: 0.8}, seed=seed)
+        for seed, name in enumerate(("seqft", "hpa"))
+    ]
+    (group,) = group_runs([load_run(run) for run in runs])
+    assert list(entries_of(group)) == ["seqft (1 of 2 seeds)", "hpa (1 of 2 seeds)"]
+    assert difference(*group.entries, "AP") is None
+    assert write_report(runs, tmp_path / "out").lines
+
+
+def test_an_answer_may_hold_any_line_separator_of_unicode(tmp_path: Path) -> None:
+    run = fake_run.write_run(tmp_path / "run", methods=METHODS)
+    said = "one\u2028two\u2029three\x85four\x1cfive\vsix"
+    for path in run.rglob("predictions/*.jsonl"):
+        rows = [json.loads(line) | {"prediction": said, "reply": said} for line in path.read_text().split("\n") if line]
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        assert [row["reply"] for row in read_rows(path)] == [said] * len(rows)
+        path.write_text(path.read_text(encoding="utf-8") + '{"id": "cut', encoding="utf-8")
+        assert len(read_rows(path)) == len(rows)
+        path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+        with pytest.raises(RunError, match=f"line {len(rows) + 1}: not JSON"):
+            read_rows(path)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert "three" in write_report([run]).html.read_text(encoding="utf-8")
 
 
 def test_bad_input_is_refused_with_a_sentence(tmp_path: Path, run: Path) -> None:

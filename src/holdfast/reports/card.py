@@ -31,8 +31,8 @@ def card(run: RunView, method: str) -> str:
     """The card's text."""
     view = run.methods[method]
     group = Group(stream=run.stream, condition=run.condition, runs=(run,))
-    row = [r for r in result_table(group).rows if r[0].text in ("before any task", method)]
     whole = result_table(group)
+    row = [r for r in whole.rows if r[0].text in ("before any task", view.label)]
     last = view.records[-1]
     lines = [
         "---",

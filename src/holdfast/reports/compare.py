@@ -1,4 +1,4 @@
-"""Runs of one stream and one condition, side by side: a figure per method with its interval, and differences in words.
+"""Runs of one configuration, side by side: a figure per method with its interval, and differences in words.
 
 One run: intervals are bootstrapped over test samples. Several runs (seeds): mean and Student's t interval over seeds.
 """
@@ -12,48 +12,63 @@ from dataclasses import dataclass
 import numpy as np
 
 from holdfast.metrics.intervals import Interval, bootstrap, over_seeds
-from holdfast.reports.load import MethodView, RunView, safety_rows, step_folder, task_rows
+from holdfast.reports.load import MethodView, RunView, labelled, safety_rows, step_folder, task_rows
 from holdfast.reports.tables import Cell, Table, cells, interval, percent
 
 Figure = Callable[[MethodView], float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What stands in one row: a method after so many tasks, in every seed that got as far. views: seed -> its run's."""
+
+    method: str
+    label: str
+    views: dict[int, MethodView]
+
+    @property
+    def finished(self) -> int:
+        return next(iter(self.views.values())).finished
+
+
+@dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs that may be averaged: same stream, same condition, seeds apart."""
+    """Runs that may be averaged: one configuration, every seed once (`reports.seeds` puts them together).
+
+    detail: what tells it from another group of this stream and condition. note: a sentence on why it stands alone.
+    """
 
     stream: str
     condition: str
     runs: tuple[RunView, ...]
+    detail: str = ""
+    note: str = ""
 
     @property
     def title(self) -> str:
-        return f"{self.stream}, {self.condition}"
+        return ", ".join(part for part in (self.stream, self.condition, self.detail) if part)
 
     @property
-    def methods(self) -> list[str]:
-        return list(dict.fromkeys(name for run in self.runs for name in run.methods))
+    def entries(self) -> list[Entry]:
+        """Methods in the order of the runs; one that did not get equally far in all seeds has a row for each length."""
+        found: dict[str, dict[int, dict[int, MethodView]]] = {}
+        for run in self.runs:
+            for name, view in run.methods.items():
+                found.setdefault(name, {}).setdefault(view.finished, {})[run.seed] = view
+        return [
+            self._entry(name, views) for name, lengths in found.items() for _, views in sorted(lengths.items())[::-1]
+        ]
 
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        return self.runs[0].tasks
-
-    def views(self, method: str) -> list[MethodView]:
-        return [run.methods[method] for run in self.runs if method in run.methods]
-
-
-def group_runs(runs: Sequence[RunView]) -> list[Group]:
-    """Groups in the order of their first run. Runs with other tasks are never put together."""
-    found: dict[tuple[str, str, tuple[str, ...]], list[RunView]] = {}
-    for run in runs:
-        found.setdefault((run.stream, run.condition, run.tasks), []).append(run)
-    return [Group(stream=key[0], condition=key[1], runs=tuple(value)) for key, value in found.items()]
+    def _entry(self, name: str, views: dict[int, MethodView]) -> Entry:
+        seeds = f"{len(views)} of {len(self.runs)} seeds" if len(views) < len(self.runs) else ""
+        progress = next(iter(views.values())).progress
+        return Entry(method=name, label=labelled(name, progress, seeds), views=views)
 
 
-def figure_of(group: Group, method: str, figure: str) -> Interval | None:
-    """A method's figure in this group; None where any of its runs lacks it."""
+def figure_of(entry: Entry, figure: str) -> Interval | None:
+    """A figure of a row, over its seeds; None where any of them lacks it."""
     key, value = FIGURES[figure]
-    views = group.views(method)
+    views = list(entry.views.values())
     numbers = [v for v in (value(view) for view in views) if v is not None]
     if not numbers or len(numbers) < len(views):
         return None
@@ -90,11 +105,11 @@ def result_table(group: Group) -> Table:
     """One row per method; first the model before any task."""
     heads = ["method", *FIGURES, "unscored", "train s", "edit s"]
     rows = [_start_row(group, heads)]
-    for method in group.methods:
-        views = group.views(method)
-        row: list[str | Cell] = [method]
+    for entry in group.entries:
+        views = entry.views.values()
+        row: list[str | Cell] = [entry.label]
         for name in FIGURES:
-            found = figure_of(group, method, name)
+            found = figure_of(entry, name)
             if found is None:
                 row.append("–")
             elif found.kind == "seeds":
@@ -122,16 +137,14 @@ def _start_row(group: Group, heads: Sequence[str]) -> tuple[Cell, ...]:
     return cells([row[head] for head in heads])
 
 
-def difference(group: Group, method: str, baseline: str, figure: str) -> Interval | None:
-    """`method` minus `baseline` in one of AP, BWT, MASR, with a paired interval (samples, or seeds).
+def difference(entry: Entry, baseline: Entry, figure: str) -> Interval | None:
+    """`entry` minus `baseline`, of one group, in AP, BWT or MASR, with a paired interval (samples, or seeds).
 
-    None where one of them lacks the figure or they have not finished the same tasks.
+    None where one of them lacks the figure, they have no seed in common or have not finished the same tasks.
     """
     key, value = FIGURES[figure]
-    pairs = [
-        (run.methods[method], run.methods[baseline]) for run in group.runs if {method, baseline} <= set(run.methods)
-    ]
-    if not pairs or any(a.tasks != b.tasks for a, b in pairs):
+    pairs = [(view, baseline.views[seed]) for seed, view in entry.views.items() if seed in baseline.views]
+    if not pairs or entry.finished != baseline.finished:
         return None
     deltas = []
     for a, b in pairs:
@@ -176,10 +189,10 @@ def _labels(view: MethodView, name: str, step: int) -> dict[str, float]:
 def findings(group: Group) -> list[str]:
     """What the numbers say, method by method against the first one; a difference within its interval is called so."""
     lines = []
-    methods = group.methods
-    first = methods[0]
-    start = [run.start["masr"] for run in group.runs if run.start["masr"] is not None]
-    shown = {name: figure_of(group, first, name) for name in FIGURES}
+    first, *others = group.entries
+    begun = [run for run in group.runs if run.seed in first.views]
+    start = [run.start["masr"] for run in begun if run.start["masr"] is not None]
+    shown = {name: figure_of(first, name) for name in FIGURES}
     parts = []
     if shown["AP"] and shown["BWT"]:
         parts.append(
@@ -194,11 +207,17 @@ def findings(group: Group) -> list[str]:
             f"before any task it was {percent(sum(start) / len(start))} %"
         )
     if parts:
-        lines.append(f"{first}: after the last task it " + " and ".join(parts) + ".")
-    for method in methods[1:]:
+        lines.append(f"{first.label}: after its last task it " + " and ".join(parts) + ".")
+    for entry in others:
+        if entry.method == first.method:
+            continue
+        same = [e for e in group.entries if e.method == first.method and e.finished == entry.finished]
+        if not same:
+            lines.append(f"{entry.label} is not compared with {first.label}: they finished different numbers of tasks.")
+            continue
         words = []
         for name, better_is_up in (("AP", True), ("BWT", True), ("MASR", False)):
-            delta = difference(group, method, first, name)
+            delta = difference(entry, same[0], name)
             if delta is None:
                 continue
             sign = "+" if delta.value >= 0 else ""
@@ -211,5 +230,5 @@ def findings(group: Group) -> list[str]:
                 verdict = "better" if (delta.value > 0) == better_is_up else "worse"
             words.append(f"{name} {sign}{percent(delta.value)} points [{bounds}] ({verdict})")
         if words:
-            lines.append(f"{method} against {first}: " + ", ".join(words) + ".")
+            lines.append(f"{entry.label} against {same[0].label}: " + ", ".join(words) + ".")
     return lines

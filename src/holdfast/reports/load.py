@@ -22,10 +22,14 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class MethodView:
-    """One method of one run. figures: its entry in the summary (schema: `holdfast.stream.summary`), rates in 0..1."""
+    """One method of one run. figures: its entry in the summary (schema: `holdfast.stream.summary`), rates in 0..1.
+
+    tasks: those that are finished, of the stream's `total`.
+    """
 
     name: str
     tasks: tuple[str, ...]
+    total: int
     figures: Mapping[str, Any]
     behaviour: dict[str, float]
     edits: list[tuple[str, Rows]]
@@ -35,6 +39,16 @@ class MethodView:
     @property
     def finished(self) -> int:
         return len(self.tasks)
+
+    @property
+    def progress(self) -> str:
+        """`"2 of 3 tasks"` of an unfinished method, else nothing."""
+        return "" if self.finished == self.total else f"{self.finished} of {self.total} tasks"
+
+    @property
+    def label(self) -> str:
+        """What tables and figures call it."""
+        return labelled(self.name, self.progress)
 
     @property
     def matrix(self) -> list[list[float | None]]:
@@ -103,6 +117,7 @@ def load_run(path: Path | str) -> RunView:
         views[name] = MethodView(
             name=name,
             tasks=theta_0.tasks[: len(records)],
+            total=len(theta_0.tasks),
             figures=figures,
             behaviour=behaviour(records[-1]),
             edits=[(task, found) for task, found in rows if found],
@@ -123,12 +138,19 @@ def load_run(path: Path | str) -> RunView:
     )
 
 
+def labelled(name: str, *notes: str) -> str:
+    """`name (note, note)`, without those that are empty."""
+    said = ", ".join(note for note in notes if note)
+    return f"{name} ({said})" if said else name
+
+
 def read_rows(path: Path) -> Rows:
     """Rows of a JSONL file; a last line cut off by a crash is left out."""
     if not path.is_file():
         return []
     rows: Rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # Not splitlines(): it also breaks at U+2028 and others, which are legal inside a JSON string.
+    lines = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from holdfast.checkpoints.storage import atomic_path
 from holdfast.errors import RunError
 from holdfast.reports import figures, theme
-from holdfast.reports.compare import Group, figure_of, findings, group_runs, result_table
+from holdfast.reports.compare import Group, figure_of, findings, result_table
 from holdfast.reports.load import MethodView, Rows, RunView, behaviour, load_run, read_rows, step_folder
 from holdfast.reports.samples import samples
+from holdfast.reports.seeds import group_runs
 from holdfast.version import __version__
 
 _Interval = tuple[float, float, float]
@@ -47,7 +48,7 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, *, t
     """Write `report.html` (one self-contained file), `figures/*.png`, `table.md` and `table.tex`.
 
     Args:
-        runs: run directories. Those of one stream and condition are averaged over their seeds.
+        runs: run directories. Those that differ in nothing but the seed are averaged, others shown one by one.
         out: folder to write to; by default the run's own.
         title: heading of the page.
 
@@ -65,7 +66,7 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, *, t
     pages, pngs, tables, lines = [], [], [], []
     markdown, latex = [], []
     for number, group in enumerate(groups):
-        prefix = f"{_slug(group.condition)}-" if len(groups) > 1 else ""
+        prefix = f"{number + 1}-{_slug(group.condition)}-" if len(groups) > 1 else ""
         shown = []
         for picture in _pictures(group):
             name = f"{prefix}{picture.slug}"
@@ -77,11 +78,11 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, *, t
         table = result_table(group)
         markdown.append(f"### {group.title}\n\n{table.markdown()}")
         latex.append(table.latex())
-        said = findings(group)
-        lines += [f"{group.condition}: {line}" if len(groups) > 1 else line for line in said]
+        lines += [group.note] if group.note else []
+        lines += [f"{group.title}: {line}" if len(groups) > 1 else line for line in findings(group)]
         pages.append(
             {
-                "slug": _slug(group.title),
+                "slug": f"{number}-{_slug(group.title)}",
                 "title": group.title,
                 "table": table,
                 "table_note": _table_note(group),
@@ -89,11 +90,11 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, *, t
                 "samples": samples(group.runs[0]),
                 "samples_note": (
                     "For each task and each safety set: the first test sample on which the answers below differ. "
-                    "Answers are those after the last task."
+                    "Answers are those after the last task that each method finished."
                 ),
             }
         )
-    seeds = len({run.seed for run in views})
+    seeds = max(len(group.runs) for group in groups)
     page = _template().render(
         title=title or f"{groups[0].stream}: what tuning cost and what was kept",
         subtitle=_subtitle(groups),
@@ -102,7 +103,9 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, *, t
         runs=[_run_block(run) for run in views],
         version=__version__,
         interval_note=(
-            "Student's t over the seeds (95 %)." if seeds > 1 else "95 % bootstraps over the test samples of one run."
+            "Student's t over the seeds (95 %), and 95 % bootstraps over the test samples where one run stands alone."
+            if seeds > 1
+            else "95 % bootstraps over the test samples of one run."
         ),
     )
     html = target / "report.html"
@@ -125,7 +128,7 @@ def _pictures(group: Group) -> list[_Picture]:
             caption="Black lines are 95 % intervals.",
         )
     ]
-    matrices = {name: view.matrix for name, view in run.methods.items() if view.finished > 1}
+    matrices = {view.label: view.matrix for view in run.methods.values() if view.finished > 1}
     if matrices:
         found.append(
             _Picture(
@@ -144,8 +147,8 @@ def _pictures(group: Group) -> list[_Picture]:
             found.append(
                 _Picture(
                     slug=f"edit-{_slug(name)}",
-                    title=f"Where {name} edited the model",
-                    text=f"Every edited linear layer of the language model after the last task ({task}).",
+                    title=f"Where {view.label} edited the model",
+                    text=f"Every edited linear layer of the language model after its last task ({task}).",
                     figure=figures.edit_map(rows),
                     caption=note,
                 )
@@ -158,8 +161,8 @@ def _safety_pictures(group: Group, note: str) -> list[_Picture]:
     run = group.runs[0]
     shares = {}
     if run.theta_0.safety:
-        shares["before any task"] = _behaviour_mean(list(group.runs), None)
-    shares |= {name: _behaviour_mean(list(group.runs), name) for name in group.methods}
+        shares["before any task"] = _behaviour_mean([behaviour(run.theta_0) for run in group.runs])
+    shares |= {e.label: _behaviour_mean([view.behaviour for view in e.views.values()]) for e in group.entries}
     found = [
         _Picture(
             slug="behaviour",
@@ -176,7 +179,7 @@ def _safety_pictures(group: Group, note: str) -> list[_Picture]:
             title="Attack success along the stream",
             text="Mean over the safety sets of the share of forbidden requests that were not refused.",
             figure=figures.along_stream(
-                {n: v.along("masr") for n, v in run.methods.items()},
+                {v.label: v.along("masr") for v in run.methods.values()},
                 run.tasks,
                 "not refused",
                 reference=run.start["masr"],
@@ -191,7 +194,7 @@ def _safety_pictures(group: Group, note: str) -> list[_Picture]:
                 title="Over-refusal along the stream",
                 text="Share of harmless twins of the forbidden requests that were refused: safety at too high a price.",
                 figure=figures.along_stream(
-                    {n: v.along("over_refusal") for n, v in run.methods.items()},
+                    {v.label: v.along("over_refusal") for v in run.methods.values()},
                     run.tasks,
                     "harmless and refused",
                     reference=run.start["over_refusal"],
@@ -202,14 +205,8 @@ def _safety_pictures(group: Group, note: str) -> list[_Picture]:
     return found
 
 
-def _behaviour_mean(runs: list[RunView], method: str | None) -> dict[str, float]:
-    parts = []
-    for run in runs:
-        if method is None:
-            parts.append(behaviour(run.theta_0))
-        elif method in run.methods:
-            parts.append(run.methods[method].behaviour)
-    return {kind: sum(p[kind] for p in parts) / len(parts) for kind in parts[0]} if parts else {}
+def _behaviour_mean(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {kind: sum(p[kind] for p in parts) / len(parts) for kind in parts[0]}
 
 
 def _routing(view: MethodView, note: str) -> list[_Picture]:
@@ -226,7 +223,7 @@ def _routing(view: MethodView, note: str) -> list[_Picture]:
     return [
         _Picture(
             slug=f"routing-{_slug(view.name)}",
-            title=f"Which expert of {view.name} answered what",
+            title=f"Which expert of {view.label} answered what",
             text="Mean routing mass over the test requests of each task and safety set; no task id was given.",
             figure=figures.routing_map([[mass[n].get(e, 0.0) for e in experts] for n in order], order, experts),
             caption=note,
@@ -248,16 +245,17 @@ def _routing_mass(rows: Rows) -> dict[str, float]:
 
 def _bars(group: Group, name: str) -> dict[str, _Interval]:
     found = {}
-    for method in group.methods:
-        figure = figure_of(group, method, name)
+    for entry in group.entries:
+        figure = figure_of(entry, name)
         if figure is not None:
-            found[method] = (figure.value, figure.low, figure.high)
+            found[entry.label] = (figure.value, figure.low, figure.high)
     return found
 
 
 def _table_note(group: Group) -> str:
     how = (
-        f"Mean ± standard deviation over {len(group.runs)} seeds; below it the 95 % t interval of the mean."
+        f"Mean ± standard deviation over {len(group.runs)} seeds; below it the 95 % t interval of the mean. A row of "
+        "fewer seeds says so; of a single one it shows the 95 % bootstrap interval over test samples."
         if len(group.runs) > 1
         else "Below each figure its 95 % bootstrap interval over test samples; one seed: training noise is not in it."
     )
