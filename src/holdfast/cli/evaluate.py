@@ -36,6 +36,7 @@ def command(
 
     OUT/evaluation.json holds the figures (rates in 0..1), OUT/predictions/*.jsonl every answer with its evidence.
     Interrupted, the same command goes on where it stopped: answers and verdicts are never asked for twice.
+    Weights or questions that changed since under the same paths are refused; give another --out.
     Under `accelerate launch` the requests are dealt out over the processes.
     """
     import json

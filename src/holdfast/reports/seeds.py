@@ -50,7 +50,7 @@ def group_runs(runs: Sequence[RunView]) -> list[Group]:
         for one in members
     ]
     folders = [", ".join(names[i] for i in one) for one in members]
-    details = {}
+    details: dict[int, str] = {}
     for title in dict.fromkeys(group.title for group in groups):
         same = [i for i, group in enumerate(groups) if group.title == title]
         if len(same) > 1:
