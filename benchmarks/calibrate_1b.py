@@ -1,10 +1,11 @@
 """End to end: calibrate a random 1B-shaped LLaVA under --memory 4GiB, then edit; peak memory, time by phase.
 
-    python benchmarks/calibrate_1b.py [--memory 4GiB] [--safety 8] [--task 128] [--device cpu] [--work DIR]
+    python benchmarks/calibrate_1b.py [--memory 4GiB] [--safety 8] [--task 128] [--device cpu] [--work DIR] [--adapter]
 
 The model is LLaVA-1.5's own architecture with TinyLlama-1.1B's decoder (2048 x 22, ffn 5632) and CLIP ViT-L/14-336, in
-bf16 shards of random numbers; AFTER is the same with every decoder linear changed by a tenth of its size. Both commands
-run in processes of their own and print their peak resident memory (on a GPU, --memory bounds the device's).
+bf16 shards of random numbers; AFTER is the same with every decoder linear changed by a tenth of its size, or with
+`--adapter` a LoRA of rank 16 on attention alone, of which only what it changes is calibrated. Both commands run in
+processes of their own and print their peak resident memory (on a GPU, --memory bounds the device's).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -143,6 +145,21 @@ def write_samples(path: Path, count: int, seed: int) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+def write_adapter(folder: Path, model: Path, layers: int, rank: int = 16) -> None:
+    """A LoRA of random numbers on the attention of every block, as PEFT saves it."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"q_proj": 2048, "k_proj": 256, "v_proj": 256, "o_proj": 2048}
+    tensors = {}
+    for block in range(layers):
+        for linear, rows in shapes.items():
+            stem = f"base_model.model.model.language_model.layers.{block}.self_attn.{linear}"
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(rank, 2048, generator=generator) * 0.02
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * 0.02
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(shapes), base_model_name_or_path=str(model))
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
 # VmHWM is of the program after exec; getrusage's maximum would include what this process held when it forked.
 COMMAND = """
 import atexit, sys
@@ -180,6 +197,7 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=22, help="decoder blocks; fewer for a quick look")
     options.add_argument("--tower-layers", type=int, default=24)
     options.add_argument("--device", default="cpu", help="of the calibration; an edit runs on the CPU")
+    options.add_argument("--adapter", action="store_true", help="AFTER is a LoRA on attention")
     options.add_argument("--work", type=Path, default=None)
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="holdfast-1b-", dir=chosen.work) as name:
@@ -189,12 +207,16 @@ def main() -> None:
         print(f"model: {total / 2**30:.2f} GiB of bf16 weights, written in {time.perf_counter() - began:.0f} s")
         write_samples(work / "safety.jsonl", chosen.safety, 1)
         write_samples(work / "task.jsonl", chosen.task, 2)
-        write_model(work / "after", chosen.layers, chosen.tower_layers, change=0.002)
+        if chosen.adapter:
+            write_adapter(work / "after", work / "model", chosen.layers)
+        else:
+            write_model(work / "after", chosen.layers, chosen.tower_layers, change=0.002)
         command = ["calibrate", str(work / "model"), "--after", str(work / "after"), "--memory", chosen.memory]
         command += ["--safety", str(work / "safety.jsonl"), "--task", str(work / "task.jsonl")]
         command += ["--out", str(work / "curvature.safetensors"), "--device", chosen.device]
         run("calibrate", command)
         command = ["edit", str(work / "model"), str(work / "after"), "--out", str(work / "out"), "--no-verify"]
+        command += ["--export", "adapter"] if chosen.adapter else []
         run("edit", [*command, "--calibration", str(work / "curvature.safetensors")])
         print(
             f"{chosen.layers} blocks, --memory {chosen.memory}, {chosen.safety} + {chosen.task} samples, "
