@@ -33,6 +33,7 @@ from PIL import Image
 
 from holdfast.checkpoints.storage import write_json
 from holdfast.config import encode
+from holdfast.data.names import slug
 from holdfast.data.types import Sample, Stream, Task
 from holdfast.evaluation import CheckpointEvaluator
 from holdfast.experiment import Experiment, decode_run, resolve, run
@@ -41,7 +42,6 @@ from holdfast.metrics.intervals import over_seeds
 from holdfast.models.families import editable_linears
 from holdfast.models.load import load
 from holdfast.stream.protocol import Checkpoint
-from holdfast.stream.record import slug
 from holdfast.tiny.pixels import draw
 from holdfast.tiny.run import run_data
 from holdfast.tiny.stream import write_stream

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from holdfast.data.names import slug
 from holdfast.stream.protocol import Checkpoint
-from holdfast.stream.record import Record, RunDirectory, slug
+from holdfast.stream.record import Record, RunDirectory
 
 TASKS = ("shapes", "count", "caption")
 SETS = ("text", "image + text")

@@ -226,8 +226,8 @@ class Experiment:
                 "model_fingerprint": identity,
                 "stream": config.stream,
                 "tasks": config.tasks,
-                "data_sha256": {task.name: self._digest([*task.train, *task.test]) for task in self.stream.tasks}
-                | {s.name: self._digest([*s.unsafe, *s.benign]) for s in self.stream.safety},
+                "data_sha256": {task.name: self._digest([*task.train, *task.test]) for task in self.stream.tasks},
+                "safety_sha256": {s.name: self._digest([*s.unsafe, *s.benign]) for s in self.stream.safety},
                 "calibration_sha256": self._digest(self.stream.safety_calibration),
                 "evaluation": config.evaluation,
                 "safety_calibration": config.safety_calibration,

@@ -10,10 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from holdfast.data import names
 from holdfast.data.streams import load_stream, read_spec, stream_spec
 from holdfast.errors import ConfigError, DataError, UnknownNameError
-from holdfast.stream import record
 
 TRAIN = [
     {
@@ -136,11 +134,6 @@ def test_two_names_that_become_one_file_name_are_refused(tmp_path: Path, key: st
     # A task and a safety set of one name lie in different files.
     spec = yaml.safe_load(write_stream(tmp_path).read_text())
     assert stream_spec({**spec, "safety": [{"name": "dots", "format": "qa"}]}, base=tmp_path).safety[0].name == "dots"
-
-
-@pytest.mark.parametrize("name", ["red team", "red-team", "a -b", "-a.", "图表", "A_b.c", "é è"])
-def test_names_are_checked_by_the_folder_names_of_a_run(name: str) -> None:
-    assert names.slug(name) == record.slug(name)
 
 
 def test_duplicate_test_ids_are_numbered_on_request(tmp_path: Path) -> None:

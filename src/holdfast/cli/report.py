@@ -10,7 +10,7 @@ import typer
 
 def command(
     runs: Annotated[
-        list[Path], typer.Argument(help="Run directories; seeds of one stream and condition are averaged.")
+        list[Path], typer.Argument(help="Run directories; those that differ in the seed alone are averaged.")
     ],
     out: Annotated[Path | None, typer.Option(help="Folder to write to; by default the first run's own.")] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast import judges, scorers
 from holdfast.checkpoints.storage import atomic_path
+from holdfast.data.names import slug
 from holdfast.data.types import SafetySet, Sample, Stream, Task
 from holdfast.errors import RunError
 from holdfast.evaluation.answers import ALONE, Share, collect
@@ -19,7 +20,6 @@ from holdfast.metrics.safety import set_figures
 from holdfast.models.generate import generate
 from holdfast.models.load import CheckpointLike, LoadedModel, load
 from holdfast.models.tuner import is_tuner_folder
-from holdfast.stream.record import slug
 
 if TYPE_CHECKING:
     from holdfast.evaluation.vllm import VllmBackend

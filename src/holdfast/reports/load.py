@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from holdfast.data.names import slug
 from holdfast.errors import RunError
 from holdfast.metrics.intervals import Interval
-from holdfast.stream.record import Record, RunDirectory, slug
+from holdfast.stream.record import Record, RunDirectory
 from holdfast.stream.summary import summarize_run
 
 Rows = list[dict[str, Any]]

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoints.storage import write_json
+from holdfast.data.names import slug
 from holdfast.errors import RunError
 from holdfast.stream.protocol import Checkpoint
 
@@ -174,11 +174,6 @@ def read_json(path: Path) -> Any:
             f"{path} is not valid JSON ({error}). holdfast writes it in one rename, so another program changed it: "
             f"restore it, or delete {path.parent} to have it made again."
         ) from None
-
-
-def slug(name: str) -> str:
-    """A folder name of a task's name: letters, digits, `.`, `_` and `-` only."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "task"
 
 
 def versions() -> dict[str, str]:
