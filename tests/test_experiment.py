@@ -109,6 +109,23 @@ def test_another_picture_of_the_same_name_is_other_data(run_file, tmp_path):
         experiment.run(config, tmp_path / "run")
 
 
+def test_a_task_that_comes_later_is_added_to_the_experts_that_are_there(run_file, tmp_path):
+    """A team adds tasks for years: the directory goes on, and ends as a stream that had both tasks from the start."""
+    methods = {"cram": {"cram": {"buffer_rank": 4, "rank": {"r_min": 1, "r_max": 2}}, "training": {"max_steps": 2}}}
+    config = experiment.read_run(run_file(methods=methods))
+    whole = experiment.run(config, tmp_path / "whole")
+    stream = dataclasses.replace(config.stream, tasks=config.stream.tasks[:1])
+    first = experiment.run(dataclasses.replace(config, stream=stream), tmp_path / "run")
+    assert first["tasks"] == ["colour"] and first["methods"]["cram"]["complete"]
+    record = tmp_path / "run" / "methods" / "cram" / "1-colour" / "record.json"
+    before = record.read_bytes()
+    both = experiment.run(config, tmp_path / "run")
+    assert record.read_bytes() == before
+    assert both["tasks"] == ["colour", "name"] and list(both["theta_0"]["scores"]) == ["colour", "name"]
+    assert without_timings(both) == without_timings(whole)
+    assert tensors(tmp_path / "run") == tensors(tmp_path / "whole")
+
+
 def test_calibration_prompts_that_are_test_prompts_are_refused_before_the_work(run_file, tmp_path):
     file = run_file(methods=["hpa"])
     (tmp_path / "files" / "prompts.jsonl").write_text((tmp_path / "files" / "unsafe.jsonl").read_text())

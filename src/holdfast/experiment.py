@@ -209,6 +209,7 @@ class Experiment:
             config=self.shared_config(),
             methods={name: _recorded(method) for name, method in self.methods.items()},
             progress=self.progress,
+            grows=("stream.tasks", "tasks", "data_sha256"),
         )
 
     def shared_config(self) -> dict[str, Any]:

@@ -53,6 +53,32 @@ def test_every_task_is_learned_from_the_one_before(fakes, tmp_path):
     assert list(theta_0.scores) == list(fakes.TASKS)
 
 
+def test_a_stream_that_grows_at_its_end_goes_on_and_ends_as_if_it_had_been_whole(fakes, tmp_path):
+    def of(names: tuple[str, ...]):
+        digests = {name: f"digest of {name}" for name in names}
+        config = {"stream": {"name": "fake", "tasks": list(names)}, "tasks": None, "data_sha256": digests}
+        grows = ("stream.tasks", "tasks", "data_sha256")
+        return {"stream": names, "task_names": names, "config": config, "grows": grows, "start": tmp_path / "start"}
+
+    whole_run(fakes, tmp_path / "whole", **of(fakes.TASKS))
+    out = tmp_path / "grown"
+    whole_run(fakes, out, **of(fakes.TASKS[:2]))
+    steps = {path: path.stat().st_mtime_ns for path in out.glob("methods/fake/*/record.json")}
+    assert len(steps) == 2
+    whole_run(fakes, out, **of(fakes.TASKS))
+    assert all(path.stat().st_mtime_ns == before for path, before in steps.items()), "finished steps are not made again"
+    assert contents(out) == contents(tmp_path / "whole")
+    # What came before stays what it was.
+    for names in (("count", "caption", "read aloud"), ("read aloud", "count", "caption", "more"), ("count",)):
+        with pytest.raises(RunError, match=r"another configuration(.|\n)*(data_sha256|stream\.tasks)"):
+            whole_run(fakes, out, **of(names))
+    changed = of((*fakes.TASKS, "more"))
+    changed["config"]["data_sha256"]["count"] = "other data"
+    with pytest.raises(RunError, match=r"data_sha256\.count: 'digest of count' -> 'other data'"):
+        whole_run(fakes, out, **changed)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
 def test_kill_at_twenty_random_moments_resumes_to_the_same_bytes(fakes, tmp_path):
     whole_run(fakes, tmp_path / "straight" / "run", start=tmp_path / "start")
     expected = contents(tmp_path / "straight" / "run")

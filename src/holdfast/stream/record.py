@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -187,10 +187,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def claim(run: RunDirectory, config: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any]]) -> None:
+def claim(
+    run: RunDirectory,
+    config: Mapping[str, Any],
+    methods: Mapping[str, Mapping[str, Any]],
+    *,
+    grows: Collection[str] = (),
+) -> None:
     """Write config.json of a new run directory, or check that an old one was made with the same configuration.
 
     A method that the directory does not know yet is added; a changed one is refused.
+
+    grows: keys (dotted) of lists and mappings that may get more at their end: a stream whose next task has come.
 
     Raises:
         RunError: the folder holds something else, or another configuration (the differing keys are shown).
@@ -209,7 +217,7 @@ def claim(run: RunDirectory, config: Mapping[str, Any], methods: Mapping[str, Ma
     old = read_json(path)
     if not isinstance(old, dict) or old.get("format") != CONFIG_FORMAT:
         raise RunError(f"{path} was not written by this version of holdfast. Choose another --out.")
-    changed = list(_differences(old["config"], config))
+    changed = list(_differences(old["config"], config, grows=grows))
     for name in methods:
         if name in old["methods"]:
             changed += _differences(old["methods"][name], methods[name], f"methods.{name}")
@@ -220,12 +228,14 @@ def claim(run: RunDirectory, config: Mapping[str, Any], methods: Mapping[str, Ma
             + "\n  ".join(shown)
             + "\nGo back to that configuration to resume it, or choose another --out."
         )
-    merged = {**old["methods"], **methods}
-    if merged != old["methods"]:
-        write_json(path, {**old, "methods": merged})
+    merged = {**old, "config": config, "methods": {**old["methods"], **methods}}
+    if merged != old:
+        write_json(path, merged)
 
 
-def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+def _differences(old: Any, new: Any, where: str = "", *, grows: Collection[str] = ()) -> Iterator[str]:
+    if where in grows:
+        new = _beginning(old, new)
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in [*old, *(k for k in new if k not in old)]:
             place = f"{where}.{key}" if where else str(key)
@@ -234,9 +244,18 @@ def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
             elif key not in old:
                 yield f"{place}: absent -> {new[key]!r}"
             else:
-                yield from _differences(old[key], new[key], place)
+                yield from _differences(old[key], new[key], place, grows=grows)
     elif isinstance(old, list) and isinstance(new, list | tuple) and len(old) == len(new):
         for i, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(a, b, f"{where}[{i}]")
+            yield from _differences(a, b, f"{where}[{i}]", grows=grows)
     elif old != new and not (isinstance(new, tuple) and old == list(new)):
         yield f"{where}: {old!r} -> {new!r}"
+
+
+def _beginning(old: Any, new: Any) -> Any:
+    """As much of `new` as `old` has, where it begins with the same keys; lists are cut to the same length."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and list(new)[: len(old)] == list(old):
+        return {key: new[key] for key in old}
+    if isinstance(old, list) and isinstance(new, list | tuple):
+        return list(new[: len(old)])
+    return new

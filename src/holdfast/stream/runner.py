@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ class StreamRun:
     config: the resolved configuration that all methods share, as plain JSON data.
     methods: method name -> its resolved configuration, of the methods that this call runs.
     stream: handed to methods and evaluator untouched.
+    grows: keys of `config` that may get more at their end in an old directory (see `claim`): its stream goes on.
     """
 
     directory: RunDirectory
@@ -44,6 +45,7 @@ class StreamRun:
     config: Mapping[str, Any]
     methods: Mapping[str, Mapping[str, Any]]
     progress: Progress = silent
+    grows: Collection[str] = ()
 
     def __post_init__(self) -> None:
         folders = [slug(name) for name in self.task_names]
@@ -57,14 +59,17 @@ class StreamRun:
         """Hold the directory for this process and check that it belongs to this configuration."""
         with _lock(self.directory.root):
             _sweep(self.directory.root.glob(".*.tmp"))
-            claim(self.directory, self.config, self.methods)
+            claim(self.directory, self.config, self.methods, grows=self.grows)
             yield
 
     def evaluate_theta_0(self, evaluator: Evaluator) -> Record:
-        """Scores and safety of the starting model, made once per run directory."""
+        """Scores and safety of the starting model, made once per run directory.
+
+        A stream that has grown since is asked again; the evaluator has the answers that were given.
+        """
         folder = self.directory.theta_0_dir
         record = self.directory.read_record(folder)
-        if record is not None:
+        if record is not None and record.tasks == tuple(self.task_names):
             return record
         with _lock(folder), _readable_storage_errors(folder):
             started = time.perf_counter()
