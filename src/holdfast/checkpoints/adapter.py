@@ -7,6 +7,7 @@ W' = W + s B A with A (rank, c), B (r, rank) and s = alpha / rank, or alpha / sq
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -156,14 +157,21 @@ class LoraAdapter:
             raise AdapterError(
                 f"{self.folder}: the factors of {name} are {a.shape} and {b.shape}; only linear layers are handled."
             )
-        rank = _pattern(self.config.get("rank_pattern"), name, self.config.get("r"))
+        rank = self._option("rank_pattern", name, "r")
         if a.shape[0] != b.shape[1] or a.shape[0] != rank:
             raise AdapterError(
                 f"{self.folder}: {name} has A {a.shape} and B {b.shape}, but the configuration gives it rank {rank}."
             )
-        alpha = _pattern(self.config.get("alpha_pattern"), name, self.config.get("lora_alpha"))
+        alpha = self._option("alpha_pattern", name, "lora_alpha")
         scaling = alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
         return LoraEntry(name, a, b, rank, float(scaling), bool(self.config.get("fan_in_fan_out")))
+
+    def _option(self, patterns: str, module: str, default: str) -> float:
+        """A module's own value: of the first pattern that matches the end of its name (PEFT: get_pattern_key)."""
+        for pattern, value in (self.config.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return self.config[default]
 
     def _match_scales(self) -> dict[str, TensorEntry]:
         if self._scales is None:
@@ -218,6 +226,22 @@ class LoraAdapter:
         """Raw bytes of a tensor of the adapter file (for its fingerprint)."""
         return self._file.read_into(self._file.entries[key], buffer, start, stop)
 
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """What beside the factors decides the update (for the fingerprint): scaling by module, and input scales."""
+        found: dict[str, Any] = {name: [e.rank, e.scaling, e.transposed] for name, e in self.modules.items()}
+        if self._scales is not None:
+            digest = hashlib.sha256()
+            for name, entry in sorted(self.input_scale.items()):
+                digest.update(name.encode() + self._scales.read(entry).float().numpy().tobytes())
+            found[INPUT_SCALE_FILE] = digest.hexdigest()
+        return found
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold tensors."""
+        return tuple(file.path for file in (self._file, self._scales) if file is not None)
+
     def match(self, base: NameIndex) -> dict[str, str]:
         """module -> key of its weight in the base; every module and saved tensor must have one.
 
@@ -236,14 +260,6 @@ class LoraAdapter:
 def is_adapter(folder: Path | str) -> bool:
     """Whether the folder holds a PEFT adapter."""
     return (Path(folder) / CONFIG_FILE).is_file()
-
-
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    # PEFT (get_pattern_key): the first pattern that matches the end of the name, as a regular expression.
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
 
 
 def _refuse_unusual(folder: Path, config: Mapping[str, Any]) -> None:
@@ -271,7 +287,20 @@ def _refuse_unusual(folder: Path, config: Mapping[str, Any]) -> None:
             f"{folder} was initialised with {init!r}, which changes the base weights in memory; it does not belong to "
             "the base on disk. Convert it with PEFT's `path_initial_model_for_weight_conversion`, or merge it."
         )
-    for key in ("r", "lora_alpha"):
-        value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    values = [(key, config.get(key)) for key in ("r", "lora_alpha")]
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, Mapping):
+            raise AdapterError(f"{folder / CONFIG_FILE}: {name} is {patterns!r}; expected {{module pattern: number}}.")
+        for pattern, value in patterns.items():
+            try:
+                re.compile(rf"(.*\.)?({pattern})$")
+            except re.error as error:
+                raise AdapterError(
+                    f"{folder / CONFIG_FILE}: {name} has {pattern!r}, which is no regular expression ({error}); "
+                    "expected the end of a module's name."
+                ) from error
+            values.append((f"{name}[{pattern!r}]", value))
+    for key, value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise AdapterError(f"{folder / CONFIG_FILE}: {key} is {value!r}; expected a positive number.")

@@ -36,8 +36,8 @@ class CheckpointLike(Protocol):
 class MergedCheckpoint:
     """A base checkpoint under zero or more LoRA adapters, applied in order.
 
-    `entries` are the base's (keys, types, shapes). `updates[key]` lists the adapters that change a weight, in order;
-    `replaced[key]` names the last adapter that replaces a whole tensor (`modules_to_save`).
+    `entries` are the base's (keys, types, shapes). `replaced[key]` names the last adapter that replaces a whole tensor
+    (`modules_to_save`); `updates[key]` lists the adapters that change a weight after that, in order.
 
     Raises: AdapterError: an adapter for other modules or shapes.
     """
@@ -59,7 +59,9 @@ class MergedCheckpoint:
                         f"{adapter.folder}: {name} is {saved.shape} in the adapter and {base.entries[key].shape} in "
                         f"{base.folder}; resized tensors are not handled. Merge the adapter with PEFT first."
                     )
-                if key in self.updates:
+                # What earlier adapters made of it is replaced too: this one was trained on top of them.
+                earlier = self.updates.pop(key, [])
+                if any(own is adapter for own, _ in earlier):
                     raise AdapterError(f"{adapter.folder} both replaces and updates {name}; merge it with PEFT first.")
                 self.replaced[key] = (adapter, name)
 
@@ -78,6 +80,13 @@ class MergedCheckpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(self.base)
 
+    def files(self) -> dict[str, Path]:
+        """Every file that holds weights: shards by their names, an adapter's under its place in the order."""
+        found = {path.name: path for path in self.base.shard_paths}
+        for place, adapter in enumerate(self.adapters, 1):
+            found |= {f"adapter {place}: {path.name}": path for path in adapter.files}
+        return found
+
     def is_plain(self, key: str) -> bool:
         """Whether the tensor is the base's own, bytes and all."""
         return key not in self.updates and key not in self.replaced
@@ -89,8 +98,7 @@ class MergedCheckpoint:
         """
         if key in self.replaced:
             adapter, name = self.replaced[key]
-            value = adapter.read_saved(name)
-            return value.float() if out is None else out.copy_(value)
+            weight = adapter.read_saved(name)
         if out is None:
             out = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
         return (

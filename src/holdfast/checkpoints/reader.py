@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from torch import Tensor
@@ -62,6 +62,12 @@ class CheckpointReader:
             weight_map = read_json(index, "an index of shards").get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{index} has no `weight_map`; expected {{tensor name: shard file}}.")
+            for key, name in weight_map.items():
+                if not isinstance(name, str) or not name or PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                    raise CheckpointError(
+                        f"{index} says that {key} lies in {name!r}; expected the name of a file in {self.folder}. Copy "
+                        "the shard there (a link will do) and name it so."
+                    )
             for name in sorted(set(weight_map.values())):
                 if not (self.folder / name).is_file():
                     count = sum(file == name for file in weight_map.values())
@@ -113,6 +119,11 @@ class CheckpointReader:
         """Raw bytes start..stop of a tensor at the beginning of `buffer`."""
         entry = self.entry(key)
         return self._files[entry.path].read_into(entry, buffer, start, stop)
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """What beside the tensors decides the weights (for the fingerprint): nothing."""
+        return {}
 
     @property
     def shard_paths(self) -> tuple[Path, ...]:
