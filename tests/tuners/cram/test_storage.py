@@ -19,7 +19,7 @@ from holdfast.models.generate import generate
 from holdfast.models.load import load
 from holdfast.stream.protocol import Checkpoint
 from holdfast.tuners.cram.merge import export_merged
-from holdfast.tuners.cram.storage import from_pretrained, load_expert, read_router, save_expert, save_pretrained
+from holdfast.tuners.cram.storage import from_pretrained, load_expert, probe, read_router, save_expert, save_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +217,18 @@ def test_a_probe_without_any_common_weight_is_refused(base, damaged):
         from_pretrained(damaged, base)
 
 
+@pytest.mark.parametrize("shape", [(11008, 4096), (1, 2**24 + 1), (3, 1), (1, 1), (16, 16)])
+def test_a_probe_takes_values_from_the_first_to_the_last_of_a_weight_of_any_size(shape):
+    """A weight of a 7B model has more values than float32 counts."""
+    weight = torch.zeros(shape, dtype=torch.bfloat16)
+    flat, last = weight.view(-1), weight.numel() - 1
+    for i in range(16):
+        flat[i * last // 15] = i + 1
+    found = probe({"w": weight})["w"]
+    assert len(found) == 16 and torch.equal(found, flat[[i * last // 15 for i in range(16)]])
+    assert found[0] == flat[0] and found[-1] == 16
+
+
 def test_the_same_base_in_another_dtype_is_accepted(saved, pico_folder):
     for dtype in (torch.bfloat16, torch.float16):
         from_pretrained(saved, load(pico_folder, dtype=dtype)).detach()
@@ -247,7 +259,9 @@ def test_a_damaged_router_is_refused(base, damaged):
     with pytest.raises(AdapterError, match=r"the router is damaged or of another version"):
         from_pretrained(damaged, base)
     (damaged / "router.json").write_text('{"format": 9}')
-    with pytest.raises(AdapterError, match=r"has format 9; this version reads format 2"):
+    with pytest.raises(
+        AdapterError, match=r"has format 9; this version of holdfast reads format 3. .* or learn its tasks again"
+    ):
         read_router(damaged)
     (damaged / "router.json").unlink()
     with pytest.raises(AdapterError, match=r"is no CRAM folder; expected router.json"):

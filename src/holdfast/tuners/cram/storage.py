@@ -37,7 +37,7 @@ from holdfast.tuners.cram.encoders import Encoder, check_identity, make_encoder
 from holdfast.tuners.cram.model import Cram, Factors, find_targets
 from holdfast.tuners.cram.router import ExpertCard, Router
 
-FORMAT = 2
+FORMAT = 3
 ROUTER, TENSORS, EXPERTS = "router.json", "router.safetensors", "experts"
 # In TENSORS, followed by the name of a weight.
 BASE_PROBE, ENCODER_PROBE = "base.probe.", "encoder.probe."
@@ -244,7 +244,11 @@ def read_router(folder: Path) -> StoredRouter:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("format") != FORMAT:
-            raise AdapterError(f"{path} has format {data.get('format')!r}; this version reads format {FORMAT}.")
+            raise AdapterError(
+                f"{path} has format {data.get('format')!r}; this version of holdfast reads format {FORMAT}. Read it with "
+                "the version that wrote it, or learn its tasks again. Each of its experts is an ordinary PEFT LoRA and "
+                "loads alone."
+            )
         config = decode(CramConfig, data["config"], "config")
         with safe_open(folder / TENSORS, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -270,7 +274,9 @@ def probe(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for name, weight in weights.items():
         flat = weight.detach().reshape(-1)
-        index = torch.linspace(0, flat.numel() - 1, _PROBED_VALUES, device=flat.device).long()
+        # Integers: in float32 the places of a weight of more than 2^24 values would be off, even out of bounds.
+        steps = torch.arange(_PROBED_VALUES, device=flat.device)
+        index = steps * (flat.numel() - 1) // (_PROBED_VALUES - 1)
         found[name] = flat[index].cpu()
     return found
 
