@@ -209,6 +209,22 @@ def test_bad_tasks_say_what_was_wrong(base, requests, first, tmp_path):
         fewer.features()
 
 
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"targets": ("q_proj",)}, r"adapts k_proj, o_proj, q_proj, v_proj, but targets is q_proj; all experts"),
+        ({"targets": ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj")}, r"targets is .*, up_proj, v_proj; all"),
+        ({"encoder": "some/clip"}, r"made with encoder 'backbone', but encoder is 'some/clip'; the centroids"),
+    ],
+)
+def test_a_folder_goes_on_with_its_own_targets_and_encoder(base, requests, first, tmp_path, changes, message):
+    """Refused before anything is trained."""
+    with pytest.raises(ConfigError, match=message):
+        Task(base, requests, tmp_path, previous=first, **changes)
+    Task(base, requests, tmp_path, previous=first, targets=("v_proj", "o_proj", "k_proj", "q_proj"), penalty=0.0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_ranks_say_how_they_came_about(base, requests, tmp_path):
     task = Task(base, requests, tmp_path)
     task.learning.learn(task.loop)

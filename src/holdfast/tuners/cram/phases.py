@@ -100,9 +100,10 @@ class TaskLearning:
         self.steps, self.previous, self.work_dir = steps, previous, work_dir
         self.seed, self.encoder = seed, encoder
         if previous is not None:
-            known = [e.name for e in read_router(previous).router.experts]
-            if name in known:
+            stored = read_router(previous).router
+            if name in [e.name for e in stored.experts]:
                 raise AdapterError(f"{previous} already has an expert for task {name!r}; task names must differ.")
+            check_continues(previous, stored.config, config)
 
     @property
     def phase(self) -> Phase:
@@ -232,6 +233,24 @@ class TaskLearning:
     @property
     def _features_path(self) -> Path:
         return self.work_dir / "features.safetensors"
+
+
+def check_continues(previous: Path, stored: CramConfig, config: CramConfig) -> None:
+    """Raises ConfigError when a new expert could not stand beside those of the folder `previous`.
+
+    One folder adapts one list of linears and has one encoder; every other option may differ from task to task.
+    """
+    if set(config.targets) != set(stored.targets):
+        raise ConfigError(
+            f"{previous} adapts {', '.join(sorted(stored.targets))}, but targets is {', '.join(sorted(config.targets))};"
+            " all experts of a folder adapt the same linears. Keep the folder's targets, or begin a folder of its own."
+        )
+    if config.encoder != stored.encoder:
+        raise ConfigError(
+            f"{previous} was made with encoder {stored.encoder!r}, but encoder is {config.encoder!r}; the centroids of "
+            "one mean nothing to another. Keep the folder's encoder (if its files only moved, write the new place under "
+            '"config", "encoder" in router.json), or begin a folder of its own.'
+        )
 
 
 def history_rows(cram: Cram, group: int) -> dict[str, list[Tensor]]:
