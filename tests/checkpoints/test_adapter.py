@@ -156,6 +156,28 @@ def test_adapters_stack_in_order(tmp_path):
         torch.testing.assert_close(view.read(key), expected)
 
 
+@pytest.mark.parametrize("order", ["replaced-then-updated", "updated-then-replaced"])
+def test_an_update_of_a_replaced_tensor_is_applied_and_one_before_it_is_replaced(order, tmp_path):
+    whole, _ = make(tmp_path / "x", modules_to_save=["lm_head"])
+    update, _ = make(tmp_path / "y", seed=1, target_modules=["lm_head"])
+    folders = (whole, update) if order.startswith("replaced") else (update, whole)
+
+    class Value:
+        base = str(whole / "base")
+        adapters = tuple(str(folder / "adapter") for folder in folders)
+
+    with open_checkpoint(Value()) as view:
+        key = view.names.require("lm_head.weight")
+        saved, updating = view.adapters if order.startswith("replaced") else view.adapters[::-1]
+        expected = saved.read_saved("lm_head.weight")
+        if order.startswith("replaced"):
+            a, b = updating.read_factors("lm_head")
+            expected = expected + 2.5 * b @ a
+        assert not view.is_plain(key)
+        torch.testing.assert_close(view.read(key), expected)
+        torch.testing.assert_close(view.read_float(key), expected)
+
+
 def test_an_input_scale_beside_the_factors_scales_the_base(tmp_path):
     folder, _ = make(tmp_path / "x")
     name = "model.language_model.layers.0.down_proj"
@@ -189,6 +211,10 @@ def edit_config(folder, **changes):
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights in memory"),
         ({"r": 5}, "configuration gives it rank 5"),
         ({"lora_alpha": None}, "lora_alpha is None; expected a positive number"),
+        ({"rank_pattern": {"(": 4}}, r"rank_pattern has '\(', which is no regular expression"),
+        ({"rank_pattern": {"q_proj": "x"}}, r"rank_pattern\['q_proj'\] is 'x'; expected a positive number"),
+        ({"alpha_pattern": {"q_proj": None}}, r"alpha_pattern\['q_proj'\] is None; expected a positive number"),
+        ({"alpha_pattern": ["a"]}, r"alpha_pattern is \['a'\]; expected \{module pattern: number\}"),
     ],
 )
 def test_what_is_not_plain_lora_is_refused(changes, message, tmp_path):
@@ -292,6 +318,31 @@ def test_an_adapter_has_a_fingerprint(tmp_path):
         prints.append(fingerprint(adapter))
         adapter.close()
     assert prints[0] != prints[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora_alpha": 20}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}, {"fan_in_fan_out": True}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_the_fingerprint_knows_what_the_configuration_makes_of_the_factors(changes, tmp_path):
+    folder, _ = make(tmp_path / "x")
+    adapter = LoraAdapter(folder / "adapter")
+    plain = fingerprint(adapter)
+    edit_config(folder, lora_dropout=0.5)
+    assert fingerprint(LoraAdapter(folder / "adapter")) == plain
+    edit_config(folder, **changes)
+    assert fingerprint(LoraAdapter(folder / "adapter")) != plain
+
+
+def test_the_fingerprint_knows_the_input_scales(tmp_path):
+    folder, _ = make(tmp_path / "x")
+    prints = [fingerprint(LoraAdapter(folder / "adapter"))]
+    for value in (0.5, 0.75):
+        scale = {"model.language_model.layers.0.down_proj": torch.full((24,), value)}
+        save_file(scale, folder / "adapter" / "holdfast_input_scale.safetensors")
+        prints.append(fingerprint(LoraAdapter(folder / "adapter")))
+    assert len(set(prints)) == 3
 
 
 def test_neither_a_folder_nor_a_reachable_id_is_an_error(monkeypatch):

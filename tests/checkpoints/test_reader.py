@@ -75,6 +75,28 @@ def test_a_missing_shard_is_named(sharded):
         CheckpointReader(sharded)
 
 
+@pytest.mark.parametrize("name", ["../shard.safetensors", "ABSOLUTE", "", 3, None, "sub/../../shard.safetensors"])
+def test_a_shard_name_that_leaves_the_folder_or_is_none_is_refused(name, sharded):
+    last = "model-00003-of-00003.safetensors"
+    outside = sharded.parent / "shard.safetensors"
+    (sharded / last).rename(outside)
+    index = json.loads((sharded / INDEX).read_text())
+    name = str(outside) if name == "ABSOLUTE" else name
+    index["weight_map"] = {key: name if file == last else file for key, file in index["weight_map"].items()}
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"expected the name of a file in .*sharded"):
+        CheckpointReader(sharded)
+
+
+def test_a_shard_may_be_a_link(sharded, tensors):
+    last = "model-00003-of-00003.safetensors"
+    outside = sharded.parent / "blob"
+    (sharded / last).rename(outside)
+    (sharded / last).symlink_to("../blob")
+    with CheckpointReader(sharded) as reader:
+        assert set(reader) == set(tensors)
+
+
 def test_an_index_that_disagrees_with_a_shard_is_refused(sharded):
     index = json.loads((sharded / INDEX).read_text())
     index["weight_map"]["ghost.weight"] = "model-00001-of-00003.safetensors"

@@ -14,7 +14,7 @@ from fork_server import ForkServer
 from holdfast.checkpoints.reader import CheckpointReader
 from holdfast.checkpoints.rewrite import Compute, Copy, Input, copy_side_files, rewrite
 from holdfast.checkpoints.writer import Staging, plan_shards
-from holdfast.errors import CheckpointError, StorageError
+from holdfast.errors import CheckpointError, NumericalError, StorageError
 from rewrite_steps import PLAN, outputs, recipe, run_rewrite
 
 
@@ -67,6 +67,20 @@ def test_a_copy_that_differs_from_its_comparison_is_reported(write, make_tensors
         plan = {k: Copy(Input(after, e), compare=Input(before, before.entry(k))) for k, e in after.entries.items()}
         result = rewrite(staging, plan_shards(outputs(after), shard_bytes=2000), plan)
     assert result.changed == ["multi_modal_projector.linear_1.weight"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_or_inf_is_not_written(value, write, make_tensors, tmp_path):
+    copied = make_tensors()
+    copied["logit_scale"] = torch.tensor(value)
+    with pytest.raises(NumericalError, match=r"logit_scale holds NaN or inf in .*copied/model\.safetensors"):
+        run_rewrite(write(tmp_path / "copied", copied), tmp_path / "out")
+    computed = make_tensors()
+    key = next(key for key in computed if ".mlp." in key)
+    computed[key][1, 2] = value
+    with pytest.raises(NumericalError, match=rf"{key} would be written with NaN or inf"):
+        run_rewrite(write(tmp_path / "computed", computed), tmp_path / "out2")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out2").exists()
 
 
 def test_a_second_call_finds_the_work_done(single, tmp_path):

@@ -202,6 +202,108 @@ def test_the_same_edit_gives_the_same_bytes_and_a_finished_one_is_left_alone(wor
         edit(world, tmp_path / "a" / "out", rule=HpaRule(HpaConfig(keep_bounds=(5, 20))))
 
 
+def changed_alpha(world, target, alpha=64):
+    adapter = shutil.copytree(world.adapter, target)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": alpha}))
+    return adapter
+
+
+def test_factors_that_are_scaled_in_another_way_are_another_edit(world, tmp_path):
+    adapter = changed_alpha(world, tmp_path / "adapter", alpha=16)
+    edit(world, tmp_path / "out", adapter)
+    shutil.rmtree(adapter)
+    changed_alpha(world, tmp_path / "adapter")
+    with pytest.raises(StorageError, match=r"not this edit's result \(differs in fingerprints\)"):
+        edit(world, tmp_path / "out", adapter)
+
+
+class StopError(Exception):
+    pass
+
+
+def stop_half_way(event, *, done, total, **_):
+    if done > total // 2:
+        raise StopError
+
+
+def test_a_killed_edit_is_not_finished_with_another_scaling(world, tmp_path):
+    adapter = changed_alpha(world, tmp_path / "adapter", alpha=16)
+    options = {"shard_bytes": 9_000}
+    with pytest.raises(StopError):
+        edit(world, tmp_path / "out", adapter, progress=stop_half_way, **options)
+    shutil.rmtree(adapter)
+    changed_alpha(world, tmp_path / "adapter")
+    with pytest.raises(StorageError, match=r"unfinished result of other inputs or options \(differs in fingerprints\)"):
+        edit(world, tmp_path / "out", adapter, **options)
+
+
+def write_between_the_samples(world, folder, value):
+    """Change a number that no fingerprint looks at."""
+    tensors = weights(folder)
+    tensors[decoder_key(world)].view(-1)[200] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "killed"])
+def test_an_input_file_written_since_is_noticed_where_its_fingerprint_is_the_same(
+    finished, world, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("holdfast.checkpoints.fingerprint._SAMPLE_BYTES", 16)
+    after = shutil.copytree(world.after, tmp_path / "after")
+    write_between_the_samples(world, after, 0.0)
+    options = {"shard_bytes": 9_000}
+    if finished:
+        edit(world, tmp_path / "out", after, **options)
+    else:
+        with pytest.raises(StopError):
+            edit(world, tmp_path / "out", after, progress=stop_half_way, **options)
+    made, record = (tmp_path / "out", "out") if finished else (tmp_path / ".out.partial", ".out.partial/folder")
+    write_between_the_samples(world, after, 1.0)
+    expected = rf"{made} was made from files .*AFTER model\.safetensors \(1 of 2\) was .* remove {made} or choose"
+    with pytest.raises(StorageError, match=expected):
+        edit(world, tmp_path / "out", after, **options)
+    assert f"remove {tmp_path / record / 'inputs.json'} to keep" in str(
+        refused(world, tmp_path / "out", after, options)
+    )
+    (tmp_path / record / "inputs.json").unlink()
+    edit(world, tmp_path / "out", after, **options)
+
+
+def refused(world, out, after, options):
+    with pytest.raises(StorageError) as caught:
+        edit(world, out, after, **options)
+    return caught.value
+
+
+def test_another_tokenizer_or_template_is_another_edit(world, tmp_path):
+    after = shutil.copytree(world.after, tmp_path / "after")
+    edit(world, tmp_path / "out", after)
+    (after / "chat_template.jinja").write_text("other")
+    with pytest.raises(StorageError, match=r"differs in side_files"):
+        edit(world, tmp_path / "out", after)
+
+
+def test_a_linked_out_is_written_where_the_link_points(world, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    edit(world, tmp_path / "link")
+    assert (tmp_path / "disk" / "out" / "edit.json").is_file() and (tmp_path / "link").is_symlink()
+    edit(world, tmp_path / "link")
+
+
+@pytest.mark.parametrize("part", ["lm_head.weight", "multi_modal_projector.linear_2.weight"])
+def test_nan_in_a_tensor_that_is_only_copied_is_found(part, world, tmp_path):
+    def spoil(tensors):
+        key = next(key for key in tensors if key.endswith(part))
+        tensors[key].view(-1)[7:8].fill_(float("nan"))
+
+    after = changed_copy(world.after, tmp_path / "after", spoil)
+    with pytest.raises(NumericalError, match=rf"{part} holds NaN or inf in .*after.*would be copied"):
+        edit(world, tmp_path / "out", after)
+    assert not (tmp_path / "out").exists()
+
+
 def test_progress_counts_layers(world, tmp_path):
     seen = []
     edit(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.checkpoints.fingerprint import fingerprint
+from holdfast.checkpoints.fingerprint import file_stamps, fingerprint
 from holdfast.checkpoints.merged import CheckpointLike, open_checkpoint
 from holdfast.checkpoints.reader import INDEX_FILE
-from holdfast.checkpoints.rewrite import Compute, Copy, Input, copy_side_files, rewrite
+from holdfast.checkpoints.rewrite import Compute, Copy, Input, copy_side_files, hash_side_files, rewrite
 from holdfast.checkpoints.storage import write_json
 from holdfast.checkpoints.tensor_file import DTYPE_NAMES, EDITABLE_DTYPES
 from holdfast.checkpoints.writer import (
@@ -57,8 +57,13 @@ def cast_checkpoint(
                 recipe[key] = Copy(read)
         shards = plan_shards(tensors, shard_bytes=shard_bytes)
         prints = [fingerprint(checkpoint.base), *(fingerprint(adapter) for adapter in checkpoint.adapters)]
-        plan = {"cast": name, "fingerprints": prints, "shard_bytes": shard_bytes}
-        with Staging(Path(out), plan) as staging:
+        plan = {
+            "cast": name,
+            "fingerprints": prints,
+            "side_files": hash_side_files(checkpoint.folder),
+            "shard_bytes": shard_bytes,
+        }
+        with Staging(Path(out), plan, inputs=file_stamps(checkpoint.files())) as staging:
             if staging.already_published:
                 return Path(out)
             rewrite(staging, shards, recipe)

@@ -63,7 +63,12 @@ class CheckpointReader:
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{index} has no `weight_map`; expected {{tensor name: shard file}}.")
             for key, name in weight_map.items():
-                if not isinstance(name, str) or not name or PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                if (
+                    not isinstance(name, str)
+                    or not name
+                    or PurePath(name).is_absolute()
+                    or ".." in PurePath(name).parts
+                ):
                     raise CheckpointError(
                         f"{index} says that {key} lies in {name!r}; expected the name of a file in {self.folder}. Copy "
                         "the shard there (a link will do) and name it so."

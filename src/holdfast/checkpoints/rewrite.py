@@ -7,6 +7,8 @@ held. Shapes and types are known beforehand, so each file's header is written fi
 
 from __future__ import annotations
 
+import hashlib
+import math
 import queue
 import shutil
 from collections import deque
@@ -20,9 +22,9 @@ import torch
 from torch import Tensor
 
 from holdfast.checkpoints.storage import storage_error
-from holdfast.checkpoints.tensor_file import TensorEntry
-from holdfast.checkpoints.writer import Shard, ShardWriter, Staging
-from holdfast.errors import CheckpointError
+from holdfast.checkpoints.tensor_file import DTYPE_NAMES, EDITABLE_DTYPES, TORCH_DTYPES, TensorEntry
+from holdfast.checkpoints.writer import INPUTS_FILE, PROVENANCE_FILE, Shard, ShardWriter, Staging
+from holdfast.errors import CheckpointError, NumericalError
 
 # Pieces of a plain copy, and the limit between small buffers (many) and large ones (few).
 COPY_BYTES = 8 << 20
@@ -33,7 +35,10 @@ _MAX_LARGE_BUFFERS = 8
 
 # Weights in any format, and what a trainer leaves behind: never copied beside an edited checkpoint.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tmp")
-_NOT_COPIED = ("README.md", "holdfast.json", "edit.json", "verification.json", "trainer_state.json", "rng_state.pth")
+_NOT_COPIED = (
+    *("README.md", PROVENANCE_FILE, INPUTS_FILE, "edit.json", "verification.json"),
+    *("trainer_state.json", "rng_state.pth"),
+)
 _COPIED_FOLDERS = ("additional_chat_templates",)
 
 
@@ -98,7 +103,7 @@ def rewrite(
         total=) after each tensor.
 
     Raises: what the recipe's functions raise; StorageError: the disk is full; CheckpointError: an input became
-        shorter, or a function returned another shape or type than planned.
+        shorter, or a function returned another shape or type than planned. NumericalError: NaN or inf in an output.
     """
     staging.require_space(shards)
     records = {shard.file: staging.finished(shard) for shard in shards}
@@ -291,7 +296,12 @@ def _perform(step: _Step, buffers: Sequence[Tensor]) -> tuple[Tensor, Mapping[st
     """The bytes to write, the row of an edit, and whether a copy differs from its comparison."""
     if isinstance(step.what, Copy):
         size = step.stop - step.start
-        piece = buffers[0][:size]
+        piece, entry = buffers[0][:size], step.what.input.entry
+        if entry.dtype in EDITABLE_DTYPES and not _is_finite(piece.view(TORCH_DTYPES[entry.dtype])):
+            raise NumericalError(
+                f"{step.name} holds NaN or inf in {entry.path}, and would be copied into the result as it is: that "
+                "checkpoint is damaged, or the training that made it diverged. Nothing was published."
+            )
         return piece, None, len(buffers) > 1 and not _equal_bytes(piece, buffers[1][:size])
     tensors = [
         buffer[: source.entry.nbytes].view(source.entry.torch_dtype).view(source.entry.shape)
@@ -304,7 +314,17 @@ def _perform(step: _Step, buffers: Sequence[Tensor]) -> tuple[Tensor, Mapping[st
             f"The edit of {step.name} returned {output.dtype} {tuple(output.shape)}, {raw.numel()} bytes; the plan "
             f"has {step.stop} bytes for it."
         )
+    if DTYPE_NAMES.get(output.dtype) in EDITABLE_DTYPES and not _is_finite(output):
+        raise NumericalError(
+            f"{step.name} would be written with NaN or inf: an input holds them, or the result is too large for "
+            f"{output.dtype}. Nothing was published."
+        )
     return raw, row, False
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Extremes show both: aminmax hands NaN on, and needs a thirtieth of the time of `isfinite` in bf16."""
+    return values.numel() == 0 or all(math.isfinite(extreme) for extreme in values.aminmax())
 
 
 def _equal_bytes(a: Tensor, b: Tensor) -> bool:
@@ -324,15 +344,33 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
     Raises: StorageError: the target cannot be written.
     """
     names = []
-    for path in sorted(source.iterdir()):
+    for path in _side_files(source):
         if path.is_dir():
-            if path.name in _COPIED_FOLDERS:
-                _copy(lambda p=path: shutil.copytree(p, target / p.name, dirs_exist_ok=True), target)  # type: ignore[misc]
-                names.append(f"{path.name}/")
-        elif path.is_file() and not _left_behind(path.name):
+            _copy(lambda p=path: shutil.copytree(p, target / p.name, dirs_exist_ok=True), target)  # type: ignore[misc]
+            names.append(f"{path.name}/")
+        else:
             _copy(lambda p=path: shutil.copyfile(p, target / p.name), target)  # type: ignore[misc]
             names.append(path.name)
     return names
+
+
+def hash_side_files(source: Path) -> dict[str, str]:
+    """sha256 of each file that `copy_side_files` would copy, by its path within the folder."""
+    files = [
+        file
+        for path in _side_files(source)
+        for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
+        if file.is_file()
+    ]
+    return {str(file.relative_to(source)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _side_files(source: Path) -> list[Path]:
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if (path.name in _COPIED_FOLDERS if path.is_dir() else path.is_file() and not _left_behind(path.name))
+    ]
 
 
 def _copy(action: Callable[[], Any], target: Path) -> None:

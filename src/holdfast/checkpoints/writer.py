@@ -2,7 +2,7 @@
 
 Beside OUT a folder `.OUT.partial` grows: `plan.json` (what is being written, by hash), `folder/` (what will become
 OUT) and `marks/` (one file per finished shard, written after the shard's fsync). Publishing is one rename of `folder/`
-to OUT. Started again with the same plan, finished shards are kept; with another plan, nothing is touched.
+to OUT. Started again with the same plan and input files, finished shards are kept; with others, nothing is touched.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from holdfast.errors import CheckpointError, StorageError
 
 DEFAULT_SHARD_BYTES = 256 << 20
 PROVENANCE_FILE = "holdfast.json"
+# Size and time of the input files. Apart from the provenance: the times are this machine's, the rest is not.
+INPUTS_FILE = "inputs.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,30 +164,58 @@ class Staging:
     """The partial folder of one OUT and one plan.
 
     plan: plain data that decides every byte of the result (inputs by fingerprint, rule, options, layout).
+    inputs: `file_stamps` of every file that is read, kept as `inputs.json`: a fingerprint does not see all bytes.
 
-    Raises: StorageError: OUT exists, a partial of another plan is in the way, another process writes it.
+    Raises: StorageError: OUT exists, a partial of another plan is in the way, the input files have changed since,
+        another process writes it.
     """
 
-    def __init__(self, out: Path, plan: Mapping[str, Any]) -> None:
-        self.out = out
+    def __init__(
+        self, out: Path, plan: Mapping[str, Any], *, inputs: Mapping[str, Mapping[str, int]] | None = None
+    ) -> None:
+        # A rename onto a link would fail, after all the work.
+        self.out = out = out.resolve()
+        self._inputs = None if inputs is None else {name: dict(stamp) for name, stamp in inputs.items()}
         self.plan_hash = hash_plan(plan)
         self.root = out.parent / f".{out.name}.partial"
         self.folder = self.root / "folder"
         self._marks = self.root / "marks"
         self._lock: int | None = None
-        self.already_published = self._check_out()
+        self.already_published = self._check_out(plan)
         if not self.already_published:
             self._open(plan)
 
-    def _check_out(self) -> bool:
+    def _check_out(self, plan: Mapping[str, Any]) -> bool:
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return False
         provenance = self.out / PROVENANCE_FILE
-        if provenance.is_file() and read_json(provenance, "a provenance record").get("plan_hash") == self.plan_hash:
+        found = read_json(provenance, "a provenance record") if provenance.is_file() else {}
+        if found.get("plan_hash") == self.plan_hash:
+            self._require_same_inputs(self.out, self.out)
             # Killed after the rename and before the end, or simply asked for twice.
             shutil.rmtree(self.root, ignore_errors=True)
             return True
-        raise StorageError(f"{self.out} exists and is not this edit's result. Choose another --out, or remove it.")
+        why = f" ({_difference(found, plan)})" if "plan" in found else ""
+        raise StorageError(f"{self.out} exists and is not this edit's result{why}. Choose another --out, or remove it.")
+
+    def _require_same_inputs(self, folder: Path, result: Path) -> None:
+        """Raise StorageError where the files that `folder` was made from are not those of now; without a record, pass.
+
+        result: what to remove to start over.
+        """
+        path = folder / INPUTS_FILE
+        if self._inputs is None or not path.is_file():
+            return
+        found = read_json(path, "the record of input files")
+        changed = sorted(name for name in {*found, *self._inputs} if found.get(name) != self._inputs.get(name))
+        if changed:
+            old, new = (stamps.get(changed[0]) for stamps in (found, self._inputs))
+            raise StorageError(
+                f"{result} was made from files that have been written since, or from copies of them: {changed[0]} "
+                f"({len(changed)} of {len({*found, *self._inputs})}) was {_stamp(old)} and is {_stamp(new)}. To edit "
+                f"what is there now, remove {result} or choose another --out. Where you know that the weights are the "
+                f"same (copied with `cp -r`, downloaded again), remove {path} to keep what was done."
+            )
 
     def _open(self, plan: Mapping[str, Any]) -> None:
         try:
@@ -198,6 +229,7 @@ class Staging:
             for left_over in (*self.root.glob("*.tmp"), *self.root.glob("*/*.tmp")):
                 left_over.unlink()
             recorded = self.root / "plan.json"
+            self.folder.mkdir(exist_ok=True)
             if recorded.exists():
                 found = read_json(recorded, "the plan of a partial result")
                 if found.get("plan_hash") != self.plan_hash:
@@ -205,9 +237,10 @@ class Staging:
                         f"{self.root} holds an unfinished result of other inputs or options ({_difference(found, plan)}"
                         "). Repeat that command to finish it, remove the folder, or choose another --out."
                     )
-            else:
-                write_json(recorded, {"plan_hash": self.plan_hash, "plan": dict(plan)})
-            self.folder.mkdir(exist_ok=True)
+                self._require_same_inputs(self.folder, self.root)
+            if self._inputs is not None:
+                write_json(self.folder / INPUTS_FILE, self._inputs)
+            write_json(recorded, {"plan_hash": self.plan_hash, "plan": dict(plan)})
         except OSError as error:
             self.release()
             raise storage_error(error, self.root) from error
@@ -272,6 +305,13 @@ class Staging:
 def hash_plan(plan: Mapping[str, Any]) -> str:
     """sha256 of a plan's canonical JSON."""
     return hashlib.sha256(json.dumps(plan, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _stamp(stamp: Mapping[str, int] | None) -> str:
+    if stamp is None:
+        return "no part of it"
+    changed = datetime.fromtimestamp(stamp["mtime_ns"] / 1e9, UTC)
+    return f"{stamp['bytes']} bytes of {changed:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _difference(found: Mapping[str, Any], plan: Mapping[str, Any]) -> str:

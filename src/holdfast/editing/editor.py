@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from holdfast.checkpoints.adapter import INPUT_SCALE_FILE, WEIGHTS_FILE
 from holdfast.checkpoints.curvature import Curvature
 from holdfast.checkpoints.reader import INDEX_FILE, SINGLE_FILE
-from holdfast.checkpoints.rewrite import RewriteResult, copy_side_files, rewrite
+from holdfast.checkpoints.rewrite import RewriteResult, copy_side_files, hash_side_files, rewrite
 from holdfast.checkpoints.storage import atomic_path, write_json
 from holdfast.checkpoints.writer import (
     DEFAULT_SHARD_BYTES,
@@ -69,8 +69,9 @@ def edit_checkpoint(
     """Edit the change from `before` to `after` layer by layer and publish the result as the folder `out`.
 
     Killed at any point and called again with the same arguments, it takes up where it stopped and ends with the same
-    bytes (`verification.json` and the model card apart, whose figures depend on the machine). A finished `out` of the
-    same arguments is left alone and its report returned; with `verify`, one that was never checked is checked now.
+    bytes (`verification.json`, the model card and `inputs.json` apart, whose figures depend on the machine). A finished
+    `out` of the same arguments is left alone and its report returned; with `verify`, one that was never checked is
+    checked now. Input files that were written since are noticed by size and time, and refused.
 
     Args:
         before: folder, hub id, or checkpoint value (base and adapters): what the update started from.
@@ -120,6 +121,7 @@ def edit_checkpoint(
             "settings": dict(rule.settings()),
             "coefficient": coefficient if export == "adapter" else None,
             "fingerprints": pair.fingerprints(),
+            "side_files": hash_side_files(_side_folder(pair, export)),
             "calibration": curvature.digest() if curvature is not None else None,
             "layers": [[t.layer.name, t.layer.block, t.key] for t in targets],
             "block_count": targets[0].layer.block_count,
@@ -129,7 +131,7 @@ def edit_checkpoint(
             "versions": {name: versions()[name] for name in ("holdfast", "torch")},
         }
         clock.lap("open")
-        with Staging(out, plan) as staging:
+        with Staging(out, plan, inputs=pair.stamps()) as staging:
             checked = {
                 "before": before,
                 "after": after,
@@ -174,7 +176,7 @@ def require_room(out: str | Path, before: Source, after: Source, export: Export)
 
     Raises: CheckpointError, AdapterError: as `edit_checkpoint`. StorageError: `out` exists or would not fit.
     """
-    out = Path(out).absolute()
+    out = Path(out).resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise StorageError(f"{out} exists. Choose another --out, or remove it.")
     with open_pair(before, after) as pair:
@@ -284,9 +286,8 @@ def _write_small_files(
     targets: list[Target],
 ) -> None:
     folder = staging.folder
+    copy_side_files(_side_folder(pair, report.export), folder)
     if report.export == "adapter":
-        assert pair.lora is not None
-        copy_side_files(pair.lora.folder, folder)
         scales = {
             target.lora.module: read_scale_field(result.rows[target.lora.a.name][SCALE_FIELD])
             for target in targets
@@ -296,14 +297,17 @@ def _write_small_files(
             with atomic_path(folder / INPUT_SCALE_FILE) as temporary:
                 save_file({name: scales[name] for name in sorted(scales)}, temporary)
     else:
-        # Configuration and tokenizer of AFTER: the tuning may have added tokens.
-        copy_side_files(pair.after.folder, folder)
         if len(shards) > 1:
             write_json(folder / INDEX_FILE, shard_index(shards))
     report.save(folder / REPORT_FILE)
     write_json(
         folder / PROVENANCE_FILE, {"plan_hash": staging.plan_hash, "plan": dict(plan), "inputs": dict(report.inputs)}
     )
+
+
+def _side_folder(pair: Pair, export: str) -> Path:
+    """Whose configuration and tokenizer the result gets: the adapter's, or AFTER's (tuning may have added tokens)."""
+    return pair.lora.folder if export == "adapter" and pair.lora is not None else pair.after.folder
 
 
 def _layers_only(

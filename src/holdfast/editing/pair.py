@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from holdfast.checkpoints.adapter import LoraAdapter, is_adapter
-from holdfast.checkpoints.fingerprint import fingerprint
+from holdfast.checkpoints.fingerprint import file_stamps, fingerprint
 from holdfast.checkpoints.merged import CheckpointLike, MergedCheckpoint, locate, open_checkpoint
 from holdfast.checkpoints.naming import normalised
 from holdfast.checkpoints.reader import CheckpointReader
@@ -40,6 +40,11 @@ class Pair:
                 adapters = [fingerprint(adapter) for adapter in checkpoint.adapters]
                 self._fingerprints[side] = [fingerprint(checkpoint.base), *adapters]
         return self._fingerprints
+
+    def stamps(self) -> dict[str, dict[str, int]]:
+        """Size and time of every file with weights, both sides."""
+        sides = (("BEFORE", self.before), ("AFTER", self.after))
+        return file_stamps({f"{side} {name}": path for side, c in sides for name, path in c.files().items()})
 
     def close(self) -> None:
         self.before.close()
