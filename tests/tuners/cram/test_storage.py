@@ -19,7 +19,15 @@ from holdfast.models.generate import generate
 from holdfast.models.load import load
 from holdfast.stream.protocol import Checkpoint
 from holdfast.tuners.cram.merge import export_merged
-from holdfast.tuners.cram.storage import from_pretrained, load_expert, probe, read_router, save_expert, save_pretrained
+from holdfast.tuners.cram.storage import (
+    _same_values,
+    from_pretrained,
+    load_expert,
+    probe,
+    read_router,
+    save_expert,
+    save_pretrained,
+)
 
 
 @pytest.fixture(scope="module")
@@ -229,9 +237,62 @@ def test_a_probe_takes_values_from_the_first_to_the_last_of_a_weight_of_any_size
     assert found[0] == flat[0] and found[-1] == 16
 
 
-def test_the_same_base_in_another_dtype_is_accepted(saved, pico_folder):
-    for dtype in (torch.bfloat16, torch.float16):
-        from_pretrained(saved, load(pico_folder, dtype=dtype)).detach()
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PAIRS = [(one, other) for one in DTYPES for other in DTYPES]
+
+
+@pytest.fixture(scope="module")
+def saved_in(pico_folder, requests, tmp_path_factory) -> dict[torch.dtype, Path]:
+    """The folder of one base, learned on in each dtype."""
+    folders = {}
+    for dtype in DTYPES:
+        folders[dtype] = tmp_path_factory.mktemp("dtypes") / "cram"
+        cram = cram_kit.with_experts(load(pico_folder, dtype=dtype), {"warm": requests["warm"]})
+        save_pretrained(cram, folders[dtype])
+    return folders
+
+
+@pytest.mark.parametrize("stored,found", PAIRS)
+def test_the_same_base_in_another_dtype_is_accepted(saved_in, pico_folder, stored, found):
+    from_pretrained(saved_in[stored], load(pico_folder, dtype=found))
+
+
+def scaled(weight: torch.Tensor) -> torch.Tensor:
+    return weight * 1.001
+
+
+def two_fifths(weight: torch.Tensor) -> torch.Tensor:
+    rows = weight.shape[0] * 2 // 5
+    return torch.cat([weight[:rows].flip(0).roll(1, -1), weight[rows:]])
+
+
+@pytest.mark.parametrize("change", [scaled, two_fifths])
+@pytest.mark.parametrize("stored,found", PAIRS)
+def test_a_base_with_slightly_other_weights_is_refused_in_any_dtype(saved_in, pico_folder, stored, found, change):
+    """Changed in fp32, then rounded; a 0.1 % shift is a quarter of what bf16 rounds by, so it shows in some weights."""
+    other = load(pico_folder)
+    with torch.no_grad():
+        for name, p in other.model.named_parameters():
+            if "language_model.layers" in name and p.dim() == 2:
+                p.copy_(change(p))
+    other.model.to(found)
+    with pytest.raises(AdapterError, match=r"was trained on another base .*: \d+ of \d+ weights have other values"):
+        from_pretrained(saved_in[stored], other)
+
+
+@pytest.mark.parametrize("stored,found", PAIRS)
+def test_one_number_rounded_to_two_dtypes_is_one_weight(stored, found):
+    """Over all magnitudes that the dtypes hold, subnormal ones, ties and zero among them."""
+    g = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(-9, 4, 200_000, dtype=torch.float64)
+    numbers = torch.cat([sizes * torch.randn(sizes.shape, generator=g).sign(), torch.tensor([0.0, 1 + 2**-8, 2**-24])])
+    one, two = numbers.float().to(stored), numbers.float().to(found)
+    assert _same_values(one, two)
+    coarse = max(torch.finfo(stored).eps, torch.finfo(found).eps)
+    moved = (numbers * (1 + 3 * coarse)).float().to(found)
+    assert not any(
+        _same_values(a, b) for a, b in zip(one[50_000::5000], moved[50_000::5000], strict=True) if abs(a) > 1
+    )
 
 
 def test_a_changed_encoder_is_refused(base, saved, damaged, pico_folder):

@@ -242,14 +242,15 @@ def check_continues(previous: Path, stored: CramConfig, config: CramConfig) -> N
     """
     if set(config.targets) != set(stored.targets):
         raise ConfigError(
-            f"{previous} adapts {', '.join(sorted(stored.targets))}, but targets is {', '.join(sorted(config.targets))};"
-            " all experts of a folder adapt the same linears. Keep the folder's targets, or begin a folder of its own."
+            f"{previous} adapts {', '.join(sorted(stored.targets))}, but targets is "
+            f"{', '.join(sorted(config.targets))}; all experts of a folder adapt the same linears. Keep the folder's "
+            "targets, or begin a folder of its own."
         )
     if config.encoder != stored.encoder:
         raise ConfigError(
             f"{previous} was made with encoder {stored.encoder!r}, but encoder is {config.encoder!r}; the centroids of "
-            "one mean nothing to another. Keep the folder's encoder (if its files only moved, write the new place under "
-            '"config", "encoder" in router.json), or begin a folder of its own.'
+            "one mean nothing to another. Keep the folder's encoder (if its files only moved, write the new place into "
+            'router.json, under "config", "encoder"), or begin a folder of its own.'
         )
 
 

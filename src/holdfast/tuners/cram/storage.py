@@ -42,8 +42,6 @@ ROUTER, TENSORS, EXPERTS = "router.json", "router.safetensors", "experts"
 # In TENSORS, followed by the name of a weight.
 BASE_PROBE, ENCODER_PROBE = "base.probe.", "encoder.probe."
 _PROBED_VALUES = 16
-# Rounding to bf16 moves a value by at most 2^-8 = 0.4 % of itself, to fp16 by less, near zero by at most 3e-8.
-_ROUNDING, _ROUNDING_NEAR_ZERO = 0.005, 1e-7
 
 
 def save_expert(folder: Path, factors: Factors, *, base: str, beside: Mapping[str, Any] | None = None) -> None:
@@ -245,9 +243,9 @@ def read_router(folder: Path) -> StoredRouter:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("format") != FORMAT:
             raise AdapterError(
-                f"{path} has format {data.get('format')!r}; this version of holdfast reads format {FORMAT}. Read it with "
-                "the version that wrote it, or learn its tasks again. Each of its experts is an ordinary PEFT LoRA and "
-                "loads alone."
+                f"{path} has format {data.get('format')!r}; this version of holdfast reads format {FORMAT}. Read it "
+                "with the version that wrote it, or learn its tasks again. Each of its experts is an ordinary PEFT LoRA "
+                "and loads alone."
             )
         config = decode(CramConfig, data["config"], "config")
         with safe_open(folder / TENSORS, framework="pt") as file:
@@ -307,11 +305,21 @@ def _compare_probe(
 
 
 def _same_values(stored: Tensor, found: Tensor) -> bool:
-    """Whether probed values are those of one weight: bit for bit in one dtype, up to rounding in two."""
+    """Whether probed values are those of one weight: bit for bit in one dtype; in two, each rounds from one number."""
     if stored.dtype == found.dtype:
         return bool((stored == found).all())
-    allowed = _ROUNDING * stored.double().abs() + _ROUNDING_NEAR_ZERO
-    return float(((stored.double() - found.double()).abs() <= allowed).double().mean()) > 0.5
+    # Not a cast to the coarser dtype: neither of bf16 and fp16 is that everywhere, and fp32 -> fp16 -> bf16 may round
+    # twice.
+    allowed = _half_step(stored) + _half_step(found)
+    return bool(((stored.double() - found.double()).abs() <= allowed).all())
+
+
+def _half_step(values: Tensor) -> Tensor:
+    """Half the distance between neighbours at each value: how far what was rounded to it can have been, float64."""
+    kind = torch.finfo(values.dtype)
+    size = values.double().abs().clamp_min(kind.smallest_normal)
+    # size / mantissa is the next power of two above, exactly; from half of it on, neighbours are eps / 2 of it apart.
+    return size / torch.frexp(size).mantissa * (kind.eps / 4)
 
 
 def block_weights(loaded: LoadedModel) -> dict[str, Tensor]:
