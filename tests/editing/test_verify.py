@@ -36,6 +36,26 @@ def test_an_adapter_export_runs_in_peft_with_every_module_and_its_scale(world, t
     assert report.verification["max_logit_difference"] <= 1e-4
 
 
+@pytest.mark.parametrize("base", ["float16", "bfloat16"])
+@pytest.mark.parametrize("factors", [torch.float32, torch.float64], ids=str)
+def test_an_adapter_of_any_type_passes_on_a_machine_too_small_for_its_half_base(
+    base, factors, world, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(verify, "free_memory_bytes", lambda: 0)
+    before = shutil.copytree(world.before, tmp_path / "before")
+    old = {key: value.to(getattr(torch, base)) for key, value in load_file(before / "model.safetensors").items()}
+    save_file(old, before / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((before / "config.json").read_text())
+    (before / "config.json").write_text(json.dumps({**config, "dtype": base}))
+    adapter = shutil.copytree(world.adapter, tmp_path / "adapter")
+    wide = {key: value.to(factors) for key, value in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(wide, adapter / "adapter_model.safetensors")
+    options = {"rule": HpaRule(), "curvature": world.curvature, "export": "adapter"}
+    found = edit_checkpoint(before, adapter, out=tmp_path / "out", **options).verification
+    assert found["tensors_redone"] == found["tensors_redone_equal"] > 0
+    assert found["edited_tensors_read"] == found["active_modules"] == len(world.curvature.modules)
+
+
 def test_a_module_that_was_never_trained_need_not_be_active(world, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "free_memory_bytes", lambda: 0)
     untrained = shutil.copytree(world.adapter, tmp_path / "untrained")

@@ -164,7 +164,7 @@ class LoraAdapter:
             )
         alpha = self._option("alpha_pattern", name, "lora_alpha")
         scaling = alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
-        return LoraEntry(name, a, b, rank, float(scaling), bool(self.config.get("fan_in_fan_out")))
+        return LoraEntry(name, a, b, a.shape[0], float(scaling), bool(self.config.get("fan_in_fan_out")))
 
     def _option(self, patterns: str, module: str, default: str) -> float:
         """A module's own value: of the first pattern that matches the end of its name (PEFT: get_pattern_key)."""

@@ -133,7 +133,7 @@ def _load(request: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
                 folder = request["export"] if dense else request["base"]
                 model: Any = AutoModelForImageTextToText.from_config(read_config(folder))
             if not dense:
-                _stand_in(model)
+                _stand_in(model, torch.float64 if "float64" in request["modules"].values() else torch.float32)
         elif dense:
             model = load(request["export"], dtype=torch.float32, device="cpu").model
         else:
@@ -153,14 +153,15 @@ def _load(request: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         }
 
 
-def _stand_in(model: nn.Module) -> None:
+def _stand_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Zeros of every parameter's shape that share one number, where the model has no weights.
 
-    PEFT moves an adapter to where its base weight is: on the meta device its factors would be lost.
+    PEFT moves an adapter to where its base weight is, and casts it to that type: on the meta device its factors would
+    be lost, in a half type they would be rounded.
     """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            zeros = torch.zeros((), dtype=dtype).expand(parameter.shape)
             setattr(module, name, nn.Parameter(zeros, requires_grad=False))
 
 
