@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +44,29 @@ def saved(base, requests, tmp_path_factory) -> Path:
 @pytest.fixture
 def damaged(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "cram"))
+
+
+def rewrite(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change router.json."""
+    data = json.loads((folder / "router.json").read_text())
+    change(data)
+    (folder / "router.json").write_text(json.dumps(data))
+
+
+def rewrite_tensors(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change router.safetensors."""
+    tensors = load_file(folder / "router.safetensors")
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "router.safetensors")
+
+
+def replace_expert(folder: Path, factors: dict) -> None:
+    """Another first expert, which the router was told of."""
+    expert = read_router(folder).folders[0]
+    shutil.rmtree(expert)
+    save_expert(expert, factors, base="x")
+    digest = hashlib.sha256((expert / "adapter_model.safetensors").read_bytes()).hexdigest()
+    rewrite(folder, lambda d: d["experts"][0].update(sha256=digest))
 
 
 @torch.no_grad()
@@ -130,15 +155,33 @@ def test_an_expert_of_another_base_is_refused(base, saved, damaged, pico_folder)
                 p.mul_(1.01)
     with pytest.raises(AdapterError, match=r"was trained on another base .*: \d+ of \d+ weights have other values"):
         from_pretrained(saved, other)
-    narrow = {"model.language_model.layers.0.self_attn.q_proj": (torch.ones(2, 7), torch.ones(32, 2))}
-    folder = read_router(damaged).folders[0]
-    shutil.rmtree(folder)
-    save_expert(folder, narrow, base="x")
+    replace_expert(damaged, {"model.language_model.layers.0.self_attn.q_proj": (torch.ones(2, 7), torch.ones(32, 2))})
     with pytest.raises(AdapterError, match=r"maps 7 to 32 features, in this base 32 to 32; it belongs to another base"):
         from_pretrained(damaged, base)
-    shutil.rmtree(folder)
-    save_expert(folder, {"model.layers.9.q_proj": (torch.ones(2, 32), torch.ones(32, 2))}, base="x")
+    replace_expert(damaged, {"model.layers.9.q_proj": (torch.ones(2, 32), torch.ones(32, 2))})
     with pytest.raises(AdapterError, match=r"adapts model.layers.9.q_proj, which .* does not have"):
+        from_pretrained(damaged, base)
+
+
+def test_an_experts_weights_are_those_that_its_router_was_written_with(base, saved, damaged, tmp_path):
+    """Swapped folders, and an expert that was trained again elsewhere: both fit the base and would answer."""
+    one, two, _ = read_router(damaged).folders
+    one.rename(tmp_path / "aside")
+    two.rename(one)
+    (tmp_path / "aside").rename(two)
+    with pytest.raises(
+        AdapterError, match=r"expert 'warm' in experts/00-warm are not those .* or are another expert's"
+    ):
+        from_pretrained(damaged, base)
+    shutil.copytree(read_router(saved).folders[0], one, dirs_exist_ok=True)
+    shutil.copytree(read_router(saved).folders[1], two, dirs_exist_ok=True)
+    from_pretrained(damaged, base).detach()
+    shutil.rmtree(two)
+    save_expert(two, cram_kit.factors(base, cram_kit.config(), seed=77), base="other")
+    with pytest.raises(AdapterError, match=r"expert 'cold' in experts/01-cold .* Copy the whole folder again"):
+        from_pretrained(damaged, base)
+    (two / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"01-cold is no PEFT adapter. Copy the whole folder"):
         from_pretrained(damaged, base)
 
 
@@ -154,9 +197,8 @@ def test_a_base_with_one_tuned_matrix_is_another_base(saved, pico_folder, name, 
 
 
 def test_a_base_whose_modules_differ_is_another_base(base, damaged):
-    tensors = load_file(damaged / "router.safetensors")
-    tensors["base.probe.model.language_model.layers.7.mlp.up_proj.weight"] = torch.zeros(16)
-    save_file(tensors, damaged / "router.safetensors")
+    name = "base.probe.model.language_model.layers.7.mlp.up_proj.weight"
+    rewrite_tensors(damaged, lambda tensors: tensors.update({name: torch.zeros(16)}))
     with pytest.raises(AdapterError, match=r"trained on another base .*: there is no .*layers\.7\.mlp\.up_proj"):
         from_pretrained(damaged, base)
 
@@ -218,9 +260,7 @@ def test_experts_on_a_whole_quantised_model_are_saved_loaded_and_generate(pico_f
 
 
 def test_a_probe_without_any_common_weight_is_refused(base, damaged):
-    tensors = load_file(damaged / "router.safetensors")
-    kept = {k: v for k, v in tensors.items() if not k.startswith("base.probe.")}
-    save_file(kept, damaged / "router.safetensors")
+    rewrite_tensors(damaged, lambda tensors: [tensors.pop(k) for k in [*tensors] if k.startswith("base.probe.")])
     with pytest.raises(AdapterError, match=r"or both hold all weights quantised, so nothing says that they are one"):
         from_pretrained(damaged, base)
 
@@ -302,21 +342,16 @@ def test_a_changed_encoder_is_refused(base, saved, damaged, pico_folder):
             p.add_(0.1)
     with pytest.raises(AdapterError, match=r"the weights of encoder 'backbone' changed"):
         from_pretrained(saved, other)
-    data = json.loads((damaged / "router.json").read_text())
-    data["encoder"]["image_width"] = 768
-    (damaged / "router.json").write_text(json.dumps(data))
-    with pytest.raises(AdapterError, match=r"made with encoder 'backbone' \(image_width 768\)"):
+    rewrite(damaged, lambda d: d["encoder"].update(kind="clip"))
+    with pytest.raises(AdapterError, match=r"made with encoder 'backbone' \(kind 'clip'\)"):
         from_pretrained(damaged, base)
 
 
 def test_a_damaged_router_is_refused(base, damaged):
-    tensors = load_file(damaged / "router.safetensors")
-    tensors["expert.0.image_centroid"][0, 0] = torch.nan
-    save_file(tensors, damaged / "router.safetensors")
+    rewrite_tensors(damaged, lambda t: t["expert.0.image_centroid"].fill_(torch.nan))
     with pytest.raises(AdapterError, match=r"'warm': its image centroid holds NaN or inf"):
         from_pretrained(damaged, base)
-    del tensors["expert.0.text_centroid"]
-    save_file(tensors, damaged / "router.safetensors")
+    rewrite_tensors(damaged, lambda t: t.pop("expert.0.text_centroid"))
     with pytest.raises(AdapterError, match=r"the router is damaged or of another version"):
         from_pretrained(damaged, base)
     (damaged / "router.json").write_text('{"format": 9}')
@@ -324,17 +359,79 @@ def test_a_damaged_router_is_refused(base, damaged):
         AdapterError, match=r"has format 9; this version of holdfast reads format 3. .* or learn its tasks again"
     ):
         read_router(damaged)
+    for content in ("[]", "{", "\xff"):
+        (damaged / "router.json").write_bytes(content.encode("latin-1"))
+        with pytest.raises(AdapterError, match=r"the router is damaged .* Restore router.json and router.safetensors"):
+            read_router(damaged)
     (damaged / "router.json").unlink()
     with pytest.raises(AdapterError, match=r"is no CRAM folder; expected router.json"):
         read_router(damaged)
 
 
+def first_expert(**values: object) -> Callable[[dict], object]:
+    return lambda data: data["experts"][0].update(values)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (first_expert(group=3), r"in groups \[0, 1, 3\]; expected 0 to 2 without a gap"),
+        (lambda d: [e.update(group=e["group"] + 1) for e in d["experts"]], r"in groups \[1, 2\]; expected 0 to 1"),
+        (first_expert(group=-1), r"'warm': group is -1; expected a whole number, 0 or more"),
+        (first_expert(group=True), r"group is True; expected a whole number"),
+        (first_expert(samples=0), r"samples is 0; expected a whole number, 1 or more"),
+        (first_expert(samples="4"), r"samples is '4'; expected a whole number"),
+        (first_expert(samples=1.5), r"samples is 1.5; expected a whole number"),
+        (first_expert(images=-2), r"images is -2; expected a whole number"),
+        (first_expert(images=0), r"images is 0, .* and there is an image centroid; expected both exactly when"),
+        (first_expert(image_scatter=None), r"image_scatter is None, and there is an image centroid"),
+        (first_expert(text_floor="a"), r"text_floor is 'a'; expected a number"),
+        (first_expert(text_scatter=None), r"text_scatter is None; expected a number"),
+        (first_expert(folder=3), r"folder and sha256 are 'warm', 3 and"),
+        (first_expert(surprise=3), r"damaged or of another version: TypeError"),
+        (lambda d: d["experts"][0].pop("samples"), r"damaged or of another version: KeyError\('samples'\)"),
+        (lambda d: d["experts"].pop(), r"router.safetensors holds expert.2.text_centroid, but router.json names 2"),
+        (lambda d: d.update(base={}), r"damaged or of another version: KeyError\('base'\)"),
+        (lambda d: d["base"].update(adapters="x"), r"base is .*; expected {\"base\": folder or hub id"),
+        (lambda d: d.update(encoder={}), r"KeyError\('text_width'\)"),
+        (lambda d: d["encoder"].update(text_width="32"), r"encoder is .*; expected its kind, id, text_width"),
+        (lambda d: d["config"].update(sigma=-1), r"sigma is -1.0; expected"),
+    ],
+)
+def test_a_router_whose_parts_do_not_fit_is_refused(damaged, change, message):
+    rewrite(damaged, change)
+    with pytest.raises(AdapterError, match=rf"{message}.*learn the tasks again"):
+        read_router(damaged)
+
+
+@pytest.mark.parametrize(
+    "key,value,message",
+    [
+        ("text_centroid", torch.ones(7), r"text centroid has shape \(7,\); expected \(32,\), the encoder's width"),
+        ("text_centroid", torch.ones(1, 32), r"text centroid has shape \(1, 32\); expected \(32,\)"),
+        ("image_centroid", None, r"images is 9, .* and there is no image centroid"),
+        (
+            "image_centroid",
+            torch.ones(1, 7),
+            r"image centroid has shape \(1, 7\); expected \(1 or the number of blocks, 32",
+        ),
+        ("image_centroid", torch.ones(32), r"image centroid has shape \(32,\)"),
+        ("image_centroid", torch.ones(0, 32), r"image centroid has shape \(0, 32\)"),
+        ("image_centroid", torch.ones(3, 32), r"'warm' has 3 image centroids; expected 1, or one for each of the 2"),
+    ],
+)
+def test_a_centroid_of_another_shape_is_refused(base, damaged, key, value, message):
+    rewrite_tensors(
+        damaged, lambda t: t.pop(f"expert.0.{key}") if value is None else t.update({f"expert.0.{key}": value})
+    )
+    with pytest.raises(AdapterError, match=rf"{message}.*learn the tasks again"):
+        from_pretrained(damaged, base)
+
+
 @pytest.mark.parametrize("field", ["text_scatter", "image_scatter", "text_floor", "image_radius"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_router_with_a_number_that_is_not_finite_is_refused(base, damaged, field, value):
-    data = json.loads((damaged / "router.json").read_text())
-    data["experts"][0][field] = value
-    (damaged / "router.json").write_text(json.dumps(data))
+    rewrite(damaged, first_expert(**{field: value}))
     with pytest.raises(AdapterError, match=rf"Expert 'warm': its {field} is {value}; expected a finite number"):
         from_pretrained(damaged, base)
 

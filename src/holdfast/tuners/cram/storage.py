@@ -1,13 +1,14 @@
 """A CRAM folder on disk: a marker, a router, and one ordinary PEFT LoRA folder per expert. No pickle anywhere.
 
 holdfast_tuner.json        which tuner reads this folder
-router.json                configuration, encoder, and per expert what is not a tensor
+router.json                configuration, encoder, and per expert what is not a tensor and the sha256 of its weights
 router.safetensors         group prototypes, centroids, and a few values of the base and of the encoder
 experts/NN-task/           adapter_config.json, adapter_model.safetensors
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from holdfast.checkpoints.adapter import LoraAdapter, is_adapter
+from holdfast.checkpoints.adapter import WEIGHTS_FILE, LoraAdapter, is_adapter
 from holdfast.checkpoints.storage import fsync_folder, storage_error, write_json
 from holdfast.config import decode, encode
 from holdfast.errors import AdapterError, ConfigError, StorageError
@@ -42,6 +43,7 @@ ROUTER, TENSORS, EXPERTS = "router.json", "router.safetensors", "experts"
 # In TENSORS, followed by the name of a weight.
 BASE_PROBE, ENCODER_PROBE = "base.probe.", "encoder.probe."
 _PROBED_VALUES = 16
+_RESTORE = f"Restore {ROUTER} and {TENSORS} from where the folder is intact, or learn the tasks again."
 
 
 def save_expert(folder: Path, factors: Factors, *, base: str, beside: Mapping[str, Any] | None = None) -> None:
@@ -72,7 +74,7 @@ def save_expert(folder: Path, factors: Factors, *, base: str, beside: Mapping[st
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().cpu().contiguous()
     with new_folder(folder) as temporary:
         config.save_pretrained(str(temporary))
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         for name, value in (beside or {}).items():
             write_json(temporary / name, value)
 
@@ -105,8 +107,10 @@ def save_cram(
     with new_folder(folder) as temporary:
         names = [_folder_name(i, card.name) for i, card in enumerate(router.experts)]
         for name, source in zip(names, experts, strict=True):
-            if not is_adapter(source):
-                raise AdapterError(f"{source} is no PEFT adapter; expected the folder of an expert.")
+            if not _is_expert(source):
+                raise AdapterError(
+                    f"{source} is no PEFT adapter with safetensors weights; expected the folder of an expert."
+                )
             shutil.copytree(source, temporary / EXPERTS / name)
         tensors = {BASE_PROBE + name: values for name, values in probe(block_weights(loaded)).items()}
         tensors |= {ENCODER_PROBE + name: values for name, values in probe(encoder.probed()).items()}
@@ -121,6 +125,7 @@ def save_cram(
                 {
                     "name": card.name,
                     "folder": f"{EXPERTS}/{name}",
+                    "sha256": _digest(temporary / EXPERTS / name),
                     "group": card.group,
                     "samples": card.samples,
                     "images": card.images,
@@ -158,15 +163,11 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
     """Attach the CRAM of a folder to its base model.
 
     encoder: instead of the one that the router names (a CLIP that moved to another folder).
-    Raises: AdapterError: no CRAM folder, a router without its experts, an expert of another base, another encoder.
+    Raises: AdapterError: no CRAM folder, a router without its experts or with other ones, another base, another
+        encoder.
     """
     stored = read_router(folder)
-    missing = [path for path in stored.folders if not is_adapter(path)]
-    if missing:
-        raise AdapterError(
-            f"{folder}: the router names {len(stored.folders)} experts, but {missing[0]} is no PEFT adapter. Copy the "
-            "whole folder; a router without its experts answers nothing."
-        )
+    _check_experts(folder, stored)
     _compare_probe(
         stored.probe(BASE_PROBE),
         block_weights(loaded),
@@ -184,8 +185,14 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
     )
     experts = [load_expert(path) for path in stored.folders]
     targets = find_targets(loaded.model, stored.router.config)
+    blocks = len(decoder_blocks(loaded.model))  # type: ignore[arg-type]
     cards = []
     for card, factors in zip(stored.router.experts, experts, strict=True):
+        if card.image_centroid is not None and card.image_centroid.shape[0] not in (1, blocks):
+            raise AdapterError(
+                f"{folder}: expert {card.name!r} has {card.image_centroid.shape[0]} image centroids; expected 1, or "
+                f"one for each of the {blocks} decoder blocks of {loaded.name}. {_RESTORE}"
+            )
         unknown = sorted(set(factors) - set(targets))
         if unknown:
             raise AdapterError(
@@ -194,6 +201,33 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
             )
         cards.append(replace(card, ranks={name: a.shape[0] for name, (a, _) in factors.items()}))
     return Cram(loaded, Router(stored.router.config, cards), experts, encoder=encoder)
+
+
+def _check_experts(folder: Path, stored: StoredRouter) -> None:
+    """Raises AdapterError unless every expert's weights are the ones that the router was written with."""
+    missing = [path for path in stored.folders if not _is_expert(path)]
+    if missing:
+        raise AdapterError(
+            f"{folder}: the router names {len(stored.folders)} experts, but {missing[0]} is no PEFT adapter. Copy the "
+            "whole folder; a router without its experts answers nothing."
+        )
+    for card, path, written in zip(stored.router.experts, stored.folders, stored.digests, strict=True):
+        if (found := _digest(path)) != written:
+            raise AdapterError(
+                f"{folder}: the weights of expert {card.name!r} in {path.relative_to(folder)} are not those that its "
+                f"router was written with (sha256 {found[:12]}..., expected {written[:12]}...): they were changed, or "
+                "are another expert's. Copy the whole folder again from where it is intact, or learn the tasks again."
+            )
+
+
+def _is_expert(folder: Path) -> bool:
+    return is_adapter(folder) and (folder / WEIGHTS_FILE).is_file()
+
+
+def _digest(expert: Path) -> str:
+    """sha256 of an expert's weights file."""
+    with (expert / WEIGHTS_FILE).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_folder(folder: Path, *, base: str | None = None, encoder: str | None = None) -> Cram:
@@ -222,6 +256,7 @@ class StoredRouter:
 
     router: Router
     folders: tuple[Path, ...]
+    digests: tuple[str, ...]
     tensors: Mapping[str, Tensor]
     encoder: dict[str, Any]
     base: dict[str, Any]
@@ -234,7 +269,7 @@ class StoredRouter:
 def read_router(folder: Path) -> StoredRouter:
     """The router of a CRAM folder, without a model.
 
-    Raises: AdapterError: no such folder, another format, damaged files, NaN in a centroid.
+    Raises: AdapterError: no such folder, another format, damaged files or parts that do not fit each other.
     """
     path = folder / ROUTER
     if not path.is_file() or not (folder / TENSORS).is_file():
@@ -244,27 +279,88 @@ def read_router(folder: Path) -> StoredRouter:
         if data.get("format") != FORMAT:
             raise AdapterError(
                 f"{path} has format {data.get('format')!r}; this version of holdfast reads format {FORMAT}. Read it "
-                "with the version that wrote it, or learn its tasks again. Each of its experts is an ordinary PEFT LoRA "
-                "and loads alone."
+                "with the version that wrote it, or learn its tasks again. Each of its experts is an ordinary LoRA and "
+                "loads alone."
             )
-        config = decode(CramConfig, data["config"], "config")
         with safe_open(folder / TENSORS, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        cards = []
-        for i, row in enumerate(data["experts"]):
-            cards.append(
-                ExpertCard(
-                    **{k: v for k, v in row.items() if k != "folder"},
-                    text_centroid=tensors[f"expert.{i}.text_centroid"],
-                    image_centroid=tensors.get(f"expert.{i}.image_centroid"),
-                )
+        if problem := _problem(data, tensors):
+            raise AdapterError(f"{folder}: the router is damaged: {problem}. {_RESTORE}")
+        rows = data["experts"]
+        cards = [
+            ExpertCard(
+                **{k: v for k, v in row.items() if k not in ("folder", "sha256")},
+                text_centroid=tensors[f"expert.{i}.text_centroid"],
+                image_centroid=tensors.get(f"expert.{i}.image_centroid"),
             )
-        folders = tuple(folder / row["folder"] for row in data["experts"])
+            for i, row in enumerate(rows)
+        ]
         return StoredRouter(
-            router=Router(config, cards), folders=folders, tensors=tensors, encoder=data["encoder"], base=data["base"]
+            router=Router(decode(CramConfig, data["config"], "config"), cards),
+            folders=tuple(folder / row["folder"] for row in rows),
+            digests=tuple(row["sha256"] for row in rows),
+            tensors=tensors,
+            encoder=data["encoder"],
+            base=data["base"],
         )
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError, ConfigError) as error:
-        raise AdapterError(f"{folder}: the router is damaged or of another version: {error!r}") from error
+    except (KeyError, TypeError, AttributeError, ValueError, SafetensorError, ConfigError) as error:
+        raise AdapterError(f"{folder}: the router is damaged or of another version: {error!r}. {_RESTORE}") from error
+
+
+def _problem(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
+    """What in a router does not fit together, with what was expected, or None."""
+    base, encoder, rows = data["base"], data["encoder"], data["experts"]
+    if not isinstance(base["base"], str) or not _are_strings(base["adapters"]):
+        return f'base is {base!r}; expected {{"base": folder or hub id, "adapters": [folders]}}'
+    widths = [encoder[key] for key in ("text_width", "image_width")]
+    if not (_are_strings([encoder["kind"], encoder["id"]]) and all(_is_count(w, 1) for w in widths)):
+        return f"encoder is {encoder!r}; expected its kind, id, text_width and image_width"
+    for i, row in enumerate(rows):
+        if problem := _problem_of_expert(row, tensors, f"expert.{i}.", *widths):
+            return f"expert {row['name']!r}: {problem}"
+    groups = sorted({row["group"] for row in rows})
+    if groups != list(range(len(groups))):
+        return f"its experts are in groups {groups}; expected 0 to {len(groups) - 1} without a gap"
+    known = {f"expert.{i}.{kind}_centroid" for i in range(len(rows)) for kind in ("text", "image")}
+    if extra := sorted(key for key in tensors if key.startswith("expert.") and key not in known):
+        return f"{TENSORS} holds {extra[0]}, but {ROUTER} names {len(rows)} expert(s)"
+    return None
+
+
+def _problem_of_expert(
+    row: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str, text_width: int, image_width: int
+) -> str | None:
+    if not _are_strings([row["name"], row["folder"], row["sha256"]]):
+        return f"name, folder and sha256 are {row['name']!r}, {row['folder']!r} and {row['sha256']!r}; expected texts"
+    for key, least in (("group", 0), ("samples", 1), ("images", 0)):
+        if not _is_count(row[key], least):
+            return f"{key} is {row[key]!r}; expected a whole number, {least} or more"
+    text, image = tensors[f"{prefix}text_centroid"], tensors.get(f"{prefix}image_centroid")
+    if text.shape != (text_width,):
+        return f"its text centroid has shape {tuple(text.shape)}; expected ({text_width},), the encoder's width"
+    if (image is not None) != (row["images"] > 0) or (row["image_scatter"] is not None) != (row["images"] > 0):
+        return (
+            f"images is {row['images']}, image_scatter is {row['image_scatter']}, and there is "
+            f"{'no' if image is None else 'an'} image centroid; expected both exactly when a task has images"
+        )
+    if image is not None and (image.dim() != 2 or not image.shape[0] or image.shape[1] != image_width):
+        return (
+            f"its image centroid has shape {tuple(image.shape)}; expected (1 or the number of blocks, {image_width}), "
+            "the encoder's width"
+        )
+    for key in ("text_scatter", "image_scatter", "text_floor", "image_radius"):
+        number = isinstance(row[key], int | float) and not isinstance(row[key], bool)
+        if not number and (row[key] is not None or key == "text_scatter"):
+            return f"{key} is {row[key]!r}; expected a number"
+    return None
+
+
+def _are_strings(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def probe(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
