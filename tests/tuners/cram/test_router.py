@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 import cram_kit
 from holdfast.errors import AdapterError, ConfigError, DataError
+from holdfast.functional.cram import RankRule
 from holdfast.tuners.cram.config import CramConfig
 from holdfast.tuners.cram.router import ExpertCard, Features, Router, card_from_features, describe
 
@@ -177,6 +178,21 @@ def test_bad_routers_say_what_was_wrong():
         card_from_features("t", 0, task(1, 11, n=0), config, seed=0)
 
 
+FLOATS = [f.name for f in fields(CramConfig) if "float" in str(f.type)]
+RANK_FLOATS = [f.name for f in fields(RankRule) if "float" in str(f.type)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_option_takes_a_number_that_is_not_finite(value):
+    assert {"sigma", "join_margin", "penalty"} <= set(FLOATS) and RANK_FLOATS == ["tau_alloc", "tau_novel"]
+    for name in FLOATS:
+        with pytest.raises(ConfigError, match=rf"{name} is {value}; expected a finite number"):
+            cram_kit.config(**{name: value})
+    for name in RANK_FLOATS:
+        with pytest.raises(ConfigError, match=rf"{name} is {value}; expected"):
+            RankRule(**{name: value})
+
+
 @pytest.mark.parametrize(
     "changes,message",
     [
@@ -184,7 +200,7 @@ def test_bad_routers_say_what_was_wrong():
         ({"buffer_rank": 3}, "Raise buffer_rank or lower r_max"),
         ({"max_groups": 0}, "max_groups is 0"),
         ({"sigma": -1.0}, "sigma is -1.0"),
-        ({"penalty": math.nan}, "penalty is nan"),
+        ({"penalty": -0.5}, "penalty is -0.5; expected 0 or more"),
         ({"held_out": 1.0}, "held_out is 1.0"),
         ({"warmup_fraction": 0.0}, "warmup_fraction is 0.0"),
         ({"learn_centroid": True, "sigma": 0.0}, "learn_centroid needs a soft choice"),
