@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cram_kit
 from holdfast.errors import AdapterError, ConfigError, DataError
@@ -126,6 +127,35 @@ def test_routing_does_not_depend_on_neighbours():  # (g), (l)
     assert torch.equal(r.route(mixed[order]).weights, together[order])
     for i in range(9):
         assert torch.equal(r.route(mixed[torch.tensor([i])]).weights[0], together[i])
+
+
+class Largest(TorchDispatchMode):
+    """The number of values of the largest tensor that an operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.values = max(self.values, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("mode", ["off", "text", "both"])
+def test_many_requests_are_decided_in_parts_as_one_by_one(mode):
+    r = router(abstain=mode, sigma_scale=2.0)
+    parts = [task(1, 11, n=250, spread=0.25), task(2, None, n=250, spread=0.25)]
+    many = Features(**{name: torch.cat([vars(p)[name] for p in parts]) for name in vars(parts[0])})
+    with Largest() as largest:
+        routing = r.route(many)
+    assert largest.values <= 32 * len(r) * D, "not 500 requests times all centroids"
+    for i in (0, 31, 32, 499):
+        one = r.route(many[torch.tensor([i])])
+        for name, value in vars(one).items():
+            assert torch.equal(getattr(routing, name)[i : i + 1], value)
+    assert routing.group.tolist() == [0] * 250 + [1] * 250 and bool(routing.weights[:, 0].any(0).all())
 
 
 def test_prototype_is_the_mean_over_samples_and_a_learned_task_never_moves_it_elsewhere():

@@ -21,6 +21,10 @@ from holdfast.functional.cram import (
 )
 from holdfast.tuners.cram.config import CramConfig
 
+# Differences to all centroids, (rows, sets, experts, width), are the largest thing that routing makes. Small parts are
+# faster, too: they stay in the cache.
+_ROWS_AT_ONCE = 32
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Features:
@@ -151,6 +155,13 @@ class Router:
 
     def route(self, features: Features) -> Routing:
         """The decision for each request, on the device of `features`; no host synchronisation."""
+        rows = torch.arange(len(features), device=features.text.device).split(_ROWS_AT_ONCE)
+        if len(rows) <= 1:
+            return self._route(features)
+        parts = [self._route(features[some]) for some in rows]
+        return Routing(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+
+    def _route(self, features: Features) -> Routing:
         packed = self.pack(features.text.device)
         similarity = cosine_similarity(features.text, packed.prototypes)
         group = similarity.argmax(-1)
