@@ -48,6 +48,12 @@ def make_adapter(base: Path, out: Path, **options) -> Path:
 
 
 @pytest.fixture(scope="session")
+def lora():
+    """`make_adapter`, for tests that need another one."""
+    return make_adapter
+
+
+@pytest.fixture(scope="session")
 def world(pico_folder, tmp_path_factory) -> World:
     root = tmp_path_factory.mktemp("editing")
     before, after = root / "before", root / "after"

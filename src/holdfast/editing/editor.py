@@ -24,6 +24,7 @@ from holdfast.checkpoints.writer import (
     shard_index,
 )
 from holdfast.editing.card import check_safety, model_card
+from holdfast.editing.descent import describe_no_change
 from holdfast.editing.pair import Pair, Source, describe, open_pair
 from holdfast.editing.recipes import (
     SCALE_FIELD,
@@ -242,9 +243,7 @@ def _warnings(unprotected: list[str], pair: Pair, rows: list[dict[str, Any]], cu
             "the calibration measured the task's inputs on BEFORE (activations: old); the method takes them from AFTER "
             "(`holdfast calibrate --after`)"
         )
-    if all(row.get("change") == 0 for row in rows):
-        sentences.insert(0, "AFTER equals BEFORE in every calibrated layer: there was nothing to edit")
-    sentences += _other_base(pair)
+    sentences = describe_no_change(rows) + sentences + _other_base(pair)
     return sentences + [f"{key}: in AFTER only, copied" for key in pair.only_after]
 
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from holdfast.checkpoints.curvature import Curvature
 from holdfast.checkpoints.naming import NameIndex, strip_peft_prefix
+from holdfast.editing.descent import require_alike, require_descent
 from holdfast.editing.report import linear_name
 from holdfast.editing.rule import EditRule, Layer, LoraEditRule, layer_seed
 from holdfast.errors import AdapterError, CalibrationError, CheckpointError, NumericalError
+from holdfast.functional.columns import measure_change
 
 
 def edit_live(
@@ -22,21 +24,25 @@ def edit_live(
     rule: EditRule,
     curvature: Curvature,
     seed: int = 0,
+    allow_other_base: bool = False,
 ) -> list[dict[str, Any]]:
     """Edit the calibrated layers of `after` in place; returns a row per edited layer, as in an `EditReport`.
 
-    before: parameters of the model that the tuning started from, by name. after: the tuned model; of a PEFT model the
-        active LoRA's A is edited (its base weights are not touched, so HPA's coefficient is left out).
+    before: parameters of the model that the tuning started from, by name, in memory of their own. after: the tuned
+        model; of a PEFT model the active LoRA's A is edited (its base weights are not touched, so HPA's coefficient is
+        left out), and frozen layers without one are left alone.
+    allow_other_base: accept weights that have nothing in common with those of `before`.
 
     Raises: CalibrationError: a calibrated layer that `after` does not have, or of another width. CheckpointError:
-        `before` lacks a layer or has it in another shape. AdapterError: a LoRA variant or a rule without closed form.
-        NumericalError: NaN or inf.
+        `before` lacks a layer, has it in another shape or type, has nothing in common with it, or shares its memory.
+        AdapterError: a LoRA variant, a merged adapter, or a rule without closed form. NumericalError: NaN or inf.
     """
     _check_model(curvature, after)
     modules = dict(after.named_modules())
     full_names = {strip_peft_prefix(name): name for name in modules if name}
     names = NameIndex(full_names, what=type(after).__name__)
     old_names = NameIndex(before, what="BEFORE")
+    under_adapters = any(hasattr(module, "lora_A") for module in modules.values())
     planned: list[tuple[Layer, Any, Tensor | None]] = []
     for name in curvature.modules:
         found = names.find(name)
@@ -45,6 +51,8 @@ def edit_live(
             raise CalibrationError(
                 f"The calibration is of another model: it has {name}, and {type(after).__name__} has no such layer."
             )
+        if under_adapters and not hasattr(module, "lora_A") and not module.weight.requires_grad:
+            continue  # PEFT freezes what it does not train
         layer = Layer(
             name=name,
             block=curvature.blocks[name],
@@ -54,7 +62,7 @@ def edit_live(
             seed=layer_seed(seed, name),
         )
         old = None if hasattr(module, "lora_A") else before[old_names.require(f"{name}.weight")]
-        _check(layer, module, old, rule)
+        _check(layer, module, old, rule, allow_other_base)
         planned.append((layer, module, old))
     rows = []
     for layer, module, old in planned:
@@ -79,7 +87,7 @@ def _check_model(curvature: Curvature, after: nn.Module) -> None:
         )
 
 
-def _check(layer: Layer, module: Any, old: Tensor | None, rule: EditRule) -> None:
+def _check(layer: Layer, module: Any, old: Tensor | None, rule: EditRule, allow_other_base: bool) -> None:
     weight = module.weight
     assert layer.safety is not None
     if weight.ndim != 2 or weight.shape[1] != layer.safety.shape[0]:
@@ -88,13 +96,19 @@ def _check(layer: Layer, module: Any, old: Tensor | None, rule: EditRule) -> Non
             f"whose weight is {tuple(weight.shape)}."
         )
     if old is not None:
-        if old.shape != weight.shape:
-            raise CheckpointError(
-                f"{layer.name}.weight is {tuple(weight.shape)} after and {tuple(old.shape)} before; both must descend "
-                "from one base model."
-            )
+        _check_dense(f"{layer.name}.weight", old, weight)
         _require_finite(layer, after=weight, before=old)
+        if not allow_other_base:
+            change = measure_change(old.detach().to(weight.device), weight.detach())
+            row = {"cosine": change.cosine(), "relative_change": change.relative()}
+            models = {"before": "BEFORE", "after": "AFTER"}
+            require_descent(f"{layer.name}.weight", row, **models, option="allow_other_base=True")
         return
+    if module.merged:
+        raise AdapterError(
+            f"{layer.name} has its adapter merged into the base weight, where an edit of A would not reach it. Call "
+            "`unmerge_adapter()` first; or `merge_and_unload()`, and pass the old weights as BEFORE."
+        )
     active = _active_adapters(module)
     if len(active) > 1 or any(getattr(module, "lora_variant", {}).get(name) is not None for name in active):
         what = "several active adapters" if len(active) > 1 else "a LoRA variant (DoRA or like it)"
@@ -106,6 +120,20 @@ def _check(layer: Layer, module: Any, old: Tensor | None, rule: EditRule) -> Non
         raise AdapterError(f"The rule {rule.name!r} has no closed form for LoRA updates; merge the adapter first.")
     for name in active:
         _require_finite(layer, lora_A=module.lora_A[name].weight, lora_B=module.lora_B[name].weight)
+
+
+def _check_dense(key: str, old: Tensor, new: Tensor) -> None:
+    require_alike(
+        key,
+        before=(old.shape, old.dtype),
+        after=(new.shape, new.dtype),
+        remedy="Load both in the type that the tuning started from.",
+    )
+    if old.device == new.device and old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr():
+        raise CheckpointError(
+            f"{key} of BEFORE is the memory of AFTER's: tuning changed both, and no difference is left. Keep copies "
+            "before you tune: {name: value.clone() for name, value in model.state_dict().items()}."
+        )
 
 
 def _require_finite(layer: Layer, **tensors: Tensor) -> None:

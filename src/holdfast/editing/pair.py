@@ -10,6 +10,7 @@ from holdfast.checkpoints.fingerprint import file_stamps, fingerprint
 from holdfast.checkpoints.merged import CheckpointLike, MergedCheckpoint, locate, open_checkpoint
 from holdfast.checkpoints.naming import normalised
 from holdfast.checkpoints.reader import CheckpointReader
+from holdfast.editing.descent import require_alike
 from holdfast.errors import CheckpointError
 
 Source = str | Path | CheckpointLike
@@ -127,16 +128,12 @@ def _match(pair: Pair) -> None:
             pair.only_after.append(key)
             continue
         old = before.entries[name]
-        if old.shape != entry.shape:
-            raise CheckpointError(
-                f"{key} is {entry.shape} after and {old.shape} before; both must descend from one base model. Pass as "
-                "BEFORE the checkpoint this task was trained from."
-            )
-        if old.dtype != entry.dtype:
-            raise CheckpointError(
-                f"{key} is {entry.dtype} after and {old.dtype} before: rounding would count as a change. Save both in "
-                "one type (or pass the adapter itself as AFTER, which is exact)."
-            )
+        require_alike(
+            key,
+            before=(old.shape, old.dtype),
+            after=(entry.shape, entry.dtype),
+            remedy="Save both in one type (or pass the adapter itself as AFTER, which is exact).",
+        )
         pair.keys[key] = name
     missing = sorted(set(before.entries) - set(pair.keys.values()))
     lost = [key for key in missing if not _optional(key)]

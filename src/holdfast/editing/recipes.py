@@ -12,17 +12,15 @@ from torch import Tensor
 from holdfast.checkpoints.merged import add_updates
 from holdfast.checkpoints.rewrite import Compute, Copy, Input
 from holdfast.checkpoints.writer import OutputTensor
+from holdfast.editing.descent import require_descent
 from holdfast.editing.pair import Pair
 from holdfast.editing.report import linear_name
 from holdfast.editing.rule import EditRule, Layer, LoraEditRule
 from holdfast.editing.targets import Target
-from holdfast.errors import AdapterError, CheckpointError, NumericalError
+from holdfast.errors import AdapterError, NumericalError
 
 Recipe = dict[str, Copy | Compute]
 CoefficientChoice = Literal["drop", "measure", "keep"]
-# Cosine of two weights of one layer, below which they are not taken for relatives. Independent weights of 16 x 16
-# numbers reach 0.06 and a 7B's 0.0002; a change of five times the norm still leaves 0.2.
-_UNRELATED = 0.1
 # Where a row carries its input-scaling vector until the editor writes the vectors to their own file.
 SCALE_FIELD = "_input_scale"
 
@@ -71,7 +69,8 @@ def _edit_dense(pair: Pair, target: Target, rule: EditRule, source: Input, allow
             new = w_new if pair.after.is_plain(target.key) else pair.after.merge(target.key, w_new)
             edited = _named(target.layer, lambda: rule.edit(target.layer, old, new))
             if not allow_other_base:
-                _require_descent(pair, target, edited.row)
+                folders = {"before": pair.before.folder, "after": pair.after.folder}
+                require_descent(target.key, edited.row, **folders, option="--allow-other-base")
             return _store(edited.weight, w_new), _row(target.layer, old.shape, edited.row)
 
         return Compute((before, source), edit)
@@ -155,17 +154,6 @@ def _edit_adapter(
 def read_scale_field(text: str) -> Tensor:
     """The vector that a row carried."""
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32)
-
-
-def _require_descent(pair: Pair, target: Target, row: Mapping[str, Any]) -> None:
-    cosine = row.get("cosine")
-    if cosine is not None and abs(cosine) < _UNRELATED:
-        raise CheckpointError(
-            f"{target.key} has nothing in common before and after (cosine {cosine:.3f}, change "
-            f"{row['relative_change']:.2f} of BEFORE's norm): {pair.after.folder} seems to descend from another model "
-            f"than {pair.before.folder}. Pass as BEFORE the checkpoint this task was trained from, or allow it "
-            "(--allow-other-base)."
-        )
 
 
 def _merge(pair: Pair, key: str) -> Callable[[Tensor], tuple[Tensor, None]]:

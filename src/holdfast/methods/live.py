@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from holdfast.checkpoints.curvature import Curvature
 from holdfast.editing import EditRule
+from holdfast.editing.descent import describe_no_change
 from holdfast.editing.live import edit_live
 from holdfast.editing.report import EditReport, versions
 from holdfast.methods.hpa_rule import HpaConfig, HpaRule
@@ -32,26 +34,32 @@ def harmonize(
     config: HpaConfig | None = None,
     rule: EditRule | None = None,
     seed: int = 0,
+    allow_other_base: bool = False,
 ) -> Harmonized:
     """Give a tuned model back what the tuning took: HPA's edit of `after` towards `before`, in place.
 
     Args:
-        before: the model that the tuning started from, or its state dict. May be {} where `after` is a PEFT model:
-            its base is BEFORE, and only the adapter's A is edited.
+        before: the model that the tuning started from, or its state dict; copies, where the same model was tuned. May
+            be {} where `after` is a PEFT model: its base is BEFORE, and only the adapter's A is edited.
         after: the tuned model; edited in place and returned.
         calibration: a `Curvature`, or the file that `holdfast calibrate` wrote.
         config: HPA's options; the paper's by default. rule: another rule than HPA.
+        allow_other_base: accept weights of `after` that have nothing in common with those of `before`.
 
     Raises: CalibrationError, CheckpointError, AdapterError, NumericalError: see `holdfast.editing.live.edit_live`.
         Everything is checked before the first layer is edited.
 
-    >>> result = holdfast.harmonize(base.state_dict(), tuned, "curvature.safetensors")
+    >>> before = {name: value.clone() for name, value in model.state_dict().items()}
+    >>> result = holdfast.harmonize(before, train(model), "curvature.safetensors")
     >>> result.report.mean("share_reverted")
     """
     curvature = calibration if isinstance(calibration, Curvature) else Curvature.load(calibration)
     chosen = rule if rule is not None else HpaRule(config or HpaConfig())
     state = before.state_dict() if isinstance(before, nn.Module) else before
-    rows = edit_live(state, after, rule=chosen, curvature=curvature, seed=seed)
+    rows = edit_live(state, after, rule=chosen, curvature=curvature, seed=seed, allow_other_base=allow_other_base)
+    found = describe_no_change(rows)
+    for sentence in found:
+        warnings.warn(sentence, stacklevel=2)
     inputs: dict[str, Any] = {
         "before": {"source": type(before).__name__},
         "after": {"source": type(after).__name__},
@@ -64,6 +72,7 @@ def harmonize(
         layers=rows,
         inputs=inputs,
         plan_hash="",
+        warnings=found,
         versions=versions(),
     )
     return Harmonized(model=after, report=report)
