@@ -169,6 +169,8 @@ def edit_map(rows: Sequence[Mapping[str, object]]) -> Figure:
     rows: each with `block` (int), `linear` (last parts of the module's name) and the figures named in EDIT_PANELS.
     """
     panels = [key for key in EDIT_PANELS if any(_number(row.get(key)) is not None for row in rows)]
+    if not any(_number(row.get("coefficient")) for row in rows):
+        panels = [key for key in panels if key != "coefficient"]  # an edit without a projection
     linears = list(dict.fromkeys(str(row["linear"]) for row in rows))
     blocks = sorted({int(str(row["block"])) for row in rows})
     with theme.drawing():
