@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from fork_server import ForkServer
 from holdfast.checkpoints.adapter import LoraAdapter
 from holdfast.checkpoints.curvature import Curvature
+from holdfast.checkpoints.fingerprint import fingerprint
 from holdfast.checkpoints.merged import open_checkpoint
 from holdfast.editing import DenseEdit
 from holdfast.editing.editor import edit_checkpoint
@@ -410,7 +411,7 @@ def test_the_report_carries_the_calibrations_record(world, tmp_path):
         assert row["tokens_over_width"] == {"safety": 1.5, "task": 9.0}
         assert row["fallbacks"] == {"safety": ["damping 0.02"]}
     assert "fallbacks" not in report.layers[2]
-    assert any("measured the task's inputs on BEFORE" in warning for warning in report.warnings)
+    assert any(TASK_ON_BEFORE in warning for warning in report.warnings)
 
 
 def test_a_layer_that_no_tensor_holds_is_named(world, tmp_path):
@@ -460,14 +461,77 @@ def test_a_calibration_of_another_model_is_refused(world, tmp_path):
         edit(world, tmp_path / "none", curvature=fused)
 
 
-def test_calibrations_of_before_alone_or_of_both_are_accepted(world, tmp_path):
-    from holdfast.checkpoints.fingerprint import fingerprint
+def made_of(world, before, after, activations="each"):
+    """The calibration, as if made of two of: before, after, other."""
 
-    with open_checkpoint(world.before) as a, open_checkpoint(world.after) as b:
-        before, after = ({"fingerprint": fingerprint(x.base), "adapters": []} for x in (a, b))
-    for number, pair in enumerate(((before, before), (before, after))):
-        known = with_meta(world.curvature, model=dict(zip(("before", "after"), pair, strict=True)))
-        edit(world, tmp_path / str(number), curvature=known)
+    def identity(name):
+        with open_checkpoint(getattr(world, name) if name != "other" else world.before) as opened:
+            content = "f" * 64 if name == "other" else fingerprint(opened.base)
+            return {"name": name, "fingerprint": content, "adapters": []}
+
+    model = {"before": identity(before), "after": identity(after)}
+    return with_meta(world.curvature, model=model, config={"activations": activations})
+
+
+TASK_ON_BEFORE = "measured the task set's inputs on BEFORE"
+SAFETY_ON_AFTER = "measured the safety set's inputs on AFTER"
+
+
+@pytest.mark.parametrize(
+    "before, after, activations, warning",
+    [
+        ("before", "after", "each", None),
+        ("before", "before", "each", TASK_ON_BEFORE),
+        ("before", "before", "old", TASK_ON_BEFORE),
+        ("before", "after", "old", TASK_ON_BEFORE),
+        ("before", "after", "new", SAFETY_ON_AFTER),
+    ],
+)
+def test_a_calibration_of_these_models_is_accepted_and_the_report_says_whose_it_is(
+    before, after, activations, warning, world, tmp_path
+):
+    report = edit(world, tmp_path / "out", curvature=made_of(world, before, after, activations))
+    found = [sentence for sentence in report.warnings if "the calibration measured" in sentence]
+    assert len(found) == (warning is not None) and all(warning in sentence for sentence in found)
+
+
+@pytest.mark.parametrize(
+    "before, after, activations, message",
+    [
+        ("after", "before", "each", "measured the safety set on AFTER, the task set on BEFORE; expected"),
+        ("after", "after", "each", "measured the safety set on AFTER, the task set on AFTER; expected"),
+        ("after", "after", "old", "measured the safety set on AFTER, the task set on AFTER; expected"),
+        ("before", "before", "new", "measured the safety set on BEFORE, the task set on BEFORE; expected"),
+        ("before", "other", "each", "of another model: it was made with other"),
+    ],
+)
+def test_a_calibration_with_the_roles_mixed_up_is_refused_and_never_described_falsely(
+    before, after, activations, message, world, tmp_path
+):
+    mixed_up = made_of(world, before, after, activations)
+    with pytest.raises(CalibrationError, match=message):
+        edit(world, tmp_path / "out", curvature=mixed_up)
+    report = edit(world, tmp_path / "out", curvature=mixed_up, allow_other_calibration=True)
+    said = " ".join(report.warnings)
+    assert ("task set's inputs on BEFORE" in said) == ("task set on BEFORE" in message)
+    assert ("safety set's inputs on AFTER" in said) == ("safety set on AFTER" in message)
+    assert ("task set's inputs on other weights" in said) == (after == "other")
+
+
+def test_a_calibration_of_the_adapter_with_another_scaling_is_refused(world, tmp_path):
+    with open_checkpoint(world.before) as opened:
+        base = fingerprint(opened.base)
+    adapter = LoraAdapter(world.adapter)
+    side = {"name": "b", "fingerprint": base, "adapters": []}
+    for scaling, number in ((fingerprint(adapter), 0), ("e" * 64, 1)):
+        tuned = {**side, "adapters": [{"name": "a", "fingerprint": scaling}]}
+        known = with_meta(world.curvature, model={"before": side, "after": tuned}, config={"activations": "each"})
+        if number == 0:
+            edit(world, tmp_path / "out", world.adapter, curvature=known)
+            continue
+        with pytest.raises(CalibrationError, match=r"other settings .* made by an earlier version .*Calibrate again"):
+            edit(world, tmp_path / "none", world.adapter, curvature=known)
+    adapter.close()
 
 
 def test_options_that_make_no_sense_say_so(world, tmp_path):

@@ -40,6 +40,7 @@ from holdfast.editing.targets import (
     Target,
     check_calibration,
     decoder_layers,
+    describe_calibration,
     describe_unprotected,
     find_targets,
 )
@@ -238,11 +239,8 @@ def _inputs(before: Source, after: Source, pair: Pair, curvature: Curvature | No
 
 def _warnings(unprotected: list[str], pair: Pair, rows: list[dict[str, Any]], curvature: Curvature | None) -> list[str]:
     sentences = describe_unprotected(unprotected) if unprotected else []
-    if curvature is not None and curvature.meta.get("config", {}).get("activations") == "old":
-        sentences.append(
-            "the calibration measured the task's inputs on BEFORE (activations: old); the method takes them from AFTER "
-            "(`holdfast calibrate --after`)"
-        )
+    if curvature is not None:
+        sentences += describe_calibration(curvature, pair)
     sentences = describe_no_change(rows) + sentences + _other_base(pair)
     return sentences + [f"{key}: in AFTER only, copied" for key in pair.only_after]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from holdfast.checkpoints.adapter import LoraEntry
-from holdfast.checkpoints.curvature import Curvature
+from holdfast.checkpoints.curvature import SETS, Curvature
 from holdfast.checkpoints.naming import normalised
 from holdfast.checkpoints.tensor_file import EDITABLE_DTYPES
 from holdfast.editing.pair import Pair
@@ -114,26 +114,98 @@ def _find(pair: Pair, layer: Layer, curvature: Curvature | None, loras: Mapping[
     return Target(layer=layer, key=key, before_key=pair.keys[key], lora=lora)
 
 
+def measured_on(curvature: Curvature, pair: Pair) -> dict[str, str]:
+    """Set -> "BEFORE", "AFTER" or "other weights": whose activations were measured, by content.
+
+    A set whose model is not recorded by content is left out.
+    """
+    found = pair.fingerprints()
+    sides = {}
+    for name, side in _sources(curvature).items():
+        made_with = _recorded(curvature, side)
+        if made_with is None:
+            continue
+        # The role that the set has comes first: with no change at all, both sides are one model.
+        roles = sorted(found, key=lambda role: role != side)
+        sides[name] = next((role.upper() for role in roles if found[role] == made_with), "other weights")
+    return sides
+
+
 def check_calibration(curvature: Curvature, pair: Pair) -> None:
     """Hold the calibration's own record of its models (`meta["model"]`) against BEFORE and AFTER, by content.
 
-    Each half must come from BEFORE or from AFTER. A calibration that records no fingerprint passes: names and
+    The safety set must have been measured on BEFORE and the task set on AFTER; or both on BEFORE (activations "old"),
+    or both on AFTER where that was asked for ("new"). A calibration that records no fingerprint passes: names and
     widths are compared anyway.
 
-    Raises: CalibrationError: it was made with other weights.
+    Raises: CalibrationError: it was made with other weights, or with the roles the other way round.
     """
+    measured = measured_on(curvature, pair)
+    activations = curvature.meta.get("config", {}).get("activations")
+    allowed: list[tuple[str, str]] = [("BEFORE", "AFTER"), ("BEFORE", "BEFORE")]
+    if activations == "new":
+        allowed = [("AFTER", "AFTER")]
+    if any(all(measured.get(name, role) == role for name, role in zip(SETS, roles, strict=True)) for roles in allowed):
+        return
     found = pair.fingerprints()
-    for side in ("before", "after"):
-        record = curvature.meta.get("model", {}).get(side, {})
-        if record.get("fingerprint") is None:
+    advice = "Calibrate again, or allow it (--allow-other-calibration)"
+    for name, side in _sources(curvature).items():
+        made_with = _recorded(curvature, side)
+        if made_with is None or measured[name] != "other weights":
             continue
-        made_with = [record["fingerprint"], *(adapter["fingerprint"] for adapter in record.get("adapters", ()))]
-        if made_with not in found.values():
+        if any(prints[0] == made_with[0] and len(prints) == len(made_with) > 1 for prints in found.values()):
             raise CalibrationError(
-                f"The calibration is of another model: it was made with {record.get('name')} (weights "
-                f"{_short(made_with)}); BEFORE is {_short(found['before'])}, AFTER is {_short(found['after'])}. "
-                "Calibrate again, or allow it (--allow-other-calibration) where these weights are close relatives."
+                f"The calibration's {name} set was measured with {curvature.meta['model'][side].get('name')} under an "
+                f"adapter that is not AFTER's ({_short(made_with)}; AFTER is {_short(found['after'])}): another "
+                "adapter, this one with other settings (lora_alpha, use_rslora, ...), or a calibration made by an "
+                f"earlier version of holdfast, which did not record them. {advice} where they are the same."
             )
+        raise CalibrationError(
+            f"The calibration is of another model: it was made with {curvature.meta['model'][side].get('name')} "
+            f"(weights {_short(made_with)}); BEFORE is {_short(found['before'])}, AFTER is {_short(found['after'])}. "
+            f"{advice} where these weights are close relatives."
+        )
+    where = ", ".join(f"the {name} set on {role}" for name, role in measured.items())
+    raise CalibrationError(
+        f"The calibration measured {where}; expected the safety set on BEFORE and the task set on AFTER. Calibrate "
+        "again with `holdfast calibrate BEFORE --after AFTER`, or allow it (--allow-other-calibration)."
+    )
+
+
+def describe_calibration(curvature: Curvature, pair: Pair) -> list[str]:
+    """A sentence per set that was not measured on the model that the method takes it from."""
+    measured = measured_on(curvature, pair)
+    if not measured and curvature.meta.get("config", {}).get("activations") in ("old", "new"):
+        # Live models have no fingerprint; then there is the calibration's own word.
+        side = {"old": "BEFORE", "new": "AFTER"}[curvature.meta["config"]["activations"]]
+        measured = dict.fromkeys(SETS, side)
+    return [
+        f"the calibration measured the {name} set's inputs on {measured[name]}{_activations(curvature)}; the method "
+        f"takes them from {role} ({advice})"
+        for name, role, advice in zip(
+            SETS, ("BEFORE", "AFTER"), ("`holdfast calibrate BEFORE`", "`holdfast calibrate --after`"), strict=True
+        )
+        if measured.get(name, role) != role
+    ]
+
+
+def _activations(curvature: Curvature) -> str:
+    recorded = curvature.meta.get("config", {}).get("activations")
+    return "" if recorded in (None, "each") else f" (activations: {recorded})"
+
+
+def _sources(curvature: Curvature) -> dict[str, str]:
+    """Set -> which of the two recorded models its activations are of."""
+    activations = curvature.meta.get("config", {}).get("activations", "each")
+    sides = {"old": ("before", "before"), "new": ("after", "after")}.get(activations, ("before", "after"))
+    return dict(zip(SETS, sides, strict=True))
+
+
+def _recorded(curvature: Curvature, side: str) -> list[str] | None:
+    record = curvature.meta.get("model", {}).get(side, {})
+    if record.get("fingerprint") is None:
+        return None
+    return [record["fingerprint"], *(adapter["fingerprint"] for adapter in record.get("adapters", ()))]
 
 
 def _short(fingerprints: Sequence[str]) -> str:
