@@ -20,6 +20,10 @@ from holdfast.errors import ConfigError, NumericalError
 # A residual shorter than this is rounding noise in float32 after one subtraction: scaled to unit length it would be an
 # arbitrary direction that carries the strength of a real one.
 VANISHING = 1e-3
+# Most by which scaling a residual to unit length may raise its strength: a random direction's residual has at least
+# 1 / 1.1 of its length until history fills a sixth of the space; where it fills nearly all, it would be raised many
+# times.
+RAISED = 1.1
 # Norm of a row of PEFT's Kaiming-uniform A (entries uniform in +-1/sqrt(in)): what a row without content starts with.
 FRESH_ROW_NORM = 1 / math.sqrt(3)
 
@@ -164,11 +168,13 @@ def expert_from_buffer(
 ) -> ExpertFactors:
     """The expert that the warm-up buffer `B A` turns into: its strong and novel directions, off the history.
 
-    Kept directions are `v_j <- (I - Q Q^T) v_j` of unit length with strength S_j, split as A = sqrt(S) V^T and
-    B = U sqrt(S). Directions added only to reach r_min come in order of novelty and keep the strength of their
-    residual, S_j * novelty_j, so nothing redundant is amplified; where no direction is left, a random row orthogonal
-    to history and to the kept rows with B = 0 (an ordinary LoRA start). Rows stay orthogonal to history unless
-    history leaves fewer free dimensions than r_min (counted in `overlapping`).
+    Kept directions are `v_j <- (I - Q Q^T) v_j` of unit length with strength S_j, but at most 1.1 times the strength
+    S_j * novelty_j of the residual (which binds only where history fills more than a sixth of the space), split as
+    A = sqrt(S) V^T and B = U sqrt(S). So the expert is at most 1.1 times what the buffer learnt off history. No more
+    directions count as novel than history leaves dimensions. Directions added only to reach r_min come in order of
+    novelty and keep the strength of their residual, so nothing redundant is amplified; where no direction is left, a
+    random row orthogonal to history and to the kept rows with B = 0 (an ordinary LoRA start). Rows stay orthogonal to
+    history unless history leaves fewer free dimensions than r_min (counted in `overlapping`).
 
     Args:
         history: orthonormal columns, the row space of the group's older A of this linear; None when there are none.
@@ -201,11 +207,13 @@ def expert_from_buffer(
     else:
         pool = strong[: rule.r_max] if rule.cap_first else strong
         fresh_enough = [j for j in pool if news[j] > max(threshold, VANISHING) and strength[j] > 0]
+        # More would depend on each other: they live in what history leaves.
+        fresh_enough = fresh_enough[: width - basis.shape[1]]
         novel = len(fresh_enough)
         kept = fresh_enough[: rule.r_max]
     target = rule.r_max if rule.fixed else rule.r_min
 
-    power = [strength[j] for j in kept]
+    power = [strength[j] * min(1.0, RAISED * news[j]) for j in kept]
     # Below this a direction of the buffer is rounding noise, and B's column with it.
     floor = strength[0] * torch.finfo(s.dtype).eps * max(width, lora_b.shape[0])
     for j in sorted(set(range(len(news))) - set(kept), key=lambda j: -news[j]):
