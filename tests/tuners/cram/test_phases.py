@@ -183,6 +183,17 @@ def test_consolidation_keeps_rows_off_the_groups_history():  # (c)
     assert torch.equal(again["q"].lora_b, made.lora_b)
 
 
+def test_fresh_rows_of_a_linear_do_not_depend_on_the_others():
+    g = torch.Generator().manual_seed(0)
+    empty = {name: (torch.randn(12, 32, generator=g), torch.zeros(32, 12)) for name in ("k", "q")}
+    made = consolidate(empty, {}, cram_kit.config(), seed=3)
+    assert made["q"].fresh == 2 and not torch.equal(made["q"].lora_a, made["k"].lora_a)
+    alone = consolidate({"q": empty["q"]}, {}, cram_kit.config(), seed=3)
+    assert torch.equal(alone["q"].lora_a, made["q"].lora_a)
+    other = consolidate({"q": empty["q"]}, {}, cram_kit.config(), seed=4)
+    assert not torch.equal(other["q"].lora_a, made["q"].lora_a)
+
+
 def test_a_narrow_linear_bounds_its_rank():
     g = torch.Generator().manual_seed(0)
     buffer = {"v": (torch.randn(12, 32, generator=g), torch.randn(3, 12, generator=g))}

@@ -6,6 +6,7 @@ published. So a killed task goes on in the phase it was in, and nothing about ph
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -271,12 +272,13 @@ def consolidate(
     """The expert that a buffer turns into, for every linear; factors fp32 on the CPU."""
     made = {}
     scale = 2.0 if config.compat_double_scale else 1.0
-    for index, (name, (a, b)) in enumerate(buffer.items()):
+    for name, (a, b) in buffer.items():
         rows = [r.to(device) for r in history.get(name, [])]
         basis = row_basis(rows, a.shape[1]) if rows else None
         rule = narrow(config.rank, a.shape[1], b.shape[0])
-        # A seed per linear: leaving one out moves no other.
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+        # A seed from each linear's name: leaving one out moves no other.
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         expert = expert_from_buffer(a.to(device), b.to(device), basis, rule, scale=scale, generator=generator)
         made[name] = replace(expert, lora_a=expert.lora_a.cpu(), lora_b=expert.lora_b.cpu())
     return made
