@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,8 +130,17 @@ def test_phases_share_the_tasks_steps_and_climb_once():
     warm, stable = (phase_config(config, steps, p) for p in (Phase.WARMUP, Phase.STABLE))
     assert (warm.max_steps, stable.max_steps) == (10, 190)
     assert warm.schedule == "constant_with_warmup" and stable.schedule == "cosine"
-    assert warm.warmup_ratio * 10 == pytest.approx(6)
-    assert phase_config(config, Steps(total=200, warmup=2), Phase.WARMUP).warmup_ratio == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.03, 0.1, 0.9])
+def test_the_warm_up_climbs_for_as_many_steps_as_the_whole_task_would(ratio):
+    """As the training loop counts them."""
+    config = TrainingConfig(warmup_ratio=ratio)
+    for total in range(2, 2000):
+        for steps in (Steps.of(total, 0.05), Steps(total=total, warmup=total // 2)):
+            warm = phase_config(config, steps, Phase.WARMUP)
+            expected = min(math.ceil(ratio * total), steps.warmup - 1)
+            assert math.ceil(warm.warmup_ratio * warm.max_steps) == expected
 
 
 def test_named_variants_differ_from_cram_as_they_say():

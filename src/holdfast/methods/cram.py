@@ -133,7 +133,9 @@ def phase_config(config: TrainingConfig, steps: Steps, phase: Phase) -> Training
     if phase is Phase.STABLE:
         return replace(config, max_steps=steps.stable)
     climb = min(math.ceil(config.warmup_ratio * steps.total), steps.warmup - 1)
-    return replace(config, max_steps=steps.warmup, schedule="constant_with_warmup", warmup_ratio=climb / steps.warmup)
+    # The loop rounds ratio * steps up; half a step less comes back to `climb` whatever the division rounds to.
+    ratio = max(0.0, climb - 0.5) / steps.warmup
+    return replace(config, max_steps=steps.warmup, schedule="constant_with_warmup", warmup_ratio=ratio)
 
 
 __all__ = ["Cram", "CramMethodConfig", "phase_config"]
