@@ -108,9 +108,14 @@ def test_a_projection_is_refused_and_the_name_leaves_it_out():
         decode(CramHpaConfig, {"edit": {"orthogonal": "column"}})
 
 
-def test_a_stream_without_safety_answers_is_refused_before_it_is_published(pico_stream, pico_folder, learned, tmp_path):
+def test_a_stream_without_safety_answers_is_refused_before_anything_is_trained(
+    pico_stream, pico_folder, learned, tmp_path
+):
     folder, _ = learned
     ctx = context(replace(pico_stream, safety_calibration=[]), pico_folder, tmp_path, 0)
+    with pytest.raises(CalibrationError, match="cram_hpa needs safety calibration samples"):
+        method().begin_task(ctx)
+    # And where it is needed, by whoever calls that alone.
     trained = Checkpoint(base=str(pico_folder), adapters=(str(folder / "0" / "scratch" / "expert"),))
     with pytest.raises(CalibrationError, match="cram_hpa needs safety calibration samples"):
         method().final_expert(ctx, trained)
