@@ -108,10 +108,14 @@ def test_a_wrong_option_is_a_sentence(arguments, message, world, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def write_sets(folder):
+    for name, answer in (("safety", "no"), ("task", "red")):
+        rows = [{"id": str(i), "text": f"Question {i}?", "answer": answer} for i in range(3)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_edit_calibrates_by_itself_from_two_sets_of_samples(world, tmp_path):
-    rows = [{"id": str(i), "text": f"Question {i}?", "answer": "red"} for i in range(3)]
-    for name in ("safety", "task"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_sets(tmp_path)
     result = run(
         *("edit", world.before, world.adapter, "--out", tmp_path / "out", "--export", "adapter", "--no-verify"),
         *("--safety", tmp_path / "safety.jsonl", "--task", tmp_path / "task.jsonl"),
@@ -123,9 +127,7 @@ def test_edit_calibrates_by_itself_from_two_sets_of_samples(world, tmp_path):
 
 
 def own_calibration(world, folder, out, *options):
-    rows = [{"id": str(i), "text": f"Question {i}?", "answer": "red"} for i in range(3)]
-    for name in ("safety", "task"):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_sets(folder)
     sets = ("--safety", folder / "safety.jsonl", "--task", folder / "task.jsonl")
     return run("edit", world.before, world.adapter, "--out", out, "--no-verify", *sets, *options)
 

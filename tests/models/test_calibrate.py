@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,21 @@ def test_an_empty_set_is_named(loaded: LoadedModel, samples: list[Sample]) -> No
         collect_curvature(loaded, loaded, samples, [])
 
 
+def test_safety_samples_without_an_answer_are_refused(loaded: LoadedModel, samples: list[Sample]) -> None:
+    mute = replace(samples[0], turns=samples[0].request, references=())
+    with pytest.raises(CalibrationError, match=r"1 of 2 safety .* have no answer .* `holdfast calibrate-data`"):
+        collect_curvature(loaded, loaded, [samples[1], mute], samples)
+    referenced = replace(mute, references=("I will not.",))
+    collect_curvature(loaded, loaded, [referenced], samples, blocks=[0])
+
+
+def test_a_device_that_is_not_there_is_named(llava_folder: Path) -> None:
+    for name in ("tpu", "cuda:77", "xpu"):
+        with pytest.raises(ConfigError, match=rf"device is '{name}'; expected one of this machine: cpu"):
+            calibrate.open_model(llava_folder, device=name)
+    assert memory.find_device("cpu") == torch.device("cpu")
+
+
 def test_sums_over_sets_of_unlike_size_warn(loaded: LoadedModel, samples: list[Sample]) -> None:
     with pytest.warns(UserWarning, match=r"1 safety and 5 task samples: the larger set drowns the other"):
         collect_curvature(loaded, loaded, samples[:1], samples, config=CalibrationConfig(normalization="sum"))
@@ -225,6 +241,19 @@ def test_without_a_second_model_the_record_says_old(
     assert Curvature.load(out).meta["config"]["activations"] == "old"
     again = CliRunner().invoke(app, [*options, "--device", "cpu"])
     assert isinstance(again.exception, StorageError) and "or pass --overwrite" in str(again.exception)
+
+
+def test_one_set_for_both_and_a_limit_of_nothing_are_refused(
+    llava_folder: Path, files: tuple[Path, Path], pictures: list[Path], tmp_path: Path
+) -> None:
+    same = (files[1], files[1].parent / "." / files[1].name)
+    options = arguments(llava_folder, str(llava_folder), same, pictures[0].parent, tmp_path / "c.safetensors")
+    assert "are the same 5 samples" in str(CliRunner().invoke(app, options).exception)
+    for limit in ("0", "-5"):
+        options = arguments(llava_folder, str(llava_folder), files, pictures[0].parent, tmp_path / "c.safetensors")
+        result = CliRunner().invoke(app, [*options, "--limit", limit])
+        assert result.exit_code == 2 and "--limit" in result.output
+    assert not (tmp_path / "c.safetensors").exists()
 
 
 def test_an_out_that_cannot_be_written_is_found_before_the_models_are_loaded(

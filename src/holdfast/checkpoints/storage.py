@@ -86,8 +86,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def require_writable(path: Path) -> None:
-    """Raise StorageError now where a file at `path` could not be written after hours of work."""
+def require_writable(path: Path, *, overwrite: bool = True) -> None:
+    """Raise StorageError now where a file at `path` could not be written after hours of work.
+
+    overwrite: whether a file that is there may be replaced (`--overwrite`).
+    """
+    if path.is_dir():
+        raise StorageError(f"{path} is a folder; give --out the name of a file, such as {path / 'out'}.")
+    if path.exists() and not overwrite:
+        raise StorageError(f"{path} exists. Choose another --out, remove it, or pass --overwrite.")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

@@ -22,7 +22,9 @@ def command(
     ] = None,
     safety_images: Annotated[Path | None, typer.Option(help="Where image paths of --safety start from.")] = None,
     task_images: Annotated[Path | None, typer.Option(help="Where image paths of --task start from.")] = None,
-    limit: Annotated[int | None, typer.Option(help="The first N task samples only (the paper takes 128).")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="The first N task samples only (the paper takes 128).")
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="What may be held in memory, such as 8GiB.")] = None,
     damping: Annotated[float, typer.Option(help="Share of the mean diagonal that is added to it.")] = 0.01,
     shrinkage: Annotated[float, typer.Option(help="Weight of the Gram's own diagonal, for few tokens.")] = 0.0,
@@ -49,17 +51,12 @@ def command(
     from holdfast.checkpoints.adapter import is_adapter
     from holdfast.checkpoints.storage import require_writable
     from holdfast.cli.progress import bars
-    from holdfast.cli.samples import read_samples
+    from holdfast.cli.samples import read_calibration_sets
     from holdfast.config import decode
-    from holdfast.errors import StorageError
     from holdfast.models.calibrate import CalibrationConfig, collect_curvature
     from holdfast.stream.protocol import Checkpoint
 
-    if out.is_dir():
-        raise StorageError(f"{out} is a folder; give --out a file name, such as {out / 'curvature.safetensors'}.")
-    if out.exists() and not overwrite:
-        raise StorageError(f"{out} exists. Choose another --out, remove it, or pass --overwrite.")
-    require_writable(out)
+    require_writable(out, overwrite=overwrite)
     config = decode(
         CalibrationConfig,
         {
@@ -74,8 +71,9 @@ def command(
         },
     )
     memory_bytes = parse_bytes(memory) if memory else None
-    safety_samples = read_samples(safety, images=safety_images)
-    task_samples = read_samples(task, images=task_images)[:limit]
+    safety_samples, task_samples = read_calibration_sets(
+        safety, task, safety_images=safety_images, task_images=task_images
+    )
     before = Checkpoint(base=model)
     tuned = before if after is None else Checkpoint(base=after)
     if after is not None and is_adapter(after):
@@ -89,7 +87,7 @@ def command(
             before,
             tuned,
             safety_samples,
-            task_samples,
+            task_samples[:limit],
             config=config,
             memory_bytes=memory_bytes,
             adapted_only=not every_linear,

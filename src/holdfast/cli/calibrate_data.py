@@ -28,6 +28,7 @@ def command(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Requests per batch.")] = 16,
     allow_short: Annotated[bool, typer.Option("--allow-short", help="Accept categories with too few answers.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out where it exists.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
 ) -> None:
@@ -35,12 +36,18 @@ def command(
     from holdfast import judges
     from holdfast.checkpoints.storage import require_writable
     from holdfast.cli.samples import read_samples, read_test_sets, write_samples
-    from holdfast.errors import DataError
+    from holdfast.errors import DataError, StorageError
     from holdfast.models.load import load
+    from holdfast.models.memory import find_device
     from holdfast.models.own_answers import own_safe_answers, refuse_overlap
 
     root = images or prompts.parent
-    require_writable(out)
+    for given in (prompts, *(test_set or ())):
+        if out.resolve() == given.resolve():
+            raise StorageError(f"--out {out} is {given}, which is read; it would be lost. Choose another --out.")
+    require_writable(out, overwrite=overwrite)
+    if device is not None:
+        find_device(device)
     verdict_of = judges.get(judge)
     requests = read_samples(prompts, images=root)
     test_sets = read_test_sets(test_set or [])

@@ -100,7 +100,7 @@ def _own_calibration(
     from holdfast.checkpoints.adapter import is_adapter
     from holdfast.checkpoints.curvature import Curvature
     from holdfast.cli.progress import bars
-    from holdfast.cli.samples import read_samples
+    from holdfast.cli.samples import read_calibration_sets
     from holdfast.cli.units import parse_bytes
     from holdfast.editing.editor import require_room
     from holdfast.models.calibrate import CalibrationConfig, collect_curvature, is_calibration_of
@@ -109,7 +109,7 @@ def _own_calibration(
     memory_bytes = parse_bytes(memory) if memory else None
     base = Checkpoint(base=before)
     tuned = Checkpoint(base=before, adapters=(after,)) if is_adapter(after) else Checkpoint(base=after)
-    sets = read_samples(safety), read_samples(task)
+    sets = read_calibration_sets(safety, task)
     config = CalibrationConfig()
     kept = out.parent / f".{out.name}.calibration.safetensors"
     if kept.is_file():

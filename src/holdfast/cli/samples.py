@@ -27,6 +27,21 @@ def read_samples(path: Path, *, images: Path | None = None) -> list[Sample]:
     return rename_duplicates(samples)
 
 
+def read_calibration_sets(
+    safety: Path, task: Path, *, safety_images: Path | None = None, task_images: Path | None = None
+) -> tuple[list[Sample], list[Sample]]:
+    """Safety and task samples of a calibration. Raises DataError: as `read_samples`, or both are the same samples."""
+    sets = read_samples(safety, images=safety_images), read_samples(task, images=task_images)
+    contents = [[(s.turns, s.references, [path.resolve() for path in s.images]) for s in samples] for samples in sets]
+    if contents[0] == contents[1]:
+        raise DataError(
+            f"--safety {safety} and --task {task} are the same {len(sets[0])} samples; the edit weighs one against the "
+            "other. Pass as --safety the aligned model's own safe answers (`holdfast calibrate-data`), as --task what "
+            "was tuned on."
+        )
+    return sets
+
+
 def read_test_sets(paths: list[Path]) -> list[tuple[str, list[Sample]]]:
     """(name, samples) of each file; a stream file stands for its test splits and both sides of its safety sets."""
     sets: list[tuple[str, list[Sample]]] = []

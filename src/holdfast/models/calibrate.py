@@ -26,9 +26,9 @@ from holdfast.functional.hessian import Normalization
 from holdfast.functional.inverse import OnFailure
 from holdfast.models.families import decoder_blocks, editable_linears
 from holdfast.models.load import LoadedModel, default_device, load, parse_dtype, read_config, resolve_dtype
-from holdfast.models.memory import usable_bytes
+from holdfast.models.memory import find_device, usable_bytes
 from holdfast.models.streaming import load_streamed
-from holdfast.models.walk import LayerGram, Progress, Tokens, WalkReport, walk_grams
+from holdfast.models.walk import LayerGram, Progress, Tokens, WalkReport, has_answer, walk_grams
 
 Activations = Literal["each", "old", "new"]
 Source = str | Path | CheckpointLike | LoadedModel
@@ -102,14 +102,21 @@ def collect_curvature(
             that update needs. An adapter on attention alone saves the widest and slowest Gram of every block.
         seconds: receives the time of each phase; kept out of the result, whose bytes depend on its inputs alone.
 
-    Raises: CalibrationError: an empty set, NaN or inf, a Gram that cannot be factorised. ModelError, DataError: as
-        loading and encoding.
+    Raises: CalibrationError: an empty set, a safety sample without an answer, NaN or inf, a Gram that cannot be
+        factorised. ConfigError: a device that is not there. ModelError, DataError: as loading and encoding.
     """
     config = measured_config(before, after, config or CalibrationConfig())
     for name, samples in (("safety", safety), ("task", task)):
         if not samples:
             other = "task" if name == "safety" else "safety"
             raise CalibrationError(f"The {name} calibration set is empty; the edit weighs it against the {other} set.")
+    mute = [sample.id for sample in safety if not has_answer(sample)]
+    if mute:
+        raise CalibrationError(
+            f"{len(mute)} of {len(safety)} safety calibration samples have no answer ({mute[0]!r} is the first); "
+            "expected requests with the aligned model's own safe answers, for those are what must be kept. Let the "
+            "model answer them with `holdfast calibrate-data`."
+        )
     if config.normalization == "sum" and not 0.5 <= len(safety) / len(task) <= 2:
         warnings.warn(
             f"normalization='sum' with {len(safety)} safety and {len(task)} task samples: the larger set drowns the "
@@ -242,7 +249,7 @@ def open_model(
     if isinstance(source, LoadedModel):
         return source
     base = source.base if isinstance(source, CheckpointLike) else str(source)
-    target = torch.device(device) if device is not None else default_device()
+    target = find_device(device) if device is not None else default_device()
     itemsize = resolve_dtype(parse_dtype(dtype) if dtype is not None else None, read_config(base), target).itemsize
     with open_checkpoint(base) as checkpoint:
         elements = sum(entry.numel for entry in checkpoint.entries.values())

@@ -1,4 +1,4 @@
-"""How much memory a new allocation may take: of the machine, of the container around the process, of the device."""
+"""Is a device there, and how much may a new allocation take: of the machine, of its container, of the device?"""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import psutil
 import torch
+
+from holdfast.errors import ConfigError
 
 # Of what is free: the rest is for fragments, caches and whoever else is there.
 _SHARE = {"cpu": 0.7, "cuda": 0.85}
@@ -17,6 +19,20 @@ def free_memory_bytes() -> int:
     free = int(psutil.virtual_memory().available)
     limited = _left_in_cgroup(_CGROUPS)
     return free if limited is None else min(free, limited)
+
+
+def find_device(name: torch.device | str) -> torch.device:
+    """The device of that name. Raises ConfigError: there is no such kind, or none of it on this machine."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if found is not None else 0
+    there = ["cpu", *(f"{found.type}:{index}" for index in range(count) if found is not None)]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is not None and (device.type in ("cpu", "meta") or f"{device.type}:{device.index or 0}" in there):
+        return device
+    raise ConfigError(f"device is {str(name)!r}; expected one of this machine: {', '.join(there)}.")
 
 
 def usable_bytes(device: torch.device) -> int:

@@ -381,6 +381,11 @@ def _refuse_mixed(samples: Sequence[Sample]) -> None:
         )
 
 
+def has_answer(sample: Sample) -> bool:
+    """Whether an answer is part of what is walked: an assistant turn, or a reference."""
+    return _answered(sample) or bool(sample.answer)
+
+
 def _with_answer(sample: Sample, tokens: Tokens) -> Sample:
     if _answered(sample):
         return sample
@@ -427,4 +432,4 @@ def _silent(event: str, **values: Any) -> None:
     del event, values
 
 
-__all__ = ["Consumer", "LayerGram", "Tokens", "WalkReport", "walk_grams"]
+__all__ = ["Consumer", "LayerGram", "Tokens", "WalkReport", "has_answer", "walk_grams"]
