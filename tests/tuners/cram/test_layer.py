@@ -87,6 +87,23 @@ def test_trained_factors_add_their_share_and_get_all_the_gradient():
     assert not p.stacked_a.requires_grad and linear.weight.grad is None
 
 
+def test_dropout_is_on_the_input_of_the_trained_factors_alone():
+    linear, p, active, _ = stacked()
+    _, rows = weights()
+    a, b = torch.randn(3, 24), torch.randn(40, 3)
+    x = torch.randn(3, 4, 24)
+    active.set("routed", rows)
+    old = linear(x)
+    p.train_factors(a, b, dropout=0.25)
+    p.eval()
+    torch.testing.assert_close(linear(x), old + x @ a.T @ b.T)
+    p.train()
+    torch.manual_seed(0)
+    found = linear(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, old + nn.functional.dropout(x, 0.25) @ a.T @ b.T)
+
+
 def test_a_linear_of_any_class_can_be_extended():
     class Int8(nn.Module):
         """A quantised linear: integer weights, a scale, no `nn.Linear` anywhere."""

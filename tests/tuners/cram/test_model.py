@@ -136,6 +136,31 @@ def test_two_models_in_one_process_do_not_meet(make, requests, pico_folder: Path
     assert float((other - nested).abs().max()) > 0.1
 
 
+@torch.no_grad()
+def test_two_models_that_answer_in_turns_keep_their_decisions(make, requests, pico_folder: Path):  # (k)
+    """Prefill of one, prefill of the other, decoding step of the first."""
+    first = make(samples=requests)
+    second = make(load(pico_folder), samples=requests)
+    mine, other = requests["warm"][:2], requests["cold"][:2]
+    inputs, others = encode_request(first.loaded, mine), encode_request(second.loaded, other)
+
+    def step(cache, ids):
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], dim=1)
+        return first.loaded.model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, -1]
+
+    found = []
+    for interrupted in (False, True):
+        with first.serving(mine), second.serving(other):
+            prefill = first.loaded.model(**inputs, use_cache=True)
+            if interrupted:
+                second.loaded.model(**others)
+            ids = prefill.logits[:, -1].argmax(-1, keepdim=True)
+            found.append(step(prefill.past_key_values, ids))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    weights = [cram.last_routing.weights[:, 0].argmax(-1).tolist() for cram in (first, second)]
+    assert weights == [[0, 0], [1, 1]], "the two must decide differently for this test to mean something"
+
+
 def test_a_copied_model_carries_its_own_experts(make, requests, pico_folder: Path):
     cram = make(load(pico_folder), samples=requests)
     samples = mixed(requests)

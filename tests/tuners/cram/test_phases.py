@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from holdfast.errors import AdapterError, ConfigError
 from holdfast.functional.cram import RankRule
 from holdfast.tuners.cram.phases import Phase, Steps, TaskLearning, consolidate, read_ranks
 from holdfast.tuners.cram.router import Router
-from holdfast.tuners.cram.storage import from_pretrained, load_expert
+from holdfast.tuners.cram.storage import from_pretrained, load_expert, read_router
 from holdfast.tuners.cram.training import CENTROID, BatchFeatures, CramTraining
 
 STEPS = Steps(total=5, warmup=2)
@@ -170,6 +171,33 @@ def test_the_buffer_learns_and_consolidation_keeps_what_it_learnt(base, requests
         product, kept = b @ a, initial[name][1] @ initial[name][0]
         assert float(product.norm()) > 0
         torch.testing.assert_close(kept, product, rtol=1e-4, atol=1e-5 * float(product.norm()))
+
+
+def test_an_expert_starts_off_the_history_of_its_group_and_of_no_other(base, requests, first, tmp_path):  # (c)
+    """What `initial/` holds after the real survey and warm-up of a second task."""
+    old = load_expert(read_router(first).folders[0])
+    for name, joins in (("cold", True), ("maths", False)):
+        task = Task(base, requests, tmp_path / name, name=name, previous=first)
+        task.learning.survey()
+        task.learning._train(task.loop, Phase.WARMUP, tmp_path / name / "buffer")
+        task.learning.consolidate()
+        overlaps = [
+            float((torch.nn.functional.normalize(a) @ torch.nn.functional.normalize(old[linear][0]).T).abs().max())
+            for linear, (a, _) in load_expert(tmp_path / name / "initial").items()
+        ]
+        assert max(overlaps) < 1e-4 if joins else min(overlaps) > 1e-2
+
+
+def test_double_scale_doubles_b_of_what_an_expert_starts_from(base, requests, tmp_path):
+    task = Task(base, requests, tmp_path / "once")
+    task.learning.survey()
+    task.learning._train(task.loop, Phase.WARMUP, tmp_path / "once" / "buffer")
+    shutil.copytree(tmp_path / "once", tmp_path / "twice")
+    task.learning.consolidate()
+    Task(base, requests, tmp_path / "twice", compat_double_scale=True).learning.consolidate()
+    once, twice = load_expert(tmp_path / "once" / "initial"), load_expert(tmp_path / "twice" / "initial")
+    for name, (a, b) in once.items():
+        assert b.any() and torch.equal(twice[name][0], a) and torch.equal(twice[name][1], 2 * b)
 
 
 def test_consolidation_keeps_rows_off_the_groups_history():  # (c)

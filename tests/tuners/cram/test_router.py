@@ -158,6 +158,23 @@ def test_many_requests_are_decided_in_parts_as_one_by_one(mode):
     assert routing.group.tolist() == [0] * 250 + [1] * 250 and bool(routing.weights[:, 0].any(0).all())
 
 
+def test_each_group_is_as_soft_as_its_own_tasks_are_wide():
+    """Sigma: `sigma_scale` times the mean over the group's experts of their median distance to the centroid."""
+    config = cram_kit.config(abstain="off", sigma_scale=2.0)
+    tight = [card(name, 0, task(1, image, spread=0.1), config) for name, image in (("a", 11), ("b", 12))]
+    wide = [card(name, 1, task(2, image, spread=s), config) for name, image, s in (("c", 13, 0.3), ("d", 14, 0.9))]
+    r = Router(config, [*tight, *wide])
+    for group, cards in ((0, tight), (1, wide)):
+        asked = task(1 + group, 11 + 2 * group, n=4)
+        sigma = 2.0 * (cards[0].image_scatter + cards[1].image_scatter) / 2
+        assert r.sigma_of(group) == pytest.approx(sigma)
+        distance = torch.stack([(asked.image - c.image_centroid).square().sum(-1) for c in cards], dim=1)
+        members = slice(2 * group, 2 * group + 2)
+        weights = r.route(asked).weights[:, 0]
+        torch.testing.assert_close(weights[:, members], torch.softmax(-distance / (2 * sigma**2), -1))
+    assert r.sigma_of(1) > 4 * r.sigma_of(0)
+
+
 def test_prototype_is_the_mean_over_samples_and_a_learned_task_never_moves_it_elsewhere():
     config = cram_kit.config(held_out=0.0)
     few, many = task(1, 11, n=10), task(3, 11, n=30)

@@ -21,9 +21,9 @@ from holdfast.tuners.cram.router import card_from_features
 from holdfast.tuners.cram.training import BatchFeatures, CramTraining, buffer_factors
 
 
-def begin(make, requests, *, stable=True, name="cold", old=("warm",), factors=None, **changes):
-    """A CRAM with experts for `old`, about to learn task `name` in group 0."""
-    cram = make(samples={k: requests[k] for k in old}, groups=(0,) * len(old), **changes)
+def begin(make, requests, *, stable=True, name="cold", old=("warm",), groups=None, factors=None, **changes):
+    """A CRAM with experts for `old` (all in group 0, or in `groups`), about to learn task `name` in group 0."""
+    cram = make(samples={k: requests[k] for k in old}, groups=groups or (0,) * len(old), **changes)
     features = cram.features(requests[name])
     card, _ = card_from_features(name, 0, features, cram.config, seed=0)
     made = factors or cram_kit.factors(cram.loaded, cram.config, seed=9)
@@ -67,6 +67,59 @@ def test_penalty_is_zero_only_off_what_older_experts_write(make, requests):  # (
         with torch.no_grad():
             p.trained_b.copy_(residual(p.trained_b.T, column_basis([old])).T)
     assert float(step(training, extras, requests["cold"][:3])[1].detach()) < 1e-8
+    training.unload()
+
+
+def test_penalty_knows_the_experts_of_the_tasks_own_group_alone(make, requests):
+    """Three older experts in two groups."""
+    rows = {**requests, "more": [replace(s, id=f"more-{i}") for i, s in enumerate(requests["warm"])]}
+    training, extras = begin(make, rows, old=("warm", "maths", "more"), groups=(0, 1, 0), sigma_scale=50.0)
+    assert float(step(training, extras, requests["cold"][:3])[1].detach()) > 1e-3
+    experts, foreign = training.cram.experts, 0.0
+    for p in training.cram.layers:
+        own = column_basis([experts[0][p.name][1], experts[2][p.name][1]])
+        assert training.bases[p.name].shape == own.shape
+        with torch.no_grad():
+            p.trained_b.copy_(residual(p.trained_b.T, own).T)
+        foreign += float((p.trained_b.detach().T @ column_basis([experts[1][p.name][1]])).norm())
+    assert foreign > 1
+    assert float(step(training, extras, requests["cold"][:3])[1].detach()) < 1e-8
+    routed = training.router.route(training_features(extras(requests["cold"][:3]))).weights[:, 0]
+    torch.testing.assert_close(training._old_mass, routed[:, [0, 2]].sum(-1))
+    training.unload()
+
+
+def test_penalty_of_a_linear_moves_that_linear_alone(make, requests):
+    """Its pooled input is a given: earlier linears and the routing are not asked to change what reaches it."""
+    training, extras = begin(make, requests, sigma_scale=50.0, learn_centroid=True)
+    last = training.cram.layers[-1]
+    training.bases = {last.name: training.bases[last.name]}
+    loss, penalty = step(training, extras, requests["cold"][:3])
+    penalty.backward(retain_graph=True)
+    assert {n for n, grad in gradients(training).items() if grad.any()} == {
+        f"{last.name}.lora_A",
+        f"{last.name}.lora_B",
+    }
+    assert training.centroid.grad is None or not training.centroid.grad.any()
+    loss.backward()
+    assert training.centroid.grad.any(), "the loss does reach it"
+    training.unload()
+
+
+def test_dropout_acts_while_training_and_only_then(make, requests):
+    training, extras = begin(make, requests, dropout=0.5)
+    samples = requests["cold"][:2]
+
+    def losses(model):
+        with torch.no_grad():
+            return [float(step(model, extras, samples)[0]) for _ in range(2)]
+
+    training.train()
+    one, two = losses(training)
+    assert one != two
+    training.eval()
+    one, two = losses(training)
+    assert one == two
     training.unload()
 
 
