@@ -53,7 +53,9 @@ class HpaRule:
     def edit_lora(
         self, layer: Layer, w_prev: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> LoraEdit:
-        """Without `w_prev` the projection is left out: its coefficient is about 1e-5 for LoRA updates.
+        """Without `w_prev` the projection is left out: its coefficient is small for LoRA updates.
+
+        On the embedded stream it is 2e-4 to 5e-4 in the median, and 2.7e-3 at most.
 
         With it, the row says by how much W_hat would be off without the coefficient: `coefficient_error`, the norm of
         coef * W_prev on the adjusted columns, relative to ||W_hat - W_prev||.
