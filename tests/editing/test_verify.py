@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from holdfast.cli import app
 from holdfast.editing import editor, verify
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.editing.report import EditReport
 from holdfast.errors import ExportError
-from holdfast.methods.hpa_rule import HpaRule
+from holdfast.methods.hpa_rule import HpaConfig, HpaRule
 
 
 def edit(world, out, after, **options):
@@ -34,6 +37,38 @@ def test_an_adapter_export_runs_in_peft_with_every_module_and_its_scale(world, t
     count = len(world.curvature.modules)
     assert report.verification["active_modules"] == report.verification["scaled_modules"] == count
     assert report.verification["max_logit_difference"] <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "coefficient, said",
+    [
+        ("drop", "left out of the adapter, and how much that changes was not measured"),
+        ("measure", "left out of the adapter, at most "),
+        ("keep", "in holdfast_input_scale.safetensors, which holdfast's loaders apply. PEFT alone ignores that file"),
+    ],
+)
+def test_card_and_inspect_say_what_became_of_the_coefficient_and_what_was_calibrated(
+    coefficient, said, world, tmp_path
+):
+    sets = {"safety": {"sequences": 8, "tokens": 91}, "task": {"sequences": 128, "tokens": 2048}}
+    meta = {**world.curvature.meta, "sets": sets, "config": {"damping": 0.02, "activations": "each"}}
+    out = tmp_path / "out [red] x"
+    options = {"rule": HpaRule(), "export": "adapter", "coefficient": coefficient, "verify": False}
+    edit_checkpoint(world.before, world.adapter, out=out, curvature=replace(world.curvature, meta=meta), **options)
+    shown = CliRunner().invoke(app, ["inspect", str(out)])
+    assert shown.exit_code == 0 and str(out) in shown.output
+    for text in ((out / "README.md").read_text(), shown.output.replace("\n", "")):
+        assert said in text and f"Coefficient ({coefficient})" in text
+        assert "damping 0.02, activations each; safety 8 sequences, 91 tokens; task 128 sequences" in text
+
+
+def test_a_dense_export_and_an_edit_without_projection_have_no_note_on_a_coefficient(world, tmp_path):
+    edit(world, tmp_path / "dense", world.after, verify=False)
+    rule = HpaRule(HpaConfig(orthogonal=False))
+    options = {"curvature": world.curvature, "export": "adapter", "verify": False}
+    edit_checkpoint(world.before, world.adapter, rule=rule, out=tmp_path / "adapter", **options)
+    for name in ("dense", "adapter"):
+        assert "Coefficient (" not in (tmp_path / name / "README.md").read_text()
 
 
 @pytest.mark.parametrize("base", ["float16", "bfloat16"])

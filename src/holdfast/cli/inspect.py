@@ -42,27 +42,31 @@ def command(
 def show(out: Path, report: EditReport, *, by_layer: bool = False) -> None:
     """Print a report for people."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(soft_wrap=True)
     if not console.is_terminal:
         console = Console(soft_wrap=True, width=140)
-    console.print(f"[bold]{out}[/]: {report.rule}, {report.export}, {len(report.layers)} layers edited")
+    head = f"{report.rule}, {report.export}, {len(report.layers)} layers edited"
+    console.print(f"[bold]{escape(str(out))}[/]: {escape(head)}")
     for name, value in report.inputs.items():
         hashes = " + ".join(part[:12] for part in value.get("fingerprint", ()))
-        console.print(f"  {name}: {value.get('source', '')} ({hashes})", highlight=False)
+        console.print(escape(f"  {name}: {value.get('source', '')} ({hashes})"), highlight=False)
+    for note in report.notes():
+        console.print(escape(note), highlight=False)
     shown = [figure for figure in _FIGURES if report.mean(figure[0]) is not None]
     table = Table("layer" if by_layer else "block", *(heading for _, heading, _ in shown))
     for name, rows in _groups(report, by_layer):
-        table.add_row(name, *(_mean([row.get(key) for row in rows], form) for key, _, form in shown))
+        table.add_row(escape(name), *(_mean([row.get(key) for row in rows], form) for key, _, form in shown))
     console.print(table)
     for warning in report.warnings:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
     if report.verification:
         checked = ", ".join(
             f"{key.replace('_', ' ')} {value}" for key, value in report.verification.items() if value is not None
         )
-        console.print(f"reload check: {checked}", highlight=False)
+        console.print(escape(f"reload check: {checked}"), highlight=False)
 
 
 def _groups(report: EditReport, by_layer: bool) -> list[tuple[str, list[Any]]]:

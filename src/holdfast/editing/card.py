@@ -37,6 +37,7 @@ def model_card(report: EditReport, *, safety: Mapping[str, Any] | None = None) -
         "",
         *_inputs(report),
         "",
+        *(line for note in report.notes() for line in (note, "")),
         "## Options",
         "",
         *(f"- `{key}`: {value}" for key, value in report.settings.items()),

@@ -156,6 +156,7 @@ def edit_checkpoint(
                 rule=rule.name,
                 settings=plan["settings"],
                 export=export,
+                coefficient=plan["coefficient"],
                 layers=rows,
                 inputs=_inputs(before, after, pair, curvature),
                 plan_hash=staging.plan_hash,

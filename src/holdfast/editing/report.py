@@ -30,6 +30,7 @@ class EditReport:
         coefficient, share_reverted, change, distance, relative_change; shares are 0..1), and of the calibration, where
         it recorded them, tokens_over_width and fallbacks by set.
     inputs: before, after and calibration, as given and by fingerprint. warnings: sentences, worst first.
+    coefficient: of an adapter export, what was done with what the rule takes from the base: drop, measure or keep.
     verification: what the no-op guard compared, or None when it was not asked for.
     seconds: wall-clock by phase; never written into the result, whose bytes do not depend on the machine's speed.
     """
@@ -40,6 +41,7 @@ class EditReport:
     layers: Sequence[Mapping[str, Any]]
     inputs: Mapping[str, Any]
     plan_hash: str
+    coefficient: str | None = None
     warnings: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     verification: Mapping[str, Any] | None = None
@@ -50,12 +52,17 @@ class EditReport:
         values = [row[figure] for row in self.layers if isinstance(row.get(figure), int | float)]
         return sum(values) / len(values) if values else None
 
+    def notes(self) -> list[str]:
+        """Sentences that a reader of the figures needs: what the calibration rests on, what an adapter leaves out."""
+        return [*_calibration_note(self.inputs.get("calibration", {})), *_coefficient_note(self)]
+
     def to_json(self) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
             "rule": self.rule,
             "settings": dict(self.settings),
             "export": self.export,
+            "coefficient": self.coefficient,
             "inputs": dict(self.inputs),
             "plan_hash": self.plan_hash,
             "warnings": list(self.warnings),
@@ -89,6 +96,39 @@ class EditReport:
 
     def with_seconds(self, seconds: Mapping[str, float]) -> EditReport:
         return replace(self, seconds=dict(seconds))
+
+
+def _calibration_note(calibration: Mapping[str, Any]) -> list[str]:
+    config, sets = calibration.get("config", {}), calibration.get("sets", {})
+    options = [
+        f"{key} {config[key]}" for key in ("damping", "shrinkage", "normalization", "activations") if key in config
+    ]
+    counts = [
+        f"{name} {record.get('sequences')} sequences, {record.get('tokens')} tokens" for name, record in sets.items()
+    ]
+    said = "; ".join(part for part in (", ".join(options), *counts) if part)
+    return [f"Calibration: {said}."] if said else []
+
+
+def _coefficient_note(report: EditReport) -> list[str]:
+    if report.coefficient is None or report.settings.get("orthogonal") is False:
+        return []
+    if not any("coefficient" in row for row in report.layers):
+        return []
+    if report.coefficient == "keep":
+        return [
+            "Coefficient (keep): the projection is stored as a vector per layer in holdfast_input_scale.safetensors, "
+            "which holdfast's loaders apply. PEFT alone ignores that file, and serves the adapter as if the "
+            "coefficient had been dropped."
+        ]
+    if report.coefficient == "drop":
+        return [
+            "Coefficient (drop): the projection on the base weight is left out of the adapter, and how much that "
+            "changes was not measured (the base was not read)."
+        ]
+    errors = [row["coefficient_error"] for row in report.layers if "coefficient_error" in row]
+    largest = f", at most {max(errors):.1e} of a layer's edited update" if errors else ""
+    return [f"Coefficient (measure): the projection on the base weight is left out of the adapter{largest}."]
 
 
 @lru_cache(maxsize=1)
