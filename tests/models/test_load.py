@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from holdfast.data.types import Sample
-from holdfast.errors import AdapterError, ModelError
+from holdfast.errors import AdapterError, ConfigError, ModelError
 from holdfast.models.encode import encode_request
 from holdfast.models.families import editable_linears
 from holdfast.models.load import LoadedModel, load
@@ -149,3 +149,8 @@ def test_an_adapter_with_missing_tensors_is_refused(llava_folder: Path, tmp_path
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(AdapterError, match=r"missing|lacks|lora_[AB]"):
         load(Checkpoint(base=str(llava_folder), adapters=(str(folder),)))
+
+
+def test_a_device_that_is_not_there_is_named(llava_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"device is 'xpu:7'; expected one of this machine: cpu"):
+        load(llava_folder, device="xpu:7")

@@ -24,6 +24,7 @@ from holdfast.checkpoints.naming import NameIndex
 from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, CheckpointError, ModelError
 from holdfast.models.families import Family, build_processors_without_video, family_of
+from holdfast.models.memory import find_device
 from holdfast.models.tuner import Tuner, attach_tuner, is_tuner_folder
 
 
@@ -114,11 +115,12 @@ def load(
     trainable: parameters keep `requires_grad`; otherwise they are frozen.
 
     Raises: ModelError: no such folder, missing or unreadable files, a language model without vision tower, a processor
-        without chat template, code that would have to be trusted. AdapterError: an adapter that does not fit.
+        without chat template, code that would have to be trusted. AdapterError: an adapter that does not fit. ConfigError:
+        a device that is not there.
     """
     base, adapters = (source.base, source.adapters) if isinstance(source, CheckpointLike) else (str(source), ())
     config = read_config(base)
-    target = torch.device(device) if device is not None else default_device()
+    target = find_device(device) if device is not None else default_device()
     weight_dtype = resolve_dtype(dtype, config, target)
     with quiet_transformers():
         processor = read_processor(base, config)
