@@ -115,8 +115,8 @@ def load(
     trainable: parameters keep `requires_grad`; otherwise they are frozen.
 
     Raises: ModelError: no such folder, missing or unreadable files, a language model without vision tower, a processor
-        without chat template, code that would have to be trusted. AdapterError: an adapter that does not fit. ConfigError:
-        a device that is not there.
+        without chat template, code that would have to be trusted. AdapterError: an adapter that does not fit.
+        ConfigError: a device that is not there.
     """
     base, adapters = (source.base, source.adapters) if isinstance(source, CheckpointLike) else (str(source), ())
     config = read_config(base)
