@@ -134,6 +134,20 @@ def test_a_stock_peft_adapter_can_be_an_expert_with_its_scale_folded_in(base, tm
     torch.testing.assert_close(factors[name][1], 2 * b)
 
 
+def test_an_adapter_that_does_more_than_add_is_no_expert(saved, tmp_path):
+    expert = shutil.copytree(read_router(saved).folders[0], tmp_path / "expert")
+    weights = load_file(expert / "adapter_model.safetensors")
+    save_file({**weights, "base_model.model.lm_head.weight": torch.zeros(4, 4)}, expert / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"holds more than LoRA factors \(lm_head\.weight\)"):
+        load_expert(expert)
+    save_file(weights, expert / "adapter_model.safetensors")
+    name = next(iter(load_expert(expert)))
+    width = weights[f"base_model.model.{name}.lora_A.weight"].shape[1]
+    save_file({name: torch.ones(width)}, expert / "holdfast_input_scale.safetensors")
+    with pytest.raises(AdapterError, match="holds more than LoRA factors"):
+        load_expert(expert)
+
+
 def test_a_published_folder_is_never_overwritten(base, saved):
     cram = from_pretrained(saved, base)
     with pytest.raises(StorageError, match=r"exists; choose another folder"):

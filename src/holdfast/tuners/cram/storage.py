@@ -80,9 +80,17 @@ def save_expert(folder: Path, factors: Factors, *, base: str, beside: Mapping[st
 
 
 def load_expert(folder: Path) -> Factors:
-    """Factors of a LoRA folder, fp32 on the CPU; any scale is folded into B. Raises AdapterError."""
+    """Factors of a LoRA folder, fp32 on the CPU; any scale is folded into B.
+
+    Raises: AdapterError: no LoRA folder, or one that also replaces tensors or scales the base's input columns.
+    """
     adapter = LoraAdapter(folder)
     try:
+        if more := [*adapter.saved, *adapter.input_scale]:
+            raise AdapterError(
+                f"{folder} holds more than LoRA factors ({more[0]}): an expert only adds to the base's linear layers. "
+                "Train it without modules_to_save, or edit it with the coefficient dropped."
+            )
         factors = {}
         for name, entry in adapter.modules.items():
             a, b = adapter.read_factors(name)
