@@ -34,7 +34,10 @@ class CramMethodConfig(SeqFTConfig):
 
 
 class Cram:
-    """Files in the step's folder: cram/ (the checkpoint's adapter folder), cram.json, training-<phase>.json."""
+    """One LoRA expert per task on a frozen base, as large as the task needs, found by centroids without a task id.
+
+    Files in the step's folder: cram/ (the checkpoint's adapter folder), cram.json, training-<phase>.json.
+    """
 
     Config: type[CramMethodConfig] = CramMethodConfig
 

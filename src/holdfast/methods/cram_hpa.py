@@ -37,7 +37,10 @@ class CramHpaConfig(CramMethodConfig, EditingConfig):
 
 
 class CramHpa(Cram):
-    """Files in the step's folder: those of `Cram`, curvature.safetensors, edit.json."""
+    """CRAM with HPA's safety edit on every finished expert.
+
+    Files in the step's folder: those of `Cram`, curvature.safetensors, edit.json.
+    """
 
     Config: type[CramHpaConfig] = CramHpaConfig
     config: CramHpaConfig

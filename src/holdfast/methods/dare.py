@@ -49,7 +49,7 @@ class DareRule:
 
 
 class Dare(SeqFT):
-    """DARE after each task."""
+    """DARE: entries of the change return at random, the others are scaled up."""
 
     Config = DareConfig
     config: DareConfig

@@ -42,7 +42,7 @@ class InterpolationRule(ColumnFactorRule):
 
 
 class Interpolation(Control):
-    """Interpolation after each task."""
+    """A control: after each task all of the change shrinks by one factor."""
 
     Config = InterpolationConfig
     config: InterpolationConfig

@@ -31,7 +31,7 @@ class LargestChangeRule(ColumnFactorRule):
 
 
 class LargestChange(Control):
-    """Largest change after each task."""
+    """A control: after each task the columns that changed most return to their old values."""
 
     def rule(self) -> EditRule:
         return LargestChangeRule(self.config)

@@ -28,7 +28,7 @@ class ModelTailorConfig(EditingConfig):
 
 
 class ModelTailor(GramSweep):
-    """Model Tailor after each task."""
+    """Model Tailor: a few tuned entries stay, the rest returns, later columns compensate."""
 
     Config = ModelTailorConfig
     config: ModelTailorConfig

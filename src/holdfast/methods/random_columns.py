@@ -28,7 +28,7 @@ class RandomColumnsRule(ColumnFactorRule):
 
 
 class RandomColumns(Control):
-    """Random columns after each task."""
+    """A control: after each task random columns return to their old values."""
 
     def rule(self) -> EditRule:
         return RandomColumnsRule(self.config)

@@ -31,7 +31,7 @@ class SafeDeltaConfig(EditingConfig):
 
 
 class SafeDelta(GramSweep):
-    """Safe Delta after each task."""
+    """Safe Delta: tuned entries are admitted within a safety budget, later columns compensate."""
 
     Config = SafeDeltaConfig
     config: SafeDeltaConfig

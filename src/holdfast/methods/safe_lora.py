@@ -62,7 +62,7 @@ class SafeLoraRule:
 
 
 class SafeLora(SeqFT):
-    """SafeLoRA after each task."""
+    """SafeLoRA: an update that leaves the direction of alignment is projected onto it."""
 
     Config = SafeLoraConfig
     config: SafeLoraConfig

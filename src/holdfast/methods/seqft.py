@@ -79,7 +79,10 @@ class KeepUpdate:
 
 
 class SeqFT:
-    """Tune, merge, go on. Files in the step's folder: training.json, and edit.json of a method that edits."""
+    """Plain sequential tuning: tune a LoRA, merge it, go on.
+
+    Files in the step's folder: training.json, and edit.json of a method that edits.
+    """
 
     Config: type[SeqFTConfig] = SeqFTConfig
 

@@ -64,7 +64,7 @@ class TiesRule:
 
 
 class Ties(SeqFT):
-    """TIES after each task."""
+    """TIES: theta_0 plus the merge of all changes so far, each trimmed, signs elected entry by entry."""
 
     Config = TiesConfig
     config: TiesConfig
