@@ -13,6 +13,7 @@ import model_zoo
 from holdfast.data.types import Sample
 from holdfast.functional.cram import RankRule
 from holdfast.models.load import LoadedModel
+from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.tuners.cram.config import CramConfig
 from holdfast.tuners.cram.model import Cram, find_targets
 from holdfast.tuners.cram.router import Router, card_from_features
@@ -90,3 +91,23 @@ def loop_reference(cram: Cram, weights: Tensor, x: Tensor, name: str) -> Tensor:
         a, b = (t.to(x) for t in expert[name])
         y = y + weights[:, e, None, None] * (x @ a.T @ b.T)
     return y
+
+
+def context(
+    stream: Any, base: Path, folder: Path, step: int, previous: Checkpoint | None = None, **changes: Any
+) -> TaskContext:
+    """Task `step` of `stream`, as the runner would hand it to a method; files go below `folder`."""
+    theta_0 = Checkpoint(base=str(base))
+    work_dir = folder / str(step)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    return TaskContext(
+        stream=stream,
+        step=step,
+        task_names=tuple(t.name for t in stream.tasks[: step + 1]),
+        theta_0=theta_0,
+        previous=previous or theta_0,
+        work_dir=work_dir,
+        previous_work_dir=folder / str(step - 1) if step else None,
+        seed=5,
+        **changes,
+    )

@@ -17,7 +17,6 @@ A run file names a model, a stream and methods; everything else has a default:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -240,16 +239,11 @@ class Experiment:
         )
 
     def _digest(self, samples: Sequence[Sample]) -> str:
-        """Of ids, words and image paths under the data root; pictures are not read, a stream may hold a million."""
-        root, digest = self.stream.root, hashlib.sha256()
+        """With image paths under the data root: pictures are not read, a stream may hold a million."""
+        from holdfast.evaluation.identity import samples_digest
 
-        def place(path: Path) -> str:
-            return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-
-        for s in samples:
-            turns = [(t.role, t.text) for t in s.turns]
-            digest.update(repr((s.id, turns, [place(p) for p in s.images], s.references)).encode())
-        return digest.hexdigest()[:16]
+        root = self.stream.root
+        return samples_digest(samples, lambda p: p.relative_to(root).as_posix() if p.is_relative_to(root) else p.name)
 
     def evaluator(self) -> Any:
         from holdfast.evaluation import CheckpointEvaluator

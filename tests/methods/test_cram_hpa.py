@@ -20,7 +20,7 @@ from holdfast.functional.cram import RankRule
 from holdfast.functional.hpa import HpaConfig, edit_weight
 from holdfast.methods.cram_hpa import CramHpa, CramHpaConfig
 from holdfast.models.load import load
-from holdfast.stream.protocol import Checkpoint, TaskContext
+from holdfast.stream.protocol import Checkpoint
 from holdfast.training.config import TrainingConfig
 from holdfast.tuners.cram.storage import load_expert
 
@@ -32,28 +32,12 @@ def method(**changes) -> CramHpa:
     return CramHpa(CramHpaConfig(training=TRAINING, cram=cram, task_samples=6, **changes))
 
 
-def context(stream, base: Path, folder: Path, step: int, previous: Checkpoint | None = None) -> TaskContext:
-    theta_0 = Checkpoint(base=str(base))
-    work_dir = folder / str(step)
-    work_dir.mkdir(parents=True, exist_ok=True)
-    return TaskContext(
-        stream=stream,
-        step=step,
-        task_names=tuple(t.name for t in stream.tasks[: step + 1]),
-        theta_0=theta_0,
-        previous=previous or theta_0,
-        work_dir=work_dir,
-        previous_work_dir=folder / str(step - 1) if step else None,
-        seed=5,
-    )
-
-
 @pytest.fixture(scope="module")
 def learned(pico_stream, pico_folder, tmp_path_factory) -> tuple[Path, list[Checkpoint]]:
     folder = tmp_path_factory.mktemp("stream")
     found: list[Checkpoint] = []
     for step in range(2):
-        ctx = context(pico_stream, pico_folder, folder, step, found[-1] if found else None)
+        ctx = cram_kit.context(pico_stream, pico_folder, folder, step, found[-1] if found else None)
         made = method(edit=HpaConfig(orthogonal=False, keep_bounds=(20.0, 20.0)))
         found.append(made.end_task(ctx, made.train_task(ctx)))
     return folder, found
@@ -112,9 +96,9 @@ def test_a_stream_without_safety_answers_is_refused_before_anything_is_trained(
     pico_stream, pico_folder, learned, tmp_path
 ):
     folder, _ = learned
-    ctx = context(replace(pico_stream, safety_calibration=[]), pico_folder, tmp_path, 0)
+    ctx = cram_kit.context(replace(pico_stream, safety_calibration=[]), pico_folder, tmp_path, 0)
     with pytest.raises(CalibrationError, match="cram_hpa needs safety calibration samples"):
-        method().begin_task(ctx)
+        method().check_stream(ctx.stream)
     # And where it is needed, by whoever calls that alone.
     trained = Checkpoint(base=str(pico_folder), adapters=(str(folder / "0" / "scratch" / "expert"),))
     with pytest.raises(CalibrationError, match="cram_hpa needs safety calibration samples"):

@@ -37,25 +37,6 @@ def method(**changes) -> Cram:
     return Cram(CramMethodConfig(training=TRAINING, cram=config))
 
 
-def context(
-    stream, pico_folder: Path, folder: Path, step: int, previous: Checkpoint | None = None, **kw
-) -> TaskContext:
-    theta_0 = Checkpoint(base=str(pico_folder))
-    work_dir = folder / str(step)
-    work_dir.mkdir(parents=True, exist_ok=True)
-    return TaskContext(
-        stream=stream,
-        step=step,
-        task_names=tuple(t.name for t in stream.tasks[: step + 1]),
-        theta_0=theta_0,
-        previous=previous or theta_0,
-        work_dir=work_dir,
-        previous_work_dir=folder / str(step - 1) if step else None,
-        seed=5,
-        **kw,
-    )
-
-
 def learn(cram: Cram, ctx: TaskContext) -> Checkpoint:
     cram.begin_task(ctx)
     return cram.end_task(ctx, cram.train_task(ctx))
@@ -68,8 +49,8 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def learned(pico_stream, pico_folder, tmp_path_factory) -> tuple[Path, list[Checkpoint]]:
     folder = tmp_path_factory.mktemp("stream")
-    first = learn(method(), context(pico_stream, pico_folder, folder, 0))
-    second = learn(method(), context(pico_stream, pico_folder, folder, 1, first))
+    first = learn(method(), cram_kit.context(pico_stream, pico_folder, folder, 0))
+    second = learn(method(), cram_kit.context(pico_stream, pico_folder, folder, 1, first))
     return folder, [first, second]
 
 
@@ -116,9 +97,9 @@ def test_a_killed_step_resumes_to_the_same_bytes(learned, pico_stream, pico_fold
 
     _, (first, second) = learned
     with pytest.raises(KilledError):
-        learn(method(), context(pico_stream, pico_folder, tmp_path, 1, first, progress=progress))
+        learn(method(), cram_kit.context(pico_stream, pico_folder, tmp_path, 1, first, progress=progress))
     resumed: list[str] = []
-    again = context(pico_stream, pico_folder, tmp_path, 1, first, progress=lambda e, **_: resumed.append(e))
+    again = cram_kit.context(pico_stream, pico_folder, tmp_path, 1, first, progress=lambda e, **_: resumed.append(e))
     learn(method(), again)
     assert resumed.count("train") == 5 - killed_at, "only what was not saved is trained again"
     assert bytes_of(tmp_path / "1" / "cram") == bytes_of(Path(second.adapters[-1]))

@@ -48,7 +48,7 @@ def data_digests(stream: Stream, limit: int | None = None) -> dict[str, dict[str
     picture = cache(_of_picture)  # many questions share one
 
     def of(samples: Sequence[Sample]) -> str:
-        return _of_samples(samples[:limit], picture)
+        return samples_digest(samples[:limit], picture)
 
     return {
         "tasks": {task.name: of(task.test) for task in stream.tasks},
@@ -56,7 +56,8 @@ def data_digests(stream: Stream, limit: int | None = None) -> dict[str, dict[str
     }
 
 
-def _of_samples(samples: Iterable[Sample], picture: Callable[[Path], str]) -> str:
+def samples_digest(samples: Iterable[Sample], picture: Callable[[Path], str]) -> str:
+    """Of ids, words, references and what else a file says of a sample. picture: what an image counts as."""
     digest = hashlib.sha256()
     for s in samples:
         turns, pictures = [(t.role, t.text) for t in s.turns], [picture(path) for path in s.images]

@@ -52,10 +52,6 @@ class CramHpa(Cram):
         """Raises CalibrationError: the stream has no safety calibration samples."""
         safety_answers(stream, self.config, self.name)
 
-    def begin_task(self, ctx: TaskContext) -> None:
-        """Raises CalibrationError: the stream has no safety calibration samples; asked before a task is trained."""
-        self.check_stream(ctx.stream)
-
     def final_expert(self, ctx: TaskContext, trained: Checkpoint) -> Path:
         out = ctx.scratch_dir / "edited"
         curvature = step_curvature(
