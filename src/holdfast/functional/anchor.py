@@ -32,8 +32,8 @@ Precision = Literal["auto", "float32", "float64"]
 
 # Up to this width everything is float64: it costs milliseconds there.
 _WIDE_COLUMNS = 1024
-# Columns of the Gram matrices widened at once.
-_BLOCK_COLUMNS = 512
+# Width of the tiles in which Gram matrices are read: what is made of one stays in a CPU's cache.
+_TILE = 512
 # Relative error, measured in float64, above which a float32 solution is refined.
 _TOLERANCE = 3e-5
 # Random combinations of the rows on which that error is measured.
@@ -120,7 +120,8 @@ class AnchorGrams:
 
     def task_product(self, change: Float[Tensor, "k c"]) -> Float[Tensor, "k c"]:
         """change A, in the dtype of `change`; the right-hand side of every strength."""
-        return self._product(change, [(1.0, self.task)], self.task_ridge(change.dtype))
+        out = change * self.task_ridge(change.dtype)
+        return self.add_products_(out, [(change / self.tau, self.task)])
 
     def task_ridge(self, dtype: torch.dtype) -> float | Tensor:
         """What A holds on its diagonal beside H_t / tau; see `ridge`."""
@@ -144,27 +145,34 @@ class AnchorGrams:
         grams = (self.task, self.safety, self.past)
         return [(w, g) for w, g in zip(weights, grams, strict=True) if g is not None and w > 0]
 
-    def _product(self, x: Tensor, terms: list[tuple[float, Tensor]], ridge: float | Tensor) -> Tensor:
-        """x (sum_i w_i H_i / tau + ridge), in the dtype of x, without a widened (c, c) matrix."""
-        out = x * ridge
+    def add_products_(self, out: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """out += sum_i x_i H_i, in the dtype of `out`, each Gram matrix read once and never widened as a whole."""
         with ieee_matmul():
-            if len(terms) == 1 and terms[0][1].dtype == x.dtype:
-                weight, gram = terms[0]
-                return out.addmm_(x * (weight / self.tau), gram)
-            for start in range(0, self.width, _BLOCK_COLUMNS):
-                stop = min(self.width, start + _BLOCK_COLUMNS)
-                out[:, start:stop].addmm_(x, self.block(terms, slice(None), slice(start, stop), x.dtype))
+            for x, gram in pairs:
+                if gram.dtype == out.dtype:
+                    out.addmm_(x, gram)
+                    continue
+                for columns in _tiles(self.width):
+                    for rows in _tiles(self.width):
+                        out[:, columns].addmm_(x[:, rows], gram[rows, columns].to(out.dtype))
         return out
 
-    def block(self, terms: list[tuple[float, Tensor]], rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        """sum_i w_i H_i / tau on a block, summed in float64, rounded once."""
-        total: Tensor | None = None
-        for weight, gram in terms:
-            part = gram[rows, columns].to(torch.float64, copy=True).mul_(weight / self.tau)
-            total = part if total is None else total.add_(part)
-        if total is None:
-            raise ValueError("expected at least one Gram matrix with a positive weight.")
-        return total.to(dtype)
+    def lower_sum(self, terms: list[tuple[float, Tensor]], dtype: torch.dtype) -> Tensor:
+        """sum_i w_i H_i / tau, a new (c, c) matrix of which the lower triangle is filled."""
+        total = torch.empty(self.width, self.width, dtype=dtype, device=self.device)
+        factors = [weight / self.tau for weight, _ in terms]
+        # A factor that float32 cannot hold is taken in float64.
+        narrow = dtype if all(1e-30 < f < 1e30 for f in factors) else torch.float64
+        for rows in _tiles(self.width):
+            for columns in _tiles(rows.stop):
+                tile = total[rows, columns]
+                for position, (factor, (_, gram)) in enumerate(zip(factors, terms, strict=True)):
+                    part = gram[rows, columns].to(narrow) * factor
+                    if position:
+                        tile.add_(part)
+                    else:
+                        tile.copy_(part)
+        return total
 
 
 @dataclass(kw_only=True, eq=False)
@@ -244,10 +252,7 @@ class AnchorFactor:
     def _factorise(self, dtype: torch.dtype) -> str | None:
         """Form A + K and factorise it in place. Returns what failed, or None."""
         c = self.grams.width
-        matrix = torch.empty(c, c, dtype=dtype, device=self.grams.device)
-        for start in range(0, c, _BLOCK_COLUMNS):
-            stop = min(c, start + _BLOCK_COLUMNS)
-            matrix[start:stop, :stop] = self.grams.block(self._terms, slice(start, stop), slice(stop), dtype)
+        matrix = self.grams.lower_sum(self._terms, dtype)
         ridge = self._ridge.to(dtype) if isinstance(self._ridge, Tensor) else self._ridge
         matrix.diagonal().add_(ridge)
         diagonal = matrix.diagonal().double()
@@ -280,9 +285,13 @@ class AnchorFactor:
         return y.T.mul_(self._weights[0])
 
     def _residual(self, x: Tensor, y: Tensor) -> Tensor:
-        """x A - y (A + K), in float64."""
-        joint = self.grams._product(y, self._terms, self._ridge)
-        return self.grams.task_product(x).sub_(joint.div_(self._weights[0]))
+        """x A - y (A + K) = (x - y) A - y K, in float64."""
+        gap, tau, first = x - y, self.grams.tau, self._weights[0]
+        ridge = self.grams.task_ridge(x.dtype)
+        out = gap * ridge - y * (self._ridge / first - ridge)
+        pairs = [(gap / tau, self.grams.task)]
+        pairs += [(y * (-weight / first / tau), gram) for weight, gram in self._terms[1:]]
+        return self.grams.add_products_(out, pairs)
 
     def _correction(self, x: Tensor, y: Tensor) -> Tensor:
         """What the residual says is missing in y, in float64."""
@@ -437,8 +446,41 @@ def _check_change(name: str, change: Tensor, grams: AnchorGrams) -> None:
         )
 
 
+def _tiles(width: int) -> list[slice]:
+    return [slice(start, min(width, start + _TILE)) for start in range(0, width, _TILE)]
+
+
+def _looks_symmetric(gram: Tensor, root: Tensor) -> bool:
+    """Whether H and H^T agree on a vector of random signs, scaled so that every column counts alike.
+
+    Two passes of reading. Float32 sums leave 1e-4 of it in doubt, so entries that are off by less than about 1e-3 of
+    sqrt(H_ii H_jj) pass; NaN, infinities, missing triangles and entries of inputs that were never seen do not.
+    """
+    wide = gram.dtype if gram.dtype in (torch.float32, torch.float64) else torch.float32
+    signs = torch.randint(0, 2, root.shape, generator=torch.Generator().manual_seed(0)).to(root) * 2 - 1
+    inverse = torch.where(root > 0, root.reciprocal(), 0.0)
+    vector = (signs * inverse).to(wide)
+    with ieee_matmul():
+        if gram.dtype == wide:
+            right, left = gram @ vector, vector @ gram
+        else:
+            right, left = torch.zeros_like(vector), torch.zeros_like(vector)
+            for start in range(0, len(root), _TILE):
+                rows = gram[start : start + _TILE].to(wide)
+                right[start : start + _TILE] = rows @ vector
+                left += vector[start : start + _TILE] @ rows
+    right, left = right.double(), left.double()
+    close = (right - left).abs() <= 10 * _ASYMMETRY * root
+    bounded = right.abs() <= (1 + _EXCESS) * len(root) * root
+    return bool((close & bounded).all())
+
+
 def _check_gram(name: str, gram: Tensor, first: Tensor) -> None:
-    """Square, of one width, finite, symmetric, and nothing that X^T X cannot be. One pass over the matrix."""
+    """Square, of one width, finite, symmetric, and nothing that X^T X cannot be.
+
+    Entry by entry on a narrow matrix; a wide one is asked by a product with random signs, and entry by entry only when
+    that finds something.
+    """
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.shape != first.shape or gram.shape[0] == 0:
         raise ValueError(
             f"{name} is {tuple(gram.shape)}; expected a square matrix (c, c), as task_gram {tuple(first.shape)}."
@@ -455,8 +497,10 @@ def _check_gram(name: str, gram: Tensor, first: Tensor) -> None:
             f"{name} has {float(diagonal[j])} on its diagonal at {j}; a mean of 2 x x^T has none below 0."
         )
     root = diagonal.sqrt()
-    for start in range(0, c, _BLOCK_COLUMNS):
-        stop = min(c, start + _BLOCK_COLUMNS)
+    if bool((diagonal > 0).any()) and c > _WIDE_COLUMNS and _looks_symmetric(gram, root):
+        return
+    for start in range(0, c, _TILE):
+        stop = min(c, start + _TILE)
         left, above = gram[start:stop, :stop].double(), gram[:stop, start:stop].T.double()
         limit = root[start:stop, None] * root[None, :stop]
         asymmetric = ~((left - above).abs() <= _ASYMMETRY * limit)
