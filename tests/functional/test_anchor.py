@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from holdfast.errors import NumericalError
 from holdfast.functional import anchor
 from holdfast.functional.anchor import AnchorGrams, AnchorStrength, anchor_lora, anchor_lora_grid, anchor_weight
+from holdfast.functional.factorize import NotPositiveDefiniteError, factor_
 from holdfast.functional.hessian import InputGram
 
 COLUMNS, ROWS = 24, 10
@@ -367,6 +368,28 @@ def test_tf32_of_a_trainer_does_not_reach_the_edit():
         torch.backends.mkldnn.matmul.fp32_precision = previous
 
 
+@pytest.mark.parametrize("engine", ["lapack", "blocked", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factor_is_the_cholesky_factor_of_the_lower_triangle(engine, dtype):
+    matrix = gram(tokens(100), dtype)
+    expected = torch.linalg.cholesky(matrix)
+    factored = matrix.tril()
+    factor_(factored, engine=engine)
+    assert torch.allclose(factored.tril(), expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
+    with pytest.raises(NotPositiveDefiniteError, match="leading minor"):
+        factor_(-matrix, engine=engine)
+
+
+def test_edge_shapes():
+    moments = grams()
+    assert anchor_lora(torch.empty(0, COLUMNS), *moments).shape == (0, COLUMNS)
+    one = [torch.full((1, 1), float(k + 1)) for k in range(3)]
+    share = 1.03 / (1.03 + (2 + 0.03) + 0.3 * (3 + 0.03))
+    assert float(anchor_lora(torch.ones(1, 1), *one)) == pytest.approx(share, rel=1e-6)
+    with pytest.raises(ValueError, match="no lora_a"):
+        next(anchor_lora_grid([], AnchorGrams(*moments), [AnchorStrength()]))
+
+
 # Bad input
 
 ROADS = {
@@ -490,3 +513,40 @@ def test_width_above_which_float32_is_used():
     eye = torch.eye(anchor._WIDE_COLUMNS + 1)
     assert AnchorGrams(eye, eye).dtype == torch.float32
     assert AnchorGrams(eye, eye, precision="float64").dtype == torch.float64
+
+
+class TestBadWideGram:
+    """Wide matrices are asked by a product first; what it must find is named as on narrow ones."""
+
+    COLUMNS = anchor._WIDE_COLUMNS + 40
+
+    @pytest.fixture
+    def good(self):
+        low = torch.randn(8, self.COLUMNS, generator=torch.Generator().manual_seed(0))
+        wide = low.T @ low + torch.eye(self.COLUMNS)
+        wide[5] = 0
+        wide[:, 5] = 0
+        return wide
+
+    def test_a_sound_one_passes_in_any_precision(self, good):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            AnchorGrams(good, good, good.to(dtype))
+
+    @pytest.mark.parametrize(
+        "error, match, damage",
+        [
+            (NumericalError, "holds nan at", lambda m: m[3, 900].fill_(math.nan)),
+            (NumericalError, "holds inf at", lambda m: m[900, 3].fill_(math.inf)),
+            (NumericalError, "holds nan at", lambda m: m[7, 7].fill_(math.nan)),
+            (NumericalError, "has -1.0", lambda m: m[7, 7].fill_(-1.0)),
+            (NumericalError, "is zero", lambda m: m.zero_()),
+            (ValueError, "not symmetric", lambda m: m[3, 900].add_(2.0)),
+            (ValueError, "not symmetric", lambda m: m.tril_()),
+            (ValueError, "not symmetric", lambda m: m[5, 900].fill_(1.0)),
+        ],
+    )
+    def test_damage_is_named(self, good, error, match, damage):
+        bad = good.clone()
+        damage(bad)
+        with pytest.raises(error, match=f"safety_gram.* {match}" if "has" not in match else f"safety_gram {match}"):
+            AnchorGrams(good, bad)

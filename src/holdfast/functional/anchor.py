@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -215,7 +216,7 @@ class AnchorFactor:
         _check_change("change", change, self.grams)
         x = change.detach().to(self.grams.device, self._factor.dtype)
         self.error = 0.0
-        if self.strength_is_zero:
+        if self.strength_is_zero or not x.shape[0]:
             return x.clone()
         if task_product is None or task_product.dtype != x.dtype:
             task_product = self.grams.task_product(x)
@@ -394,6 +395,8 @@ def anchor_lora_grid(
 
     Yields: for each strength, the edited A of each layer, in its dtype, on its device.
     """
+    if not lora_as:
+        raise ValueError("found no lora_a; expected at least one.")
     for position, a in enumerate(lora_as):
         _check_change(f"lora_a {position}" if len(lora_as) > 1 else "lora_a", a, grams)
     stacked = torch.cat([a.detach().to(grams.device, grams.dtype) for a in lora_as])
@@ -426,7 +429,7 @@ def _relative(part: Tensor, whole: Tensor) -> float:
 
 
 def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
         raise ValueError(f"{name} is {value!r}; expected a finite number, 0 or more.")
 
 
