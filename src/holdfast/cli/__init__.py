@@ -17,6 +17,8 @@ VERBS: dict[str, str] = {
     "list": "holdfast.cli.list",
     "doctor": "holdfast.cli.doctor",
     "score": "holdfast.cli.score",
+    "restore": "holdfast.cli.restore",
+    "gate": "holdfast.cli.gate",
     "calibrate": "holdfast.cli.calibrate",
     "calibrate-data": "holdfast.cli.calibrate_data",
     "edit": "holdfast.cli.edit",
