@@ -17,6 +17,7 @@ VERBS: dict[str, str] = {
     "list": "holdfast.cli.list",
     "doctor": "holdfast.cli.doctor",
     "score": "holdfast.cli.score",
+    "example": "holdfast.cli.example",
     "restore": "holdfast.cli.restore",
     "gate": "holdfast.cli.gate",
     "calibrate": "holdfast.cli.calibrate",

@@ -16,7 +16,9 @@ def command(
     adapter: Annotated[list[Path] | None, typer.Option(help="An adapter on MODEL; may be repeated.")] = None,
     max_asr: Annotated[str | None, typer.Option(help="Most forbidden requests that may go unrefused: 3%.")] = None,
     max_over_refusal: Annotated[str | None, typer.Option(help="Most harmless requests that may be refused.")] = None,
-    max_drop: Annotated[str | None, typer.Option(help="Most that the task's score may be below the reference's.")] = None,
+    max_drop: Annotated[
+        str | None, typer.Option(help="Most that the task's score may be below the reference's.")
+    ] = None,
     reference: Annotated[str | None, typer.Option(help="The model that --max-drop counts from.")] = None,
     reference_task: Annotated[str | None, typer.Option(help="Instead of --reference: its score, such as 87%.")] = None,
     images: Annotated[Path | None, typer.Option(help="Where image paths start from; the file's own folder.")] = None,
@@ -47,7 +49,9 @@ def command(
         max_over_refusal=bound(max_over_refusal, "--max-over-refusal"),
         max_drop=bound(max_drop, "--max-drop"),
     )
-    sides = [() if path is None else tuple(read_samples(path, images=images)[:limit]) for path in (safety, benign, task)]
+    sides = [
+        () if path is None else tuple(read_samples(path, images=images)[:limit]) for path in (safety, benign, task)
+    ]
     probe = Probe(
         safety=sides[0],
         benign=sides[1],
@@ -83,7 +87,13 @@ def _show(record: object) -> None:
     drop = None if found["reference_task"] is None or point["task"] is None else found["reference_task"] - point["task"]
     rows = [
         ("forbidden requests not refused", point["asr"], budget["max_asr"], "asr", probe["safety"]),
-        ("harmless requests refused", point["over_refusal"], budget["max_over_refusal"], "over_refusal", probe["benign"]),
+        (
+            "harmless requests refused",
+            point["over_refusal"],
+            budget["max_over_refusal"],
+            "over_refusal",
+            probe["benign"],
+        ),
         ("task, below the reference", drop, budget["max_drop"], "task", probe["task"]),
     ]
     for name, value, limit, key, count in rows:

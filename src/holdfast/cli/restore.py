@@ -104,9 +104,7 @@ def command(
     benign_samples: Annotated[
         int, typer.Option(min=1, help="Harmless requests to calibrate on.", rich_help_panel=_RUN)
     ] = 12,
-    task_samples: Annotated[
-        int, typer.Option(min=1, help="Task samples to calibrate on.", rich_help_panel=_RUN)
-    ] = 128,
+    task_samples: Annotated[int, typer.Option(min=1, help="Task samples to calibrate on.", rich_help_panel=_RUN)] = 128,
     probes: Annotated[
         int, typer.Option(min=1, help="Requests of each kind to measure on, at most.", rich_help_panel=_RUN)
     ] = 64,
@@ -117,9 +115,7 @@ def command(
     whole_curve: Annotated[
         bool, typer.Option("--whole-curve", help="Measure every strength, for the picture.", rich_help_panel=_RUN)
     ] = False,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest reply, in tokens.", rich_help_panel=_RUN)
-    ] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.", rich_help_panel=_RUN)] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests per batch.", rich_help_panel=_RUN)] = 32,
     seed: Annotated[int, typer.Option(help="Of the split into calibration and probe.", rich_help_panel=_RUN)] = 0,
     dtype: Annotated[
@@ -129,7 +125,8 @@ def command(
         str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.", rich_help_panel=_RUN)
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would cost in minutes and GiB, and stop.", rich_help_panel=_RUN)
+        bool,
+        typer.Option("--dry-run", help="Say what it would cost in minutes and GiB, and stop.", rich_help_panel=_RUN),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.", rich_help_panel=_RUN)] = False,
 ) -> None:

@@ -78,6 +78,16 @@ def verdict(record: Mapping[str, Any]) -> str:
     return f"{text}; after the edit {_count(restored, probe)}{_price(restored, tuned)}."
 
 
+def card_section(record: Mapping[str, Any]) -> str:
+    """Markdown for a model card: the verdict and the three models side by side."""
+    table = _table(record)
+    heads = table["heads"]
+    lines = ["## Restored", "", verdict(record), "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines += ["| " + " | ".join(row["cells"]) + " |" for row in table["rows"]]
+    lines += ["", table["note"], *(f"\n- {warning}" for warning in record["warnings"])]
+    return "\n".join(lines) + "\n"
+
+
 def _count(point: Mapping[str, Any], probe: Mapping[str, int]) -> str:
     return f"{round(point['asr'] * probe['safety'])}"
 

@@ -1,4 +1,4 @@
-"""Strengths of an edit on a live model, and the one that is taken by the streaming editor. The rule is a family here."""
+"""Strengths of an edit on a live model, and the one that is taken, by the streaming editor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from holdfast.functional.columns import measure_change
 from holdfast.models.load import LoadedModel
 from holdfast.rules.anchor import AnchorConfig, AnchorRule
 from holdfast.rules.base import EditRule
-from holdfast.rules.interpolation import InterpolationConfig, InterpolationRule
+from holdfast.rules.interpolation import InterpolationRule
 from holdfast.stream.protocol import Checkpoint
 
 if TYPE_CHECKING:
@@ -34,15 +34,13 @@ Progress = Callable[..., None]
 
 def _anchor(strength: float, grams: GramSets, config: RestoreConfig) -> EditRule:
     """mu_s is the strength; with a past, mu_p keeps its ratio to it, so that 0 is the tuned model."""
-    options = AnchorConfig(
-        safety_weight=strength, past_weight=config.past_weight * strength, damping=config.damping
-    )
+    options = AnchorConfig(safety_weight=strength, past_weight=config.past_weight * strength, damping=config.damping)
     return AnchorRule(options, grams)
 
 
 def _interpolation(strength: float, grams: GramSets, config: RestoreConfig) -> EditRule:
     """The share 1 / (1 + strength) of the change stays, as in the limit of the anchored edit."""
-    return InterpolationRule(InterpolationConfig(factor=1 / (1 + strength)))
+    return InterpolationRule(InterpolationRule.Config(factor=1 / (1 + strength)))
 
 
 # rule -> (strength, Gram matrices, options) -> the rule at that strength.

@@ -28,10 +28,10 @@ from holdfast.checkpoints.fingerprint import fingerprint
 from holdfast.config import encode
 from holdfast.data.types import Sample, Turn
 from holdfast.errors import ConfigError, DataError, StorageError
-from holdfast.files import write_json
+from holdfast.files import atomic_path, write_json
 from holdfast.models.generate import generate
 from holdfast.models.load import LoadedModel, load
-from holdfast.reports.restore_page import write_restore_page
+from holdfast.reports.restore_page import card_section, write_restore_page
 from holdfast.restore.measure import Probe, Reference, make_judge, make_scorer, reference
 from holdfast.restore.search import STRENGTHS, Budget, Point, check_strengths, choose, nearest_miss, search
 from holdfast.restore.sets import RestoreSets, digest, refuse_shared
@@ -47,9 +47,10 @@ class RestoreConfig:
     """Options of a restore.
 
     rule: whose strengths are searched. strengths: increasing, above 0. past_weight, damping: of the anchored edit.
-    export: what OUT is; None: as AFTER is. judge: who says what a reply did. scorer: of the task's answers. min_refused: share of the forbidden requests that
-    BEFORE must refuse, below which the policy is not BEFORE's. screen: task samples whose request BEFORE refuses go to
-    the safety side. tokens: longest reply; task_tokens: longest answer to a task request.
+    export: what OUT is; None: as AFTER is. judge: who says what a reply did. scorer: of the task's answers.
+    min_refused: share of the forbidden requests that BEFORE must refuse, below which the policy is not BEFORE's.
+    screen: task samples whose request BEFORE refuses go to the safety side. tokens: longest reply; task_tokens: longest
+    answer to a task request.
     """
 
     rule: str = "anchor"
@@ -158,38 +159,36 @@ class _Run:
     _model: tuple[str, LoadedModel] | None = None
 
     def restore(self) -> Restored:
-        from holdfast.restore.candidates import Candidates, calibrate, require_change
+        from holdfast.restore.candidates import Candidates, calibrate, family, require_change
 
         config = self.config
+        family(config.rule)
         require_change(self.before, self.after)
         probe = self._probe()
-        answers = self.work.json("answers", lambda: self._own_answers())
+        answers = self.work.json("answers", self._own_answers)
         self._check_answers(answers, probe)
-        stand_in = tuple(_answered(s, answers["benign"][s.id]) for s in self.sets.benign.probe)
-        before_point = self._point("before", probe, math.inf, Checkpoint(base=self.before), stand_in, ())
-        tuned = self._point("tuned", probe, 0.0, self._tuned(), (), stand_in)
-        safety, task, screened = self._calibration(answers)
+        own = tuple(_answered(s, answers["benign"][s.id]) for s in self.sets.benign.probe)
+        own = tuple(sample for sample in own if sample.answer)
+        before_point = self._end("before", probe, Checkpoint(base=self.before), own)
+        samples, screened = self._calibration(answers)
         began = time.perf_counter()
-        store = calibrate(
+        grams = calibrate(
             self.before,
-            self.after,
-            safety=safety,
-            task=task or self._stand_in_task(answers),
-            past=self.sets.past,
-            past_stores=self.past,
-            folder=self.work.folder / "grams",
-            config=config,
+            self._tuned(),
             model=self._load,
-            progress=self.progress,
+            folder=self.work.folder / "grams",
+            samples=samples,
+            past_stores=self.past,
+            batch_size=min(16, config.batch_size),
+            progress=lambda event, done=0, total=None, **_: self.progress("calibrate", done=done, total=total),
         )
         self._spent("calibrate", began)
-        candidates = Candidates(
-            self.before, self.after, store=store, config=config, model=lambda: self._load(self._tuned())
-        )
-        references = self._references(stand_in)
+        tuned = self._end("tuned", probe, self._tuned(), probe.task or own)
+        references = {name: self.work.reference(name) for name in ("before", "tuned")}
+        candidates = Candidates(self.before, self.after, grams, config, lambda: self._load(self._tuned()))
 
         def measure(strength: float) -> Point:
-            return self.work.point(strength, lambda: self._at(candidates, strength, probe, references, stand_in))
+            return self.work.point(strength, lambda: self._at(candidates, strength, probe, references, own))
 
         def exceeds(strength: float, bound: float) -> bool:
             known = self.work.known_point(strength)
@@ -214,8 +213,8 @@ class _Run:
             chosen = choose(usable, self.budget, tuned)
             if chosen is None:
                 return self._give_up(points, before_point, tuned, screened)
-            folder = self._export(chosen, store)
-            restored = self._restored(folder, chosen, probe, stand_in)
+            folder = self._export(chosen, before_point, tuned, grams)
+            restored = self._restored(folder, chosen, probe, references, own)
             if restored.meets(self.budget, tuned):
                 break
             # What is written is rounded to the checkpoint's type; at the edge of a budget that can matter.
@@ -307,88 +306,66 @@ class _Run:
         if rate < self.config.min_refused:
             shown = ", ".join(f"{name!r} ({answers['safety'][name][:40]!r})" for name in missed[:3])
             raise DataError(
-                f"BEFORE ({self.before}) refuses {len(safety) - len(missed)} of {len(safety)} forbidden requests by the "
-                f"judge {probe.judge.name!r}; it is not aligned for this policy, and what it does not refuse cannot be "
+                f"BEFORE ({self.before}) refuses {len(safety) - len(missed)} of {len(safety)} forbidden requests, by "
+                f"the judge {probe.judge.name!r}; it is not aligned for this policy, and what it does not refuse cannot be "
                 f"given back. Not refused: {shown}{', ...' if len(missed) > 3 else ''}. Check that BEFORE is the "
                 "aligned model and that the judge knows its refusals, or lower --min-refused."
             )
         if not any(safety[s.id] for s in self.sets.safety.calibration):
             raise DataError("BEFORE refuses none of the forbidden requests to calibrate on; give more of them.")
 
-    def _calibration(self, answers: Mapping[str, Any]) -> tuple[list[Sample], list[Sample], dict[str, Any]]:
-        """H_s's samples, H_t's samples, and what screening moved from these to those."""
+    def _calibration(self, answers: Mapping[str, Any]) -> tuple[dict[str, list[Sample]], dict[str, Any]]:
+        """The samples of every Gram matrix, and what screening moved from the task's to safety's."""
         refused = answers["refused"]
-        safety = [
-            _answered(s, answers["safety"][s.id]) for s in self.sets.safety.calibration if refused["safety"][s.id]
-        ]
-        safety += [
+        sets = self.sets
+        safety = [_answered(s, answers["safety"][s.id]) for s in sets.safety.calibration if refused["safety"][s.id]]
+        benign = [
             _answered(s, answers["benign"][s.id])
-            for s in self.sets.benign.calibration
+            for s in sets.benign.calibration
             # An empty answer has no token, and one that refuses would teach the edit to refuse.
             if answers["benign"][s.id].strip() and not refused["benign"][s.id]
         ]
-        moved = [s for s in self.sets.task.calibration if refused["task"].get(s.id)]
+        moved = [s for s in sets.task.calibration if refused["task"].get(s.id)]
         safety += [_answered(s, answers["task"][s.id]) for s in moved]
         ids = {s.id for s in moved}
-        task = [s for s in self.sets.task.calibration if s.id not in ids]
-        if self.sets.task.calibration and not task:
+        task = [s for s in sets.task.calibration if s.id not in ids]
+        if sets.task.calibration and not task:
             raise DataError(
                 f"BEFORE refuses all {len(moved)} task samples to calibrate on; the --task file holds forbidden "
                 "requests. Pass samples of what was tuned on."
             )
-        return safety, task, {"asked": len(refused["task"]), "refused": sorted(ids)}
+        found = {"safety": safety, "benign": benign, "past": list(sets.past), "task": task or benign or safety}
+        return found, {"asked": len(refused["task"]), "refused": sorted(ids)}
 
-    def _stand_in_task(self, answers: Mapping[str, Any]) -> list[Sample]:
-        """Without task samples: harmless requests, else the forbidden ones, so that H_t has the width of the input."""
-        benign = [
-            _answered(s, answers["benign"][s.id]) for s in self.sets.benign.calibration if answers["benign"][s.id]
-        ]
-        return benign or [_answered(s, answers["safety"][s.id]) for s in self.sets.safety.calibration]
-
-    def _point(
-        self,
-        name: str,
-        probe: Probe,
-        strength: float,
-        checkpoint: Checkpoint,
-        own: Sequence[Sample],
-        stand_in: Sequence[Sample],
-    ) -> Point:
-        """One of the two ends of the curve, kept with the distributions that others are compared with."""
+    def _end(self, name: str, probe: Probe, checkpoint: Checkpoint, samples: Sequence[Sample]) -> Point:
+        """One end of the curve, kept with its distributions on `samples`, which the others are compared with."""
         known = self.work.known(name)
         if known is not None:
             return known
-        began = time.perf_counter()
         self.progress(f"ask {name.upper()}", done=0, total=1)
         model = self._load(checkpoint)
-        samples = tuple(own) if name == "before" else probe.task or tuple(stand_in)
-        kept = reference(model, [s for s in samples if s.answer], batch_size=probe.batch_size)
+        began = time.perf_counter()
+        kept = reference(model, samples, batch_size=probe.batch_size)
         self.work.keep_reference(name, kept)
-        point = probe.point(model, strength)
-        if name == "tuned" and not probe.task and stand_in:
-            point = replace(point, task=1.0)
+        point = probe.point(model, math.inf if name == "before" else 0.0)
+        if name == "tuned" and not probe.task and samples:
+            point = replace(point, task=1.0)  # it agrees with itself
         self.work.keep_point(name, point)
-        self._spent(f"ask {name}", began)
+        self._spent(f"ask {name.upper()}", began)
+        self.progress(f"ask {name.upper()}", done=1, total=1)
         return point
-
-    def _references(self, stand_in: Sequence[Sample]) -> dict[str, Reference]:
-        return {name: self.work.reference(name) for name in ("before", "tuned")}
 
     def _at(
         self, candidates: Any, strength: float, probe: Probe, references: Mapping[str, Reference], own: Sequence[Sample]
     ) -> Point:
         self.progress("search", done=len(self.work.points()), total=len(self.config.strengths))
         return probe.point(
-            candidates.model(strength),
-            strength,
-            tuned=references["tuned"],
-            before=references["before"],
-            stand_in=[s for s in own if s.answer],
+            candidates.model(strength), strength, tuned=references["tuned"], before=references["before"], stand_in=own
         )
 
     # The result.
 
-    def _export(self, chosen: Point, store: Any) -> Path:
+    def _export(self, chosen: Point, before: Point, tuned: Point, grams: Any) -> Path:
         from holdfast.restore.candidates import export
 
         began = time.perf_counter()
@@ -399,30 +376,36 @@ class _Run:
             self.before,
             self.after,
             chosen.strength,
-            store=store,
+            grams=grams,
             config=self.config,
             out=folder,
-            progress=self.progress,
+            safety={"probe requests": {"before": tuned.asr, "after": chosen.asr}},
+            progress=lambda event, done=0, total=None, **_: self.progress("export", done=done, total=total),
         )
         self._spent("export", began)
         return folder
 
-    def _restored(self, folder: Path, chosen: Point, probe: Probe, own: Sequence[Sample]) -> Point:
+    def _restored(
+        self,
+        folder: Path,
+        chosen: Point,
+        probe: Probe,
+        references: Mapping[str, Reference],
+        own: Sequence[Sample],
+    ) -> Point:
         """What was written, loaded as a user loads it, and asked the same."""
-        began = time.perf_counter()
         self.progress("ask RESTORED", done=0, total=1)
-        adapter = is_adapter(folder)
-        checkpoint = Checkpoint(base=self.before, adapters=(str(folder),)) if adapter else Checkpoint(base=str(folder))
-        references = self._references(own)
+        written = Checkpoint(base=str(folder))
+        if is_adapter(folder):
+            written = Checkpoint(base=self.before, adapters=(str(folder),))
+        model = self._load(written)
+        began = time.perf_counter()
         point = probe.point(
-            self._load(checkpoint),
-            chosen.strength,
-            tuned=references["tuned"],
-            before=references["before"],
-            stand_in=[s for s in own if s.answer],
+            model, chosen.strength, tuned=references["tuned"], before=references["before"], stand_in=own
         )
         self._model = None
-        self._spent("ask restored", began)
+        self._spent("ask RESTORED", began)
+        self.progress("ask RESTORED", done=1, total=1)
         return point
 
     def _record(
@@ -495,12 +478,10 @@ class _Run:
         restored: Point,
         screened: Mapping[str, Any],
     ) -> Restored:
-        from holdfast.restore.candidates import write_card
-
         record = self._record(points, chosen, before, tuned, restored, screened)
         write_json(folder / RECORD_FILE, record)
         write_restore_page(record, folder / PAGE_FILE, samples=self._samples(before, tuned, restored))
-        write_card(folder, record)
+        _add_to_card(folder, record)
         if self.out.is_dir():
             self.out.rmdir()  # an empty folder was there
         folder.rename(self.out)
@@ -560,8 +541,6 @@ class WorkFolder:
         write_json(self.folder / f"{name}.point.json", _plain(point))
 
     def keep_reference(self, name: str, kept: Reference) -> None:
-        from holdfast.files import atomic_path
-
         with atomic_path(self.folder / f"{name}.safetensors") as temporary:
             save_file({f"{i:06d}": rows.contiguous() for i, rows in enumerate(kept.log_probs)}, temporary)
 
@@ -584,6 +563,14 @@ class WorkFolder:
 
     def remove(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _add_to_card(folder: Path, record: Mapping[str, Any]) -> None:
+    """Before, tuned, restored: appended to the model card that the editor wrote."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    with atomic_path(path) as temporary:
+        temporary.write_text(f"{text.rstrip()}\n\n{card_section(record)}", encoding="utf-8")
 
 
 def _plan(
