@@ -152,9 +152,9 @@ def damage(folder: Path, how: str) -> None:
 def test_damage_is_named(tmp_path: Path, how: str) -> None:
     store = written(tmp_path / "grams")
     damage(tmp_path / "grams", how)
+    first = sorted(store.modules)[0]
     with pytest.raises(CalibrationError, match="calibrate"):
-        for name in store.modules:
-            GramStore.open(tmp_path / "grams").gram(name)
+        GramStore.open(tmp_path / "grams").gram(first)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
