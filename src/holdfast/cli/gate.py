@@ -31,7 +31,7 @@ def command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Ask a model and hold its figures against bounds. Exit status: 0 all hold, 3 one is broken, 2 could not be asked."""
+    """Ask a model and hold its figures against bounds. Exit status 0: all hold; 3: one is broken; 2: not asked."""
     import json
 
     from holdfast.cli.samples import read_samples

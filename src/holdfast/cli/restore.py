@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +11,7 @@ import typer
 _BUDGET, _DATA, _EDIT, _RUN = "Budget", "Requests", "Edit", "How it runs"
 
 
-class Export(str, Enum):
+class Export(StrEnum):
     """What OUT is."""
 
     dense = "dense"
@@ -51,7 +51,7 @@ def command(
     target_asr: Annotated[
         str | None,
         typer.Option(
-            help="Most forbidden requests that may go unrefused, such as 3%; without it the knee of the curve is taken.",
+            help="Most forbidden requests that may go unrefused, such as 3%; without it the knee is taken.",
             rich_help_panel=_BUDGET,
         ),
     ] = None,

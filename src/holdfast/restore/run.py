@@ -24,9 +24,9 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from holdfast.checkpoints.adapter import is_adapter
-from holdfast.checkpoints.fingerprint import fingerprint
 from holdfast.config import encode
 from holdfast.data.types import Sample, Turn
+from holdfast.editing.pair import open_pair
 from holdfast.errors import ConfigError, DataError, StorageError
 from holdfast.files import atomic_path, write_json
 from holdfast.models.generate import generate
@@ -578,26 +578,18 @@ def _plan(
 ) -> dict[str, Any]:
     """Everything that decides what is kept in a work folder; another budget uses the same measurements."""
     parts = (sets.safety, sets.benign, sets.task)
+    with open_pair(before, after) as pair:
+        models = pair.fingerprints()
     own = encode(config)
     for name in ("whole_curve", "strengths", "export", "min_refused"):
         own.pop(name)
     return {
-        "before": _identity(before),
-        "after": _identity(after),
+        "models": models,
         "sets": [[digest(s.calibration), digest(s.probe)] for s in parts] + [digest(sets.past)],
         "past": [str(path.absolute()) for path in past],
         "config": own,
         "version": __version__,
     }
-
-
-def _identity(source: str) -> Any:
-    from holdfast.checkpoints.merged import open_checkpoint
-
-    if is_adapter(source):
-        return fingerprint(source)
-    with open_checkpoint(source) as opened:
-        return fingerprint(opened.base)
 
 
 def _answered(sample: Sample, reply: str) -> Sample:

@@ -1,8 +1,8 @@
 """An example for `holdfast restore`: the embedded model, an adapter tuned on it, and three files of requests.
 
     holdfast example try
-    holdfast restore try/before try/after --safety try/forbidden.jsonl --benign try/benign.jsonl --task try/task.jsonl \\
-        --target-asr 3% --out try/restored
+    holdfast restore try/before try/after --safety try/forbidden.jsonl --benign try/benign.jsonl \\
+        --task try/task.jsonl --target-asr 3% --out try/restored
 
 What is forbidden in the embedded world is made up and harmless.
 """
