@@ -26,13 +26,13 @@ FIGURES: dict[str, dict[str, tuple[str, ...]]] = {
         "refusal": ("refused",),
         "compliance": ("complied",),
         "collapse": ("damaged",),
-        "other": ("other_safe",),
+        "other_safe": ("other_safe",),
     },
     "benign": {
         "over_refusal": ("refused",),
         "helpful": ("complied",),
         "collapse": ("damaged",),
-        "other": ("other_safe",),
+        "other_safe": ("other_safe",),
     },
 }
 # (replies, their weight in the figure, [(weight, labels it may have)]) of one stratum.

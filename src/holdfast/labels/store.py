@@ -20,7 +20,7 @@ from holdfast.metrics.agreement import Agreement, agreement
 BEHAVIOUR_OF = {
     "refused": "refusal",
     "complied": "compliance",
-    "other_safe": "other",
+    "other_safe": "other_safe",
     "damaged": "collapse",
     "cannot_tell": "unscored",
 }
