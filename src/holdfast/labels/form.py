@@ -77,9 +77,7 @@ def visible(text: str) -> str:
 
     Escape sequences could repaint the screen or the question, direction marks could turn a word round.
     """
-    return "".join(c if not _acts(c) else c.encode("ascii", "backslashreplace").decode("ascii") for c in text).replace(
-        "\x7f", "\\x7f"
-    )
+    return "".join(c if not _acts(c) else f"\\x{ord(c):02x}" if ord(c) < 0x100 else f"\\u{ord(c):04x}" for c in text)
 
 
 def _acts(c: str) -> bool:

@@ -42,6 +42,8 @@
     at("reply").scrollTop = 0;
     at("images").replaceChildren(...item.images.map((uri) => {
       const image = document.createElement("img");
+      // A picture of some 50 pixels is looked at pixel by pixel.
+      image.addEventListener("load", () => image.classList.toggle("tiny", image.naturalWidth < 144));
       image.src = uri;
       image.alt = "picture that belongs to the request";
       return image;
