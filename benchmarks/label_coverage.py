@@ -129,7 +129,8 @@ def coverage(name: str, rows: list[dict], said: list[str], number: int, draws: i
         row["judge alone"] = {"error": abs(float(judge.mean()) - truth)}
         row["rogan-gladen"] = {"error": float(np.mean([abs(v - truth) for v in others]))}
         ways: dict[str, Callable[[], tuple[float, float, float]]] = {
-            "stratified": stratified(pairs, number, rng),
+            "stratified": stratified(pairs, number, rng, half_count),
+            "stratified, normal": stratified(pairs, number, rng, normal),
             "ppi": lambda judge=judge, people=people, rng=rng: ppi(judge, people, number, rng),
         }
         for way, draw in ways.items():
@@ -145,9 +146,12 @@ def coverage(name: str, rows: list[dict], said: list[str], number: int, draws: i
 
 
 def stratified(
-    pairs: list[tuple[str, bool]], number: int, rng: np.random.Generator
+    pairs: list[tuple[str, bool]],
+    number: int,
+    rng: np.random.Generator,
+    way: Callable[[list[Stratum]], tuple[float, float, float]],
 ) -> Callable[[], tuple[float, float, float]]:
-    """Draws of this library's estimate, the judge's verdicts as strata."""
+    """Draws of the stratified estimate, the judge's verdicts as strata, and its interval in one of two ways."""
     strata: dict[str, list[bool]] = defaultdict(list)
     for behaviour, hit in pairs:
         strata[behaviour].append(hit)
@@ -159,13 +163,25 @@ def stratified(
     def draw() -> tuple[float, float, float]:
         x = tuple(int(rng.hypergeometric(h, n - h, c)) for h, n, c in zip(hits, sizes, counts, strict=True))
         if x not in seen:
-            rate = corrected_rate(
-                [Stratum(size=n, labelled=c, hits=k) for n, c, k in zip(sizes, counts, x, strict=True)]
-            )
-            seen[x] = (float(rate.value or 0.0), rate.low, rate.high)
+            seen[x] = way([Stratum(size=n, labelled=c, hits=k) for n, c, k in zip(sizes, counts, x, strict=True)])
         return seen[x]
 
     return draw
+
+
+def half_count(strata: list[Stratum]) -> tuple[float, float, float]:
+    """What the library does."""
+    rate = corrected_rate(strata)
+    return float(rate.value or 0.0), rate.low, rate.high
+
+
+def normal(strata: list[Stratum]) -> tuple[float, float, float]:
+    """The same estimate with the plain normal interval, as prediction-powered inference by strata gives it."""
+    total = sum(s.size for s in strata)
+    parts = [(s.size / total, s.hits / s.labelled, s.labelled) for s in strata]
+    value = sum(w * p for w, p, _ in parts)
+    half = Z * math.sqrt(sum(w * w * p * (1 - p) / max(n - 1, 1) for w, p, n in parts))
+    return value, value - half, value + half
 
 
 def ppi(judge: np.ndarray, people: np.ndarray, number: int, rng: np.random.Generator) -> tuple[float, float, float]:
@@ -205,7 +221,8 @@ def report(cells: list[dict]) -> None:
         means = {
             w: np.mean([c[w]["error"] for c in some]) for w in ("judge alone", "rogan-gladen", "ppi", "stratified")
         }
-        cover = {w: [c[w]["coverage"] for c in some] for w in ("ppi", "stratified")}
+        cover = {w: [c[w]["coverage"] for c in some] for w in ("ppi", "stratified, normal", "stratified")}
+        inner = [c["stratified"]["coverage"] for c in some if 0.05 <= c["people"] <= 0.95]
         print(
             f"{number} labels: mean error "
             + ", ".join(f"{way} {100 * value:.1f}" for way, value in means.items())
@@ -214,6 +231,8 @@ def report(cells: list[dict]) -> None:
                 f"{way} {100 * np.mean(v):.1f} % (cells {100 * min(v):.0f} to {100 * max(v):.0f})"
                 for way, v in cover.items()
             )
+            + f"; stratified where people say 5 to 95 %: {100 * np.mean(inner):.1f} % "
+            f"(cells {100 * min(inner):.1f} to {100 * max(inner):.1f})"
         )
 
 
