@@ -13,7 +13,7 @@ from holdfast.labels.store import write_labels
 from holdfast.metrics.safety import worst_case
 from holdfast.reports import measured, write_report
 from holdfast.reports.card import write_card
-from holdfast.reports.load import load_run
+from holdfast.reports.read_runs import load_run
 from holdfast.stream.record import RunDirectory
 
 SAYS = {"refusal": "refused", "compliance": "complied", "collapse": "damaged"}

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoints.storage import write_json
 from holdfast.errors import ConfigError, DataError, RunError, unknown_name
+from holdfast.files import write_json
 from holdfast.metrics.corrected import allocate, share_equally
 from holdfast.stream.record import RunDirectory, read_json
 from holdfast.stream.summary import predictions

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoints.storage import write_json
+from holdfast.files import write_json
 from holdfast.labels.draw import Draw, LabelStratum, read_draw, stale
 from holdfast.labels.store import Labels, read_labels
 from holdfast.metrics.corrected import CorrectedRate, Stratum, corrected_rate

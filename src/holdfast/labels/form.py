@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 from PIL import Image, UnidentifiedImageError
 
-from holdfast.checkpoints.storage import atomic_path
+from holdfast.files import atomic_path
 from holdfast.labels.draw import Draw
 from holdfast.labels.store import check_annotator
 

@@ -10,9 +10,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoints.storage import atomic_path
-from holdfast.data.files import read_text
+from holdfast.data.source_files import read_text
 from holdfast.errors import ConfigError, DataError, unknown_name
+from holdfast.files import atomic_path
 from holdfast.labels.draw import Draw
 from holdfast.metrics.agreement import Agreement, agreement
 

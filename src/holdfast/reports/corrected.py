@@ -10,7 +10,7 @@ from holdfast.labels.draw import THETA_0
 from holdfast.metrics.corrected import CorrectedRate
 from holdfast.reports import measured
 from holdfast.reports.compare import Group
-from holdfast.reports.load import RunView
+from holdfast.reports.read_runs import RunView
 from holdfast.reports.tables import Cell, Table, cells, interval, percent
 
 # What a row is called -> the judge's key in the summary, and the side and figure of a correction.
