@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
+
+from holdfast.cli.units import format_bounds
+from holdfast.functional.hpa_config import ALPHA_BOUNDS, FOCUS_RATIO, KEEP_BOUNDS, Projection
 
 if TYPE_CHECKING:
     from holdfast.checkpoints.curvature_file import Curvature
@@ -19,10 +22,14 @@ def command(
     safety: Annotated[Path | None, typer.Option(help="Instead of --calibration: the model's own safe answers.")] = None,
     task: Annotated[Path | None, typer.Option(help="Instead of --calibration: samples of the task.")] = None,
     export: Annotated[str, typer.Option(help="dense: a full checkpoint. adapter: a PEFT folder.")] = "dense",
-    keep: Annotated[str, typer.Option(help="p_min..p_max, % of input columns kept, last..first block.")] = "5..15",
-    focus: Annotated[float, typer.Option(help="k = focus * p: how many columns count as focal.")] = 2.0,
-    alpha: Annotated[str, typer.Option(help="a0..a1, bounds of the task's weight.")] = "0.4..0.8",
-    saliency: Annotated[str, typer.Option(help="eps+phi (the method), eps or phi.")] = "eps+phi",
+    keep: Annotated[
+        str, typer.Option(help="p_min..p_max, % of input columns kept, last..first block.")
+    ] = format_bounds(KEEP_BOUNDS),
+    focus: Annotated[float, typer.Option(help="k = focus * p: how many columns count as focal.")] = FOCUS_RATIO,
+    alpha: Annotated[str, typer.Option(help="a0..a1, bounds of the task's weight.")] = format_bounds(ALPHA_BOUNDS),
+    ranking: Annotated[
+        str, typer.Option("--ranking", "--saliency", help="eps+phi (the method), eps or phi.")
+    ] = "eps+phi",
     curvature_form: Annotated[
         str, typer.Option(help="divide (by the inverse's diagonal; the method) or multiply.")
     ] = "divide",
@@ -59,9 +66,9 @@ def command(
         keep_bounds=parse_bounds(keep, "--keep"),
         focus_ratio=focus,
         alpha_bounds=parse_bounds(alpha, "--alpha"),
-        saliency=saliency,  # type: ignore[arg-type]
-        curvature=curvature_form,  # type: ignore[arg-type]
-        orthogonal=parse_choice(projection, {"layer": True, "column": "column", "none": False}, "--projection"),
+        ranking=ranking,  # type: ignore[arg-type]
+        curvature_form=curvature_form,  # type: ignore[arg-type]
+        projection=parse_choice(projection, {name: name for name in get_args(Projection)}, "--projection"),
     )
     shard_bytes = parse_bytes(shard)
     measured = check_safety(read_json(measured_safety, "measured safety")) if measured_safety is not None else None

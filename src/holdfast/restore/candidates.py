@@ -17,7 +17,7 @@ from holdfast.checkpoints.naming import NameIndex
 from holdfast.data.types import Sample
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.editing.pair import open_pair
-from holdfast.editing.plan import find_targets
+from holdfast.editing.plan import Blocks, find_targets
 from holdfast.errors import ConfigError, unknown_name
 from holdfast.functional.columns import measure_change
 from holdfast.models.load import LoadedModel
@@ -132,9 +132,7 @@ class Candidates:
         modules: dict[str, Any] = dict(loaded.model.named_modules())
         names = NameIndex([name for name in modules if name], what=loaded.name)
         with open_pair(self.before, self.after) as pair:
-            targets = find_targets(
-                pair, curvature=None, blocks=store.blocks, block_count=store.block_count, seed=self.config.seed
-            )
+            targets = find_targets(pair, Blocks(store.blocks, store.block_count), seed=self.config.seed)
             for target in targets:
                 old = pair.before.read_float(target.before_key)
                 new = pair.after.read_float(target.key)
