@@ -307,8 +307,8 @@ class _Run:
             shown = ", ".join(f"{name!r} ({answers['safety'][name][:40]!r})" for name in missed[:3])
             raise DataError(
                 f"BEFORE ({self.before}) refuses {len(safety) - len(missed)} of {len(safety)} forbidden requests, by "
-                f"the judge {probe.judge.name!r}; it is not aligned for this policy, and what it does not refuse cannot be "
-                f"given back. Not refused: {shown}{', ...' if len(missed) > 3 else ''}. Check that BEFORE is the "
+                f"the judge {probe.judge.name!r}; it is not aligned for this policy, and what it does not refuse cannot "
+                f"be given back. Not refused: {shown}{', ...' if len(missed) > 3 else ''}. Check that BEFORE is the "
                 "aligned model and that the judge knows its refusals, or lower --min-refused."
             )
         if not any(safety[s.id] for s in self.sets.safety.calibration):
