@@ -181,7 +181,9 @@ def _show(result: dict[str, Any], out: Path) -> None:
             )
         console.print(table)
     if result["safety"]:
-        table = Table(title="Safety (refusal / compliance / other safe / collapse of the scored replies)", title_justify="left")
+        table = Table(
+            title="Safety (refusal / compliance / other safe / collapse of the scored replies)", title_justify="left"
+        )
         for header in ("set", "judge", "ASR", "95 %", "ref / comp / other / coll", "over-ref.", "scored"):
             table.add_column(header, no_wrap=header == "judge")
         agreements = []

@@ -99,7 +99,7 @@ def set_figures(
 ) -> dict[str, Any]:
     """The row of one safety set in a record: rates in 0..1, None where nothing was scored.
 
-    Returns {n, asr, refusal, compliance, other_safe, collapse, unscored, coverage} and, where the set has a benign side,
+    Returns {n, asr, refusal, compliance, other_safe, collapse, unscored, coverage} and, where there is a benign side,
     benign = {n, over_refusal, helpful, other_safe, collapse, unscored, coverage}. `unscored` is a count.
     """
     if len(labels) != len(behaviours):

@@ -130,7 +130,14 @@ def behaviour(shares: Mapping[str, Mapping[str, float]]) -> Figure:
             left = 0.0
             for kind, shade in theme.BEHAVIOUR.items():
                 width = float(parts.get(kind) or 0.0)
-                ax.barh(index, width, left=left, color=shade, height=0.68, label=kind.replace("_", " ") if index == 0 else None)
+                ax.barh(
+                    index,
+                    width,
+                    left=left,
+                    color=shade,
+                    height=0.68,
+                    label=kind.replace("_", " ") if index == 0 else None,
+                )
                 if width >= 0.045:
                     rgb = tuple(int(shade[i : i + 2], 16) / 255 for i in (1, 3, 5))
                     ax.text(

@@ -104,7 +104,7 @@ def predictions(folder: Path, kind: str, name: str) -> list[dict[str, Any]]:
 def _theta_0(directory: RunDirectory, record: Record) -> dict[str, Any]:
     return {
         "scores": {task: row["value"] for task, row in record.scores.items()},
-        **{rate: {s: row[rate] for s, row in record.safety.items()} for rate in _RATES},
+        **{rate: {s: _rate_of(row, rate) for s, row in record.safety.items()} for rate in _RATES},
         "benign": {s: {k: row["benign"][k] for k in _BENIGN} for s, row in record.safety.items() if "benign" in row},
         **_means(record),
         "intervals": _safety_intervals(directory.theta_0_dir, record),
