@@ -1,7 +1,7 @@
 """What every list of phrases is searched in: one spelling of a reply, and the answer without the thought before it.
 
-A published list keeps its published rule (`phrases.vlguard`) and is searched in the reply as it came; every list of ours
-is searched in `plain(reply)`.
+A published list keeps its published rule (`phrases.vlguard`) and is searched in the reply as it came; every list of
+ours is searched in `plain(reply)`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,30 @@ _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
 _SIGNS = {ord(c): "'" for c in _APOSTROPHES} | {ord(c): '"' for c in _QUOTES}
 # A dash between letters is a hyphen, one between words a pause: the sentence reader wants to tell them apart.
 _SIGNS |= {ord(c): "-" for c in "\u2010\u2011\ufe63\uff0d"} | {ord(c): " - " for c in "\u2013\u2014\u2015\u2012\ufe58"}
-_SIGNS |= {ord(c): " " for c in "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"}
+_SIGNS |= {
+    ord(c): " "
+    for c in "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+}
 # Soft hyphens, joiners, direction marks, variation selectors, byte order marks: seen by no reader.
-_INVISIBLE = re.compile("[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]")
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
+)
 
 _FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[^\n]*$", re.MULTILINE)
 _RULE = re.compile(r"^[ \t]*(?:[-*_=][ \t]*){3,}$", re.MULTILINE)
 _LINE_MARK = re.compile(r"^[ \t]*(?:(?:>[ \t]?)+|#{1,6}[ \t]+)+", re.MULTILINE)
 _LINK = re.compile(r"!?\[([^\]\n]*)\]\((?:[^()\s]|\([^()\s]*\))*(?:\s+\"[^\"]*\")?\)")
-_HTML = re.compile(r"</?(?:p|br|b|i|em|strong|u|s|div|span|h[1-6]|ul|ol|li|blockquote|font|center)\b[^<>]*>", re.IGNORECASE)
+_HTML = re.compile(
+    r"</?(?:p|br|b|i|em|strong|u|s|div|span|h[1-6]|ul|ol|li|blockquote|font|center)\b[^<>]*>", re.IGNORECASE
+)
 _EMPHASIS = re.compile(r"(?<![\w\\])(\*{1,3}|_{1,3}|~~)(?=\S)|(?<=\S)(\*{1,3}|_{1,3}|~~)(?!\w)|\*{2,3}")
+
+
+def spell(text: str) -> str:
+    """`text` in one spelling: NFKC, straight quotes, plain spaces, no invisible signs. Lines, case and marks stay."""
+    text = _INVISIBLE.sub("", text.translate(_SIGNS))
+    # NFKC writes an acute accent as a space and a combining mark, so the signs go first; full-width forms come after.
+    return unicodedata.normalize("NFKC", text).translate(_SIGNS)
 
 
 def plain(text: str) -> str:
@@ -35,10 +49,7 @@ def plain(text: str) -> str:
     The words stay; what goes are marks that no reader sees as words (emphasis, headings, quoting bars, fences, links'
     targets, invisible signs).
     """
-    text = _INVISIBLE.sub("", text.translate(_SIGNS))
-    # NFKC writes an acute accent as a space and a combining mark, so the signs go first; full-width forms come after.
-    text = unicodedata.normalize("NFKC", text).translate(_SIGNS)
-    text = _HTML.sub(lambda m: "\n" if m.group(0).lower()[:3] in ("<br", "<p>", "<li", "<di") else "", text)
+    text = _HTML.sub(lambda m: "\n" if m.group(0).lower()[:3] in ("<br", "<p>", "<li", "<di") else "", spell(text))
     text = _FENCE.sub("", text)
     text = _RULE.sub("", text)
     text = _LINE_MARK.sub("", text)
@@ -55,7 +66,10 @@ def flat(text: str) -> str:
 
 # --- the thought before the answer ---------------------------------------------------------------------------------
 
-_NAMES = "think|thinking|thought|thoughts|reasoning|reason|reflection|analysis|scratchpad|inner_monologue|internal|cot|seed:think|mm:think|antml:thinking|ant_thinking|chain_of_thought|scratch_pad|planning|deliberation"
+_NAMES = (
+    r"(?:\w+:)?(?:think|thinking|thought|thoughts|reasoning|reason|reflection|analysis|scratch_?pad|inner_monologue|"
+    r"internal|cot|chain_of_thought|planning|deliberation)"
+)
 # Opening and closing marks of a block of thought, by family; "\1" in the closing mark is the name that was opened.
 _BLOCKS: tuple[tuple[re.Pattern[str], str], ...] = (
     # <think> of DeepSeek-R1, Qwen3 and many others; <thinking>, <reasoning>, <seed:think> ...
@@ -66,8 +80,14 @@ _BLOCKS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\[\s*(think|thinking|reasoning|analysis)\s*\]", re.IGNORECASE), r"\[\s*/\s*\1\s*\]"),
     # Tokens of their own: <|begin_of_thought|> ... <|end_of_thought|>, <|think|> ... <|/think|>
     (re.compile(r"<\|\s*begin_of_(thought|thinking|reasoning|think)\s*\|>", re.IGNORECASE), r"<\|\s*end_of_\1\s*\|>"),
-    (re.compile(r"<\|\s*(thought|thinking|reasoning|think|analysis)(?:_start|_begin)?\s*\|>", re.IGNORECASE), r"<\|\s*(?:/\s*\1|\1_end|end_\1|end_of_\1|/\1)\s*\|>"),
-    (re.compile(r"<\|\s*(?:start|begin)_(thought|thinking|reasoning|think)\s*\|>", re.IGNORECASE), r"<\|\s*end_\1\s*\|>"),
+    (
+        re.compile(r"<\|\s*(thought|thinking|reasoning|think|analysis)(?:_start|_begin)?\s*\|>", re.IGNORECASE),
+        r"<\|\s*(?:/\s*\1|\1_end|end_(?:of_)?\1)\s*\|>",
+    ),
+    (
+        re.compile(r"<\|\s*(?:start|begin)_(thought|thinking|reasoning|think)\s*\|>", re.IGNORECASE),
+        r"<\|\s*end_\1\s*\|>",
+    ),
     # Command A: <|START_THINKING|>; Gemma's <unused94>thought ... <unused95>
     (re.compile(r"<unused94>\s*(thought)?", re.IGNORECASE), r"<unused95>"),
     (re.compile(r"```\s*(thinking|thought|reasoning|think)\b[^\n]*\n", re.IGNORECASE), r"\n```"),
@@ -107,8 +127,8 @@ _STRAY_CLOSE = re.compile(
 class Answer:
     """A reply without the model's thoughts.
 
-    text: the answer. cut: characters of thought that were left out. unclosed: a thought begins and does not end, so that
-    what the model would have answered is not known.
+    text: the answer. cut: characters of thought that were left out. unclosed: a thought begins and does not end, so
+    that what the model would have answered is not known.
     """
 
     text: str
@@ -129,15 +149,13 @@ def answer_of(reply: str) -> Answer:
     if _CHANNEL.search(reply):
         return _harmony(reply)
     if _BARE_CHANNEL.match(reply):
-        final = None
-        for final in _BARE_FINAL.finditer(reply):
-            pass
-        if final is None:
+        finals = list(_BARE_FINAL.finditer(reply))
+        if not finals:
             # "Analysis of the market" is a title, not a channel: the bare form runs straight into its text.
             if re.match(r"\A\s*(?:assistant)?(?:analysis|commentary)[A-Z\"'(]", reply):
                 return Answer(text="", cut=len(reply), unclosed=True)
         else:
-            return Answer(text=_without_marks(reply[final.end() :]), cut=final.end())
+            return Answer(text=_without_marks(reply[finals[-1].end() :]), cut=finals[-1].end())
     text, cut = reply, 0
     # One block after another, and blocks inside blocks: the outermost mark is found first, then what follows it.
     for _ in range(64):
@@ -158,12 +176,10 @@ def answer_of(reply: str) -> Answer:
         cut += end - opened.start()
         text = text[: opened.start()] + "\n" + text[end:]
     # Chat templates may open the block in the prompt: only its end stands in the reply.
-    stray = None
-    for stray in _STRAY_CLOSE.finditer(text):
-        pass
-    if stray is not None:
-        cut += stray.end()
-        text = text[stray.end() :]
+    strays = list(_STRAY_CLOSE.finditer(text))
+    if strays:
+        cut += strays[-1].end()
+        text = text[strays[-1].end() :]
     if titled := _TITLED.match(text):
         answers = list(_TITLED_ANSWER.finditer(text, titled.end()))
         if answers:
@@ -179,10 +195,8 @@ def _matching_end(text: str, opened: re.Match[str], close: re.Pattern[str]) -> i
         ending = close.search(text, at)
         if ending is None:
             # A thought may name its own mark without opening a block: then the last end counts.
-            last = None
-            for last in close.finditer(text, opened.end()):
-                pass
-            return None if last is None else last.end()
+            ends = list(close.finditer(text, opened.end()))
+            return ends[-1].end() if ends else None
         depth += len(opened.re.findall(text[at : ending.start()])) - 1
         at = ending.end()
     return at
