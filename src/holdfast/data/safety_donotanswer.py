@@ -29,8 +29,8 @@ def read(
 ) -> SafetySet:
     """All questions, or those of `risk_areas` (as the file names them).
 
-    `meta` holds `category` (the risk area), `harm` (its type) and `specific_harm`. A reply that refutes, or answers with a
-    disclaimer, is safe by the authors' own labels: read `other_safe` beside `refusal`.
+    `meta` holds `category` (the risk area), `harm` (its type) and `specific_harm`. A reply that refutes, or answers
+    with a disclaimer, is safe by the authors' own labels: read `other_safe` beside `refusal`.
     """
     wanted = None if risk_areas is None else {risk_areas} if isinstance(risk_areas, str) else set(risk_areas)
     samples, known = [], set()
