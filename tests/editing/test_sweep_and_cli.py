@@ -11,8 +11,8 @@ from holdfast.cli import app
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.editing.measure import measure_pair
 from holdfast.errors import ConfigError, HoldfastError, StorageError
-from holdfast.methods.hpa_rule import HpaConfig, HpaRule
-from holdfast.methods.sweep import grid, sweep
+from holdfast.rules.hpa import HpaConfig, HpaRule
+from holdfast.rules.what_if import grid, sweep
 
 
 def run(*arguments):
@@ -140,7 +140,7 @@ def test_edits_own_calibration_is_kept_and_reused_while_its_inputs_are_the_same(
     def never(*_, **__):
         raise HoldfastError("calibrated again")
 
-    monkeypatch.setattr("holdfast.models.calibrate.collect_curvature", never)
+    monkeypatch.setattr("holdfast.calibration.curvature.collect_curvature", never)
     again = own_calibration(world, tmp_path, tmp_path / "out", "--export", "adapter")
     assert again.exit_code == 0 and "of these models, samples and options" in again.output
     (tmp_path / "out").rename(tmp_path / "elsewhere")

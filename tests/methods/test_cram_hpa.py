@@ -12,7 +12,7 @@ from peft import PeftModel
 
 import cram_kit
 from holdfast import methods
-from holdfast.checkpoints.curvature import Curvature
+from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.config import decode
 from holdfast.editing.report import EditReport
 from holdfast.errors import CalibrationError, ConfigError
@@ -21,8 +21,8 @@ from holdfast.functional.hpa import HpaConfig, edit_weight
 from holdfast.methods.cram_hpa import CramHpa, CramHpaConfig
 from holdfast.models.load import load
 from holdfast.stream.protocol import Checkpoint
-from holdfast.training.config import TrainingConfig
-from holdfast.tuners.cram.storage import load_expert
+from holdfast.training.training_config import TrainingConfig
+from holdfast.tuners.cram.folder import load_expert
 
 TRAINING = TrainingConfig(max_steps=4, batch_size=4, learning_rate=0.02)
 

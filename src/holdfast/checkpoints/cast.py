@@ -13,7 +13,6 @@ from holdfast.checkpoints.fingerprint import file_stamps, fingerprint
 from holdfast.checkpoints.merged import CheckpointLike, open_checkpoint
 from holdfast.checkpoints.reader import INDEX_FILE
 from holdfast.checkpoints.rewrite import Compute, Copy, Input, copy_side_files, hash_side_files, rewrite
-from holdfast.checkpoints.storage import write_json
 from holdfast.checkpoints.tensor_file import DTYPE_NAMES, EDITABLE_DTYPES
 from holdfast.checkpoints.writer import (
     DEFAULT_SHARD_BYTES,
@@ -24,6 +23,7 @@ from holdfast.checkpoints.writer import (
     shard_index,
 )
 from holdfast.errors import CheckpointError
+from holdfast.files import write_json
 
 
 def cast_checkpoint(

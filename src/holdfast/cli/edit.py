@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from holdfast.checkpoints.curvature import Curvature
+    from holdfast.checkpoints.curvature_file import Curvature
 
 
 def command(
@@ -44,14 +44,14 @@ def command(
     verify: Annotated[bool, typer.Option(help="Reload the result in a clean process and compare.")] = True,
 ) -> None:
     """Edit the change from BEFORE to AFTER, layer by layer. Killed and started again, it goes on where it stopped."""
-    from holdfast.checkpoints.curvature import Curvature
+    from holdfast.checkpoints.curvature_file import Curvature
     from holdfast.checkpoints.reader import read_json
     from holdfast.cli.progress import bars
     from holdfast.cli.units import parse_bounds, parse_bytes, parse_choice
     from holdfast.editing.card import check_safety
     from holdfast.editing.editor import edit_checkpoint
     from holdfast.errors import ConfigError
-    from holdfast.methods.hpa_rule import HpaConfig, HpaRule
+    from holdfast.rules.hpa import HpaConfig, HpaRule
 
     if (calibration is None) == (safety is None and task is None) or (safety is None) != (task is None):
         raise ConfigError("Pass --calibration FILE, or both --safety DATA and --task DATA.")
@@ -97,13 +97,13 @@ def _own_calibration(
     before: str, after: str, safety: Path, task: Path, out: Path, export: str, memory: str | None
 ) -> Curvature:
     """Calibrate, and keep the result beside OUT: an edit that fails, or is repeated, does not cost it again."""
+    from holdfast.calibration.curvature import CalibrationConfig, collect_curvature, is_calibration_of
     from holdfast.checkpoints.adapter import is_adapter
-    from holdfast.checkpoints.curvature import Curvature
+    from holdfast.checkpoints.curvature_file import Curvature
     from holdfast.cli.progress import bars
     from holdfast.cli.samples import read_calibration_sets
     from holdfast.cli.units import parse_bytes
     from holdfast.editing.editor import require_room
-    from holdfast.models.calibrate import CalibrationConfig, collect_curvature, is_calibration_of
     from holdfast.stream.protocol import Checkpoint
 
     memory_bytes = parse_bytes(memory) if memory else None

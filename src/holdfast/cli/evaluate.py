@@ -49,7 +49,7 @@ def command(
     from holdfast.data.streams import build_safety, load_stream, read_spec
     from holdfast.data.types import Stream, Task
     from holdfast.errors import ConfigError
-    from holdfast.evaluation.config import EvaluationConfig
+    from holdfast.evaluation.evaluation_config import EvaluationConfig
     from holdfast.stream.protocol import Checkpoint
 
     if tasks is None and safety is None:

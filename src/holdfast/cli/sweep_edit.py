@@ -31,13 +31,13 @@ def command(
     from rich.console import Console
     from rich.table import Table
 
-    from holdfast.checkpoints.curvature import Curvature
-    from holdfast.checkpoints.storage import write_json
+    from holdfast.checkpoints.curvature_file import Curvature
     from holdfast.cli.progress import bars
     from holdfast.cli.units import parse_bounds
     from holdfast.editing.measure import measure_pair
+    from holdfast.files import write_json
     from holdfast.functional.hpa import HpaConfig
-    from holdfast.methods.sweep import grid, sweep
+    from holdfast.rules.what_if import grid, sweep
 
     configs = grid(
         [parse_bounds(text, "--keep") for text in keep or ["5..15"]],

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.files import inside, missing
+from holdfast.data.source_files import inside, missing
 from holdfast.errors import DataError
 
 _SIGNATURES = (

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from holdfast.data.files import inside, missing
+from holdfast.data.source_files import inside, missing
 from holdfast.errors import DataError
 
 # Above this Pillow itself refuses (a decompression bomb); documents of real benchmarks stay far below.

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.files import inside
 from holdfast.data.images import ImageIndex, choose_image_root
+from holdfast.data.source_files import inside
 from holdfast.data.types import Role, Sample, Turn
 from holdfast.errors import DataError
 

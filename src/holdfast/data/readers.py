@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from holdfast.data.files import find, inside
+from holdfast.data.source_files import find, inside
 from holdfast.data.types import SafetySet, Sample
 from holdfast.errors import ConfigError, unknown_name
 

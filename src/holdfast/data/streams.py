@@ -24,10 +24,10 @@ from typing import Any, Literal
 import yaml
 
 from holdfast.config import decode
-from holdfast.data.files import expand_braces, missing, read_text
 from holdfast.data.items import refuse_duplicates, rename_duplicates
 from holdfast.data.names import refuse_shared_names
 from holdfast.data.readers import Source, Split, safety_reader, task_reader
+from holdfast.data.source_files import expand_braces, missing, read_text
 from holdfast.data.types import SafetySet, Sample, Stream, Task
 from holdfast.errors import ConfigError, DataError, HoldfastError
 

@@ -11,10 +11,9 @@ from typing import Any, Literal, get_args
 from safetensors.torch import save_file
 
 from holdfast.checkpoints.adapter import INPUT_SCALE_FILE, WEIGHTS_FILE
-from holdfast.checkpoints.curvature import Curvature
+from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.reader import INDEX_FILE, SINGLE_FILE
 from holdfast.checkpoints.rewrite import RewriteResult, copy_side_files, hash_side_files, rewrite
-from holdfast.checkpoints.storage import atomic_path, write_json
 from holdfast.checkpoints.writer import (
     DEFAULT_SHARD_BYTES,
     PROVENANCE_FILE,
@@ -26,6 +25,14 @@ from holdfast.checkpoints.writer import (
 from holdfast.editing.card import check_safety, model_card
 from holdfast.editing.descent import describe_no_change
 from holdfast.editing.pair import Pair, Source, describe, open_pair
+from holdfast.editing.plan import (
+    Target,
+    check_calibration,
+    decoder_layers,
+    describe_calibration,
+    describe_unprotected,
+    find_targets,
+)
 from holdfast.editing.recipes import (
     SCALE_FIELD,
     CoefficientChoice,
@@ -35,17 +42,10 @@ from holdfast.editing.recipes import (
     read_scale_field,
 )
 from holdfast.editing.report import REPORT_FILE, VERIFICATION_FILE, EditReport, versions
-from holdfast.editing.rule import EditRule
-from holdfast.editing.targets import (
-    Target,
-    check_calibration,
-    decoder_layers,
-    describe_calibration,
-    describe_unprotected,
-    find_targets,
-)
-from holdfast.editing.verify import verify_export
+from holdfast.editing.verify.compare import verify_export
 from holdfast.errors import CalibrationError, ConfigError, ExportError, StorageError
+from holdfast.files import atomic_path, write_json
+from holdfast.rules.base import EditRule
 
 Export = Literal["dense", "adapter"]
 

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from holdfast.checkpoints.curvature import Curvature
+from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.merged import MergedCheckpoint
 from holdfast.editing.pair import Source, open_pair
-from holdfast.editing.rule import Layer
-from holdfast.editing.targets import check_calibration, find_targets
+from holdfast.editing.plan import check_calibration, find_targets
 from holdfast.errors import NumericalError
-from holdfast.functional.columns import ColumnChange, measure_change, measure_lora
-
-
-@dataclass(frozen=True)
-class MeasuredLayer:
-    """A layer with its diagonals, and the column statistics of its change."""
-
-    layer: Layer
-    change: ColumnChange
+from holdfast.functional.columns import measure_change, measure_lora
+from holdfast.rules.base import MeasuredLayer
 
 
 def measure_pair(

@@ -14,10 +14,10 @@ from holdfast.checkpoints.rewrite import Compute, Copy, Input
 from holdfast.checkpoints.writer import OutputTensor
 from holdfast.editing.descent import require_descent
 from holdfast.editing.pair import Pair
+from holdfast.editing.plan import Target
 from holdfast.editing.report import linear_name
-from holdfast.editing.rule import EditRule, Layer, LoraEditRule
-from holdfast.editing.targets import Target
 from holdfast.errors import AdapterError, NumericalError
+from holdfast.rules.base import EditRule, Layer, LoraEditRule
 
 Recipe = dict[str, Copy | Compute]
 CoefficientChoice = Literal["drop", "measure", "keep"]

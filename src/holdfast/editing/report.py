@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoints.reader import read_json
-from holdfast.checkpoints.storage import write_json
 from holdfast.errors import CheckpointError
+from holdfast.files import write_json
 
 FORMAT_VERSION = 1
 REPORT_FILE = "edit.json"

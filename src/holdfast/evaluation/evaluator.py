@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast import judges, scorers
-from holdfast.checkpoints.storage import atomic_path
 from holdfast.data.names import slug
 from holdfast.data.types import SafetySet, Sample, Stream, Task
 from holdfast.errors import RunError
 from holdfast.evaluation.answers import ALONE, Share, collect
-from holdfast.evaluation.config import EvaluationConfig
+from holdfast.evaluation.evaluation_config import EvaluationConfig
+from holdfast.files import atomic_path
 from holdfast.judges.base import Side, Verdict
 from holdfast.metrics.agreement import agreement
 from holdfast.metrics.safety import set_figures

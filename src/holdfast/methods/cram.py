@@ -13,17 +13,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoints.storage import write_json
+from holdfast.files import write_json
 from holdfast.methods.seqft import SeqFTConfig, step_seed
 from holdfast.models.load import LoadedModel, load
 from holdfast.models.tuner import is_tuner_folder
 from holdfast.stream.protocol import Checkpoint, TaskContext
-from holdfast.training.config import TrainingConfig
 from holdfast.training.supervised import total_steps, train
-from holdfast.tuners.cram.config import CramConfig
+from holdfast.training.training_config import TrainingConfig
+from holdfast.tuners.cram.cram_config import CramConfig
+from holdfast.tuners.cram.folder import load_expert
+from holdfast.tuners.cram.objective import BatchFeatures, CramTraining
 from holdfast.tuners.cram.phases import Loop, Phase, Steps, TaskLearning, read_group, read_ranks
-from holdfast.tuners.cram.storage import load_expert
-from holdfast.tuners.cram.training import BatchFeatures, CramTraining
 
 
 @dataclass(frozen=True, kw_only=True)

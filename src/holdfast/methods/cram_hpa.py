@@ -16,8 +16,8 @@ from holdfast.editing.editor import edit_checkpoint
 from holdfast.errors import ConfigError
 from holdfast.functional.hpa import HpaConfig
 from holdfast.methods.cram import Cram, CramMethodConfig
-from holdfast.methods.hpa_rule import HpaRule
 from holdfast.methods.seqft import EditingConfig, safety_answers, step_curvature, step_seed
+from holdfast.rules.hpa import HpaRule
 from holdfast.stream.protocol import Checkpoint, TaskContext
 
 

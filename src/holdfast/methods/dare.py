@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.editing import DenseEdit, EditRule, Layer
 from holdfast.errors import ConfigError
 from holdfast.functional.rivals import dare
 from holdfast.methods.seqft import SeqFT, SeqFTConfig
+from holdfast.rules.base import DenseEdit, EditRule, Layer
 
 
 @dataclass(frozen=True, kw_only=True)

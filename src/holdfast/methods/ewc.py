@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import ConfigError
 from holdfast.functional.distill import squared_gradients
-from holdfast.methods.lora_layers import Remembered, carried, carry
+from holdfast.methods._glue.lora_layers import Remembered, carried, carry
 from holdfast.methods.seqft import SeqFT, SeqFTConfig, draw, step_seed
 from holdfast.models.encode import encode_training
 from holdfast.models.families import editable_linears

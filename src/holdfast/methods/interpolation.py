@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from holdfast.editing import EditRule, Layer
 from holdfast.errors import ConfigError
 from holdfast.functional.columns import ColumnChange
 from holdfast.functional.controls import interpolation_factors
-from holdfast.methods.column_factors import ColumnFactorRule, Control, ControlConfig
+from holdfast.methods._glue.column_factors import ColumnFactorRule, Control, ControlConfig
+from holdfast.rules.base import EditRule, Layer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from holdfast.editing import EditRule, Layer
 from holdfast.functional.columns import ColumnChange
 from holdfast.functional.controls import random_order, revert_factors
 from holdfast.functional.hpa import column_count
-from holdfast.methods.column_factors import ColumnFactorRule, Control
+from holdfast.methods._glue.column_factors import ColumnFactorRule, Control
+from holdfast.rules.base import EditRule, Layer
 
 
 @dataclass(frozen=True)

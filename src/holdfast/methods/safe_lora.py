@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from holdfast.checkpoints.merged import MergedCheckpoint, open_checkpoint
-from holdfast.editing import DenseEdit, EditRule, Layer
 from holdfast.errors import ConfigError
 from holdfast.functional.rivals import safelora
 from holdfast.methods.seqft import SeqFT, SeqFTConfig
+from holdfast.rules.base import DenseEdit, EditRule, Layer
 from holdfast.stream.protocol import Checkpoint, TaskContext
 
 

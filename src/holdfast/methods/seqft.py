@@ -13,17 +13,17 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from holdfast.checkpoints.curvature import Curvature
-from holdfast.checkpoints.storage import write_json
+from holdfast.calibration.curvature import CalibrationConfig, collect_curvature
+from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.data.types import Sample, Stream
-from holdfast.editing import DenseEdit, EditRule, Layer, LoraEdit
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.errors import CalibrationError, ConfigError
-from holdfast.models.calibrate import CalibrationConfig, collect_curvature
+from holdfast.files import write_json
 from holdfast.models.load import load
+from holdfast.rules.base import DenseEdit, EditRule, Layer, LoraEdit
 from holdfast.stream.protocol import Checkpoint, TaskContext
-from holdfast.training.config import TrainingConfig
 from holdfast.training.supervised import train
+from holdfast.training.training_config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

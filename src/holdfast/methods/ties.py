@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from holdfast.checkpoints.merged import MergedCheckpoint, open_checkpoint
-from holdfast.editing import DenseEdit, EditRule, Layer
 from holdfast.errors import ConfigError
 from holdfast.functional.rivals import ties
-from holdfast.methods.lora_layers import carried, carry, read_adapter
+from holdfast.methods._glue.lora_layers import carried, carry, read_adapter
 from holdfast.methods.seqft import SeqFT, SeqFTConfig
+from holdfast.rules.base import DenseEdit, EditRule, Layer
 from holdfast.stream.protocol import Checkpoint, TaskContext
 
 _FILE = "updates.safetensors"

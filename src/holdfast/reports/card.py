@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from holdfast.checkpoints.storage import atomic_path
 from holdfast.errors import unknown_name
+from holdfast.files import atomic_path
 from holdfast.reports.compare import Group, result_table
-from holdfast.reports.load import MethodView, RunView, load_run
+from holdfast.reports.read_runs import MethodView, RunView, load_run
 from holdfast.reports.tables import Table, cells, percent
 from holdfast.version import __version__
 

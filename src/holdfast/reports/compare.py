@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from holdfast.metrics.intervals import Interval, bootstrap, over_seeds
-from holdfast.reports.load import MethodView, RunView, labelled, safety_rows, step_folder, task_rows
+from holdfast.reports.read_runs import MethodView, RunView, labelled, safety_rows, step_folder, task_rows
 from holdfast.reports.tables import Cell, Table, cells, interval, percent
 
 Figure = Callable[[MethodView], float | None]

@@ -13,12 +13,12 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
-from holdfast.checkpoints.storage import atomic_path
 from holdfast.errors import RunError
+from holdfast.files import atomic_path
 from holdfast.reports import figures, theme
 from holdfast.reports.compare import Group, figure_of, findings, result_table
-from holdfast.reports.load import MethodView, Rows, RunView, behaviour, load_run, read_rows, step_folder
-from holdfast.reports.samples import samples
+from holdfast.reports.read_runs import MethodView, Rows, RunView, behaviour, load_run, read_rows, step_folder
+from holdfast.reports.sample_pages import samples
 from holdfast.reports.seeds import group_runs
 from holdfast.version import __version__
 

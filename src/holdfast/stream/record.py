@@ -29,9 +29,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoints.storage import write_json
 from holdfast.data.names import slug
 from holdfast.errors import RunError
+from holdfast.files import write_json
 from holdfast.stream.protocol import Checkpoint
 
 FORMAT = "holdfast.record/1"

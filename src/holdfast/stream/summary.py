@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from holdfast.checkpoints.storage import write_json
 from holdfast.data.names import slug
 from holdfast.errors import RunError
+from holdfast.files import write_json
 from holdfast.metrics.continual import summarize as summarize_matrix
 from holdfast.metrics.intervals import bootstrap, bootstrap_ap, bootstrap_bwt, wilson
 from holdfast.stream.record import Record, RunDirectory, read_json, versions

@@ -27,7 +27,7 @@ from holdfast.errors import DataError, TrainingError
 from holdfast.models.encode import IGNORED_LABEL, encode_training
 from holdfast.models.families import editable_linears
 from holdfast.models.load import LoadedModel, quiet_transformers
-from holdfast.training.config import TrainingConfig
+from holdfast.training.training_config import TrainingConfig
 
 _COMPLETE = "complete"  # mark in a trainer's state folder: written last, so a half-written state is never resumed
 

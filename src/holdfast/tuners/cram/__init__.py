@@ -12,6 +12,6 @@ if TYPE_CHECKING:
 
 def attach(loaded: LoadedModel, folder: Path) -> Cram:
     """Attach the experts of a CRAM folder to their loaded base (the entry that `holdfast.models.tuner` calls)."""
-    from holdfast.tuners.cram.storage import from_pretrained
+    from holdfast.tuners.cram.folder import from_pretrained
 
     return from_pretrained(folder, loaded)
