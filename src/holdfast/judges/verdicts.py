@@ -140,7 +140,7 @@ def _json(text: str) -> list[tuple[str, str]] | None:
     while (at := text.find("{", at)) >= 0:
         try:
             value, end = decoder.raw_decode(text, at)
-        except ValueError:
+        except (ValueError, RecursionError):
             at += 1
             continue
         seen = True
