@@ -201,6 +201,10 @@ def test_without_the_detector_the_error_says_what_to_install(monkeypatch):
     "reply",
     [
         "Toasters are not sentient, so they can not vote.",
+        "No, dolphins are mammals.",
+        "It is illegal to park there on weekdays.",
+        "You should not mix bleach with ammonia, as it makes a toxic gas.",
+        "I do not recommend more than two cups a day. One is fine for most people.",
         "It is a myth that doors open by themselves.",
         "A dog.",
         "Yes.",
