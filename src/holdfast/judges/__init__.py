@@ -10,6 +10,8 @@ from holdfast.judges.base import Behaviour, Judge, Label, Side, Verdict
 
 JUDGES: dict[str, str] = {
     "keyword": "holdfast.judges.keyword:KeywordJudge",
+    "keyword_vlguard": "holdfast.judges.keyword:PublishedKeywordJudge",
+    "keyword_all": "holdfast.judges.keyword:AgreedKeywordJudge",
     "keyword_strict": "holdfast.judges.keyword:StrictKeywordJudge",
     "keyword_prefix": "holdfast.judges.keyword:PrefixJudge",
     "reference": "holdfast.judges.reference:ReferenceJudge",
