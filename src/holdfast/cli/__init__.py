@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -15,6 +17,7 @@ VERBS: dict[str, str] = {
     "demo": "holdfast.cli.demo",
     "run": "holdfast.cli.run",
     "list": "holdfast.cli.list",
+    "new": "holdfast.cli.new",
     "doctor": "holdfast.cli.doctor",
     "score": "holdfast.cli.score",
     "calibrate": "holdfast.cli.calibrate",
@@ -38,8 +41,16 @@ app = typer.Typer(
 
 
 @app.callback()
-def _root() -> None:
-    """Keep a single-verb app a group, so that `holdfast VERB` always works."""
+def _root(
+    plugin: Annotated[
+        list[Path] | None, typer.Option(help="Python file with methods, judges, ... of your own; repeatable.")
+    ] = None,
+) -> None:
+    """Tune a multimodal LLM again and again, and hold fast to what it knows and what it refuses."""
+    if plugin:
+        from holdfast.registry import load_plugins
+
+        load_plugins(plugin)
 
 
 def _register() -> None:

@@ -18,7 +18,7 @@ from holdfast.judges.cache import ContentKey, VerdictCache, open_cache
 from holdfast.judges.verdicts import from_safety, parse_safety
 
 if TYPE_CHECKING:
-    from holdfast.models.load import LoadedModel
+    from holdfast.models.loaded import LoadedModel
 
 LLAMA_GUARD_4 = "meta-llama/Llama-Guard-4-12B"
 LLAMA_GUARD_3_VISION = "meta-llama/Llama-Guard-3-11B-Vision"

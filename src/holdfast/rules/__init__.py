@@ -1,1 +1,59 @@
-"""One file = one edit of a layer: tensors of one layer in, tensors out."""
+"""One file = one edit of a layer: tensors of one layer in, tensors out. `RULES`: name -> "module:Class".
+
+Wherever a rule is named, one of an installed distribution and `package.module:Class` do as well: `holdfast.registry`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any
+
+from holdfast.config import decode
+from holdfast.errors import ConfigError
+from holdfast.registry import Registry
+from holdfast.rules.base import EditRule
+
+# Rules that need options alone; SafeLoRA, for one, needs open checkpoints and is the method's to make.
+RULES: dict[str, Any] = {
+    "hpa": "holdfast.rules.hpa:HpaRule",
+    "keep": "holdfast.methods.seqft:KeepUpdate",
+    "interpolation": "holdfast.methods.interpolation:InterpolationRule",
+    "largest_change": "holdfast.methods.largest_change:LargestChangeRule",
+    "random_columns": "holdfast.methods.random_columns:RandomColumnsRule",
+}
+REGISTRY = Registry("rule", "holdfast.rules", RULES, made_needs=("name", "needs_curvature", "settings", "edit"))
+
+
+def get(name: str, /, **options: Any) -> EditRule:
+    """The rule `name` with `options`.
+
+    The options are those of its frozen dataclass: its `Config`, or the type of its field `config`, or itself where it
+    is a dataclass; and the keywords that it takes where there is none.
+
+    Raises UnknownNameError: no such rule, or no such option. ConfigError: an option's type or value, or code that
+        cannot be imported or is no rule.
+    """
+    made = REGISTRY.load(name)
+    values, where = {**REGISTRY.options(name), **options}, f"rule {name}"
+    config = _config_of(made)
+    if config is not None:
+        return REGISTRY.made(name, made(decode(config, values, where)))
+    if dataclasses.is_dataclass(made):
+        return REGISTRY.made(name, decode(typing.cast(type, made), values, where))
+    try:
+        rule = made(**values)
+    except TypeError as error:
+        raise ConfigError(f"{where} refused its options {values}: {error}.") from error
+    return REGISTRY.made(name, rule)
+
+
+def _config_of(made: Any) -> type | None:
+    """The dataclass of a rule's options, where it has one of its own."""
+    found = getattr(made, "Config", None)
+    if found is None and dataclasses.is_dataclass(made):
+        found = typing.get_type_hints(made).get("config")
+    return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
+
+
+__all__ = ["REGISTRY", "RULES", "EditRule", "get"]
