@@ -343,7 +343,7 @@ def _load_plugin(path: Path) -> Plugin:
     if old == plugin and name in sys.modules:
         return plugin
     if old is None:
-        _refuse_hiding(path)
+        refuse_hiding(path)
     before = {group: dict(registry.table) for group, registry in _REGISTRIES.items()}
     _forget(name)
     try:
@@ -401,8 +401,8 @@ def _run(path: Path, text: bytes) -> ModuleType:
     return module
 
 
-def _refuse_hiding(path: Path) -> None:
-    """A plug-in must not take the place of a module that something else imports."""
+def refuse_hiding(path: Path) -> None:
+    """Raises ConfigError: a plug-in file of this name would take the place of a module that something else imports."""
     there = sys.modules.get(path.stem)
     try:
         spec = there.__spec__ if there is not None else importlib.util.find_spec(path.stem)

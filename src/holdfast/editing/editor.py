@@ -45,6 +45,7 @@ from holdfast.editing.report import REPORT_FILE, VERIFICATION_FILE, EditReport, 
 from holdfast.editing.verify.compare import verify_export
 from holdfast.errors import CalibrationError, ConfigError, ExportError, StorageError
 from holdfast.files import atomic_path, write_json
+from holdfast.registry import is_builtin, origin_of
 from holdfast.rules.base import EditRule
 
 Export = Literal["dense", "adapter"]
@@ -121,6 +122,8 @@ def edit_checkpoint(
             "export": export,
             "rule": rule.name,
             "settings": dict(rule.settings()),
+            # A rule of somebody's own may change between a kill and a resume.
+            **({} if is_builtin(type(rule)) else {"rule_code": origin_of(type(rule))}),
             "coefficient": coefficient if export == "adapter" else None,
             "fingerprints": pair.fingerprints(),
             "side_files": hash_side_files(_side_folder(pair, export)),

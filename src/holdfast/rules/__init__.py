@@ -14,13 +14,15 @@ from holdfast.errors import ConfigError
 from holdfast.registry import Registry
 from holdfast.rules.base import EditRule
 
-# Rules that need options alone; SafeLoRA, for one, needs open checkpoints and is the method's to make.
 RULES: dict[str, Any] = {
     "hpa": "holdfast.rules.hpa:HpaRule",
-    "keep": "holdfast.methods.seqft:KeepUpdate",
-    "interpolation": "holdfast.methods.interpolation:InterpolationRule",
-    "largest_change": "holdfast.methods.largest_change:LargestChangeRule",
-    "random_columns": "holdfast.methods.random_columns:RandomColumnsRule",
+    "keep": "holdfast.rules.keep:KeepUpdate",
+    "interpolation": "holdfast.rules.interpolation:InterpolationRule",
+    "largest_change": "holdfast.rules.largest_change:LargestChangeRule",
+    "random_columns": "holdfast.rules.random_columns:RandomColumnsRule",
+    "dare": "holdfast.rules.dare:DareRule",
+    "ties": "holdfast.rules.ties:TiesRule",
+    "safe_lora": "holdfast.rules.safe_lora:SafeLoraRule",
 }
 REGISTRY = Registry("rule", "holdfast.rules", RULES, made_needs=("name", "needs_curvature", "settings", "edit"))
 
@@ -35,6 +37,11 @@ def get(name: str, /, **options: Any) -> EditRule:
         cannot be imported or is no rule.
     """
     made = REGISTRY.load(name)
+    if inputs := getattr(made, "inputs", ()):
+        raise ConfigError(
+            f"rule {name!r} takes {', '.join(inputs)} beside its options, which a method of a stream hands over: use "
+            f"`holdfast run` with a method that has this rule (`holdfast list methods`)."
+        )
     values, where = {**REGISTRY.options(name), **options}, f"rule {name}"
     config = _config_of(made)
     if config is not None:
