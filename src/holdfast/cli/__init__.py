@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
+from holdfast.cli.root import root
 from holdfast.errors import HoldfastError
 
 # verb -> module. A verb's module must be cheap to import: torch and transformers are imported inside its `command`.
@@ -40,17 +39,7 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _root(
-    plugin: Annotated[
-        list[Path] | None, typer.Option(help="Python file with methods, judges, ... of your own; repeatable.")
-    ] = None,
-) -> None:
-    """Tune a multimodal LLM again and again, and hold fast to what it knows and what it refuses."""
-    if plugin:
-        from holdfast.registry import load_plugins
-
-        load_plugins(plugin)
+app.callback()(root)
 
 
 def _register() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,11 @@ def parts_of(config: RunConfig, labels: Sequence[str] | None = None) -> list[tup
 
 @dataclass(frozen=True)
 class Experiment:
-    """A run that is resolved: data read, methods built, everything checked, nothing computed."""
+    """A run that is resolved: data read, methods built, everything checked, nothing computed.
+
+    recorded: what config.json holds of each method. plugged: of which code the plug-in files and the judges, scorers
+    and readers are that are not holdfast's own. Both are of the code as it was when it was loaded.
+    """
 
     config: RunConfig
     out: Path
@@ -144,6 +148,14 @@ class Experiment:
     methods: Mapping[str, Method]
     injected: Sequence[Any] = ()
     progress: Progress = silent
+    recorded: Mapping[str, Mapping[str, Any]] = field(init=False)
+    plugged: Mapping[str, Mapping[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        named = {label: self.config.method_of(label) for label in self.methods}
+        recorded = {label: _recorded(self.methods[label], name) for label, name in named.items()}
+        object.__setattr__(self, "recorded", recorded)
+        object.__setattr__(self, "plugged", _plugged(self.config, list(self.methods)))
 
     @property
     def directory(self) -> RunDirectory:
@@ -165,7 +177,7 @@ class Experiment:
             theta_0=self.theta_0,
             seed=self.config.seed,
             config=self.shared_config(),
-            methods={label: _recorded(method, self.config.method_of(label)) for label, method in self.methods.items()},
+            methods=self.recorded,
             progress=self.progress,
             grows=("stream.tasks", "tasks", "data_sha256", "plugins", *(f"plugins.{what}" for what in _PLUGGED)),
         )
@@ -177,7 +189,7 @@ class Experiment:
 
         with open_checkpoint(self.config.model) as checkpoint:
             identity = fingerprint(checkpoint.base)
-        config, plugged = self.config, self.plugged()
+        config = self.config
         return encode(
             {
                 "name": self.stream.name,
@@ -194,22 +206,9 @@ class Experiment:
                 "store_dtype": config.store_dtype,
                 "seed": config.seed,
                 "threads": config.threads,
-                **({"plugins": plugged} if plugged else {}),
+                **({"plugins": self.plugged} if self.plugged else {}),
             }
         )
-
-    def plugged(self) -> dict[str, dict[str, Any]]:
-        """Of which code the plug-in files and the judges, scorers and readers are that are not holdfast's own.
-
-        A method's stands with its options.
-        """
-        found: dict[str, dict[str, Any]] = {}
-        for plugin in registry.load_plugins(self.config.plugins):
-            found.setdefault("files", {})[plugin.path.name] = {"sha256": plugin.sha256}
-        for what, names, name in parts_of(self.config, list(self.methods)):
-            if what != "methods" and names.find(name).source != "builtin":
-                found.setdefault(what, {})[name] = names.origin(name)
-        return found
 
     def _digest(self, samples: Sequence[Sample]) -> str:
         """With image paths under the data root: pictures are not read, a stream may hold a million."""
@@ -310,6 +309,17 @@ def _check_model(model: str) -> None:
     path = Path(model).expanduser()
     if not path.is_dir() and (path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2):
         raise ConfigError(f"model: {model} is no folder; expected a model folder or a hub id (owner/name).")
+
+
+def _plugged(config: RunConfig, labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Of which code everything is that is not holdfast's own; a method's stands with its options."""
+    found: dict[str, dict[str, Any]] = {}
+    for plugin in registry.load_plugins(config.plugins):
+        found.setdefault("files", {})[plugin.path.name] = {"sha256": plugin.sha256}
+    for what, names, name in parts_of(config, labels):
+        if what != "methods" and names.find(name).source != "builtin":
+            found.setdefault(what, {})[name] = names.origin(name)
+    return found
 
 
 def _recorded(method: Any, name: str) -> dict[str, Any]:
