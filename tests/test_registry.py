@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import stranger_kit
 from holdfast import judges, methods, registry, rules, scorers
 from holdfast.data import readers
+from holdfast.data.streams import load_stream, read_spec
 from holdfast.errors import ConfigError, UnknownNameError
 from holdfast.models import tuner
 from holdfast.registry import Registry, load_plugins
@@ -248,6 +250,18 @@ def test_what_another_process_is_told_is_what_it_knows(tmp_path, monkeypatch):
     path.write_text("# another\n")
     with pytest.raises(ConfigError, match="changed after the run had begun"):
         registry.restore(told)
+
+
+def test_verbs_that_read_the_stream_of_a_run_file_know_its_plug_ins(tmp_path):
+    plugin(tmp_path, "from holdfast.data.types import Sample\ndef read(source): return [Sample.single('1', 'q', 'a')]")
+    task = {"name": "t", "format": "mine:read", "test": "x"}
+    data = {"model": "m", "tasks": ["t"], "plugins": "mine.py", "stream": {"name": "s", "tasks": [task]}}
+    (tmp_path / "run.yaml").write_text(json.dumps(data))
+    (loaded,) = load_stream(tmp_path / "run.yaml").tasks
+    assert loaded.test[0].answer == "a"
+    (tmp_path / "run.yaml").write_text(json.dumps({**data, "plugins": {"a": 1}}))
+    with pytest.raises(ConfigError, match=r"plugins: found .*, expected a list"):
+        read_spec(tmp_path / "run.yaml")
 
 
 def test_names_told_before_the_room_is_imported_are_there_when_it_is():

@@ -274,6 +274,15 @@ def origin_of(target: Any) -> dict[str, Any]:
     return found
 
 
+def origins(parts: Iterable[tuple[str, Registry, str]]) -> dict[str, dict[str, Any]]:
+    """{what: {name: origin}} of those of (what, registry, name) that are not built in, for a record."""
+    found: dict[str, dict[str, Any]] = {}
+    for what, registry, name in parts:
+        if registry.find(name).source != "builtin":
+            found.setdefault(what, {})[name] = registry.origin(name)
+    return found
+
+
 def is_builtin(target: Any) -> bool:
     """Whether a class or function is holdfast's own."""
     return str(getattr(target, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
@@ -331,9 +340,8 @@ class _FromBytes(importlib.machinery.SourceFileLoader):
 
 def _load_plugin(path: Path) -> Plugin:
     if path.suffix != ".py" or not path.is_file():
-        raise ConfigError(
-            f"plug-in {path}: expected a Python file (.py)" + (", and there is none." * (not path.is_file()))
-        )
+        found = "this is none" if path.exists() else "there is none"
+        raise ConfigError(f"plug-in {path}: expected a Python file (.py), and {found}.")
     name = path.stem
     if not name.isidentifier():
         raise ConfigError(f"plug-in {path}: {name!r} cannot be a module's name; use letters, digits and '_'.")

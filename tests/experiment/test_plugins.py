@@ -190,7 +190,11 @@ def test_a_class_that_only_this_process_has_is_refused_before_the_work_of_severa
         ({"methods": ["my_edit:Half"]}, ConfigError, r"there is no module 'my_edit'.*plugins"),
         ({"plugins": ["gone.py"]}, ConfigError, r"plug-in .*gone\.py: expected a Python file"),
         ({"plugins": [3]}, ConfigError, r"plugins\[0\]: found 3 \(int\), expected str"),
-        ({"plugins": ["my_edit.py"], "methods": ["my_edit:Halv"]}, ConfigError, r"no 'Halv'\. Did you mean 'Half'\?"),
+        (
+            {"plugins": ["my_edit.py"], "methods": ["my_edit:Halv"]},
+            ConfigError,
+            r"no 'Halv'\. Did you mean my_edit:Half\?",
+        ),
         (
             {"plugins": ["my_edit.py"], "methods": {"my_edit:Half": {"facter": 1}}},
             UnknownNameError,

@@ -33,18 +33,14 @@ def read_rule(
     Raises: ConfigError: a pair without "=", a file that holds no mapping, or one of HPA's flags with another rule.
         UnknownNameError: no such rule, or no such option.
     """
-    from click.core import ParameterSource
-
     from holdfast import rules
     from holdfast.errors import ConfigError
     from holdfast.methods import lay_over
 
     values = lay_over(_of_file(file) if file is not None else {}, _of_pairs(pairs))
-    given = [
-        option
-        for option, flag in HPA_FLAGS.items()
-        if context.get_parameter_source(flag) not in (None, ParameterSource.DEFAULT)
-    ]
+    # By name: typer brings a click of its own.
+    sources = {option: context.get_parameter_source(flag) for option, flag in HPA_FLAGS.items()}
+    given = [option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     if name != "hpa":
         if given:
             flag = HPA_FLAGS[given[0]].replace("_", "-")

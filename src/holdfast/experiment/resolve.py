@@ -313,13 +313,9 @@ def _check_model(model: str) -> None:
 
 def _plugged(config: RunConfig, labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Of which code everything is that is not holdfast's own; a method's stands with its options."""
-    found: dict[str, dict[str, Any]] = {}
-    for plugin in registry.load_plugins(config.plugins):
-        found.setdefault("files", {})[plugin.path.name] = {"sha256": plugin.sha256}
-    for what, names, name in parts_of(config, labels):
-        if what != "methods" and names.find(name).source != "builtin":
-            found.setdefault(what, {})[name] = names.origin(name)
-    return found
+    files = {plugin.path.name: {"sha256": plugin.sha256} for plugin in registry.load_plugins(config.plugins)}
+    found = registry.origins(part for part in parts_of(config, labels) if part[0] != "methods")
+    return {**({"files": files} if files else {}), **found}
 
 
 def _recorded(method: Any, name: str) -> dict[str, Any]:

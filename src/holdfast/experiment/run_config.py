@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.config import decode
-from holdfast.data.streams import CalibrationSpec, SafetySpec, StreamSpec, TaskSpec, read_yaml, stream_spec
+from holdfast.data.streams import (
+    CalibrationSpec,
+    SafetySpec,
+    StreamSpec,
+    TaskSpec,
+    plugin_files,
+    read_yaml,
+    stream_spec,
+)
 from holdfast.errors import ConfigError
 from holdfast.evaluation.evaluation_config import EvaluationConfig
 
@@ -119,10 +127,8 @@ def decode_run(data: Mapping[str, Any], *, base: Path, where: str = "run") -> Ru
         data["methods"] = _method_options(data["methods"])
     if isinstance(data.get("model"), str) and (base / Path(data["model"]).expanduser()).is_dir():
         data["model"] = str((base / Path(data["model"]).expanduser()).absolute())
-    if isinstance(data.get("plugins"), str):
-        data["plugins"] = [data["plugins"]]
-    if isinstance(data.get("plugins"), Sequence) and all(isinstance(file, str) for file in data["plugins"]):
-        data["plugins"] = [str((base / Path(file).expanduser()).absolute()) for file in data["plugins"]]
+    if "plugins" in data:
+        data["plugins"] = plugin_files(data["plugins"], base=base)
     return decode(RunConfig, data, where)
 
 

@@ -69,7 +69,7 @@ class _Worker:
             bufsize=1,
         )
         job = {
-            "names": registry.export(),
+            "names": encode(registry.export()),
             "config": encode(experiment.config),
             "out": str(experiment.out),
             "methods": list(experiment.methods),
