@@ -422,7 +422,7 @@ def refuse_hiding(path: Path) -> None:
 
 
 def _same_file(file: str, path: Path) -> bool:
-    return Path(file).exists() and Path(file).samefile(path)
+    return path.exists() and Path(file).exists() and Path(file).samefile(path)
 
 
 def _imported(where: str, what: str) -> Any:
