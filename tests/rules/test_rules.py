@@ -90,8 +90,8 @@ def test_the_closed_form_for_lora_is_the_dense_edit(place, tmp_path, layer, fact
 
 @pytest.mark.parametrize("place", ["interpolation:InterpolationRule", "largest_change:LargestChangeRule"])
 def test_a_matched_control_needs_a_calibration_and_moves_as_far_as_hpa(place, tmp_path, layer, factors):
-    rule = made(RULES[place], tmp_path, match="hpa", edit={"orthogonal": False})
-    hpa = made(RULES["hpa:HpaRule"], tmp_path, orthogonal=False)
+    rule = made(RULES[place], tmp_path, match="hpa", edit={"projection": "none"})
+    hpa = made(RULES["hpa:HpaRule"], tmp_path, projection="none")
     assert needs_of(rule) == "curvature"
     base, a, b = factors
     new = base + SCALING * (b @ a)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
+
+from holdfast.cli.units import format_bounds
+from holdfast.functional.hpa_config import ALPHA_BOUNDS, FOCUS_RATIO, KEEP_BOUNDS, Projection
 
 if TYPE_CHECKING:
     from holdfast.checkpoints.curvature_file import Curvature
@@ -27,10 +30,14 @@ def command(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the rule; repeatable.")
     ] = None,
     options: Annotated[Path | None, typer.Option(help="YAML or JSON file with options of the rule.")] = None,
-    keep: Annotated[str, typer.Option(help="p_min..p_max, % of input columns kept, last..first block.")] = "5..15",
-    focus: Annotated[float, typer.Option(help="k = focus * p: how many columns count as focal.")] = 2.0,
-    alpha: Annotated[str, typer.Option(help="a0..a1, bounds of the task's weight.")] = "0.4..0.8",
-    saliency: Annotated[str, typer.Option(help="eps+phi (the method), eps or phi.")] = "eps+phi",
+    keep: Annotated[
+        str, typer.Option(help="p_min..p_max, % of input columns kept, last..first block.")
+    ] = format_bounds(KEEP_BOUNDS),
+    focus: Annotated[float, typer.Option(help="k = focus * p: how many columns count as focal.")] = FOCUS_RATIO,
+    alpha: Annotated[str, typer.Option(help="a0..a1, bounds of the task's weight.")] = format_bounds(ALPHA_BOUNDS),
+    ranking: Annotated[
+        str, typer.Option("--ranking", "--saliency", help="eps+phi (the method), eps or phi.")
+    ] = "eps+phi",
     curvature_form: Annotated[
         str, typer.Option(help="divide (by the inverse's diagonal; the method) or multiply.")
     ] = "divide",
@@ -70,9 +77,9 @@ def command(
             "keep_bounds": parse_bounds(keep, "--keep"),
             "focus_ratio": focus,
             "alpha_bounds": parse_bounds(alpha, "--alpha"),
-            "saliency": saliency,
-            "curvature": curvature_form,
-            "orthogonal": parse_choice(projection, {"layer": True, "column": "column", "none": False}, "--projection"),
+            "ranking": ranking,
+            "curvature_form": curvature_form,
+            "projection": parse_choice(projection, {name: name for name in get_args(Projection)}, "--projection"),
         },
     )
     given = (calibration is not None, safety is not None, task is not None)

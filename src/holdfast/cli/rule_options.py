@@ -16,9 +16,9 @@ HPA_FLAGS = {
     "keep_bounds": "keep",
     "focus_ratio": "focus",
     "alpha_bounds": "alpha",
-    "saliency": "saliency",
-    "curvature": "curvature_form",
-    "orthogonal": "projection",
+    "ranking": "ranking",
+    "curvature_form": "curvature_form",
+    "projection": "projection",
 }
 
 
@@ -50,7 +50,7 @@ def read_rule(
     if twice:
         flag = HPA_FLAGS[twice[0]].replace("_", "-")
         raise ConfigError(f"{twice[0]} is set twice: by --{flag}, and by --set or --options. Leave one of them out.")
-    return rules.get(name, **{**flags, **values})
+    return rules.get(name, **{option: flags[option] for option in given}, **values)
 
 
 def _of_file(path: Path) -> dict[str, Any]:

@@ -111,7 +111,9 @@ def _calibration_note(calibration: Mapping[str, Any]) -> list[str]:
 
 
 def _coefficient_note(report: EditReport) -> list[str]:
-    if report.coefficient is None or report.settings.get("orthogonal") is False:
+    # `orthogonal`: the option's name in reports of version 0.1.
+    unprojected = report.settings.get("projection") == "none" or report.settings.get("orthogonal") is False
+    if report.coefficient is None or unprojected:
         return []
     if not any("coefficient" in row for row in report.layers):
         return []
