@@ -18,8 +18,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 from holdfast.checkpoints.adapter import CONFIG_FILE, INPUT_SCALE_FILE, LoraAdapter
-from holdfast.checkpoints.merged import CheckpointLike, add_updates, locate
+from holdfast.checkpoints.merged import add_updates, locate
 from holdfast.checkpoints.naming import NameIndex
+from holdfast.checkpoints.value import Source, as_checkpoint
 from holdfast.errors import AdapterError, CheckpointError, ModelError
 from holdfast.models.families import build_processors_without_video, family_of
 from holdfast.models.loaded import BlockStore, LoadedModel
@@ -30,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(
-    source: str | Path | CheckpointLike,
+    source: Source,
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
@@ -49,7 +50,8 @@ def load(
         without chat template, code that would have to be trusted. AdapterError: an adapter that does not fit.
         ConfigError: a device that is not there.
     """
-    base, adapters = (source.base, source.adapters) if isinstance(source, CheckpointLike) else (str(source), ())
+    value = as_checkpoint(source)
+    base, adapters = value.base, value.adapters
     config = read_config(base)
     target = find_device(device) if device is not None else default_device()
     weight_dtype = resolve_dtype(dtype, config, target)
@@ -74,20 +76,19 @@ def load(
         model = merge_adapter(model, adapter, base=base)
     model.eval()
     model.requires_grad_(trainable)
-    name = checkpoint_name(source)
     plain = LoadedModel(
         model=model,
         processor=processor,
-        name=name,
+        name=str(value),
         family=family_of(model.config),
-        source=source if isinstance(source, CheckpointLike) else base,
+        source=value,
     )
     return replace(plain, tuner=attach_tuner(plain, on_top)) if on_top else plain
 
 
-def checkpoint_name(source: str | Path | CheckpointLike) -> str:
+def checkpoint_name(source: Source) -> str:
     """What errors and records call a checkpoint."""
-    return " + ".join((source.base, *source.adapters)) if isinstance(source, CheckpointLike) else str(source)
+    return str(as_checkpoint(source))
 
 
 def read_config(base: str) -> Any:
@@ -271,7 +272,6 @@ def _some(names: Sequence[str], count: int = 3) -> str:
 __all__ = [
     "DTYPES",
     "BlockStore",
-    "CheckpointLike",
     "LoadedModel",
     "checkpoint_name",
     "default_device",

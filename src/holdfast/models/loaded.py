@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from holdfast.checkpoints.merged import CheckpointLike
+from holdfast.checkpoints.value import Checkpoint
 from holdfast.data.types import Sample
 from holdfast.models.families import Family
 
@@ -51,7 +51,7 @@ class LoadedModel:
     processor: Any = field(repr=False)
     name: str
     family: Family = field(default_factory=Family)
-    source: str | CheckpointLike | None = None
+    source: Checkpoint | None = None
     blocks_on_disk: BlockStore | None = field(default=None, repr=False)
     tuner: Tuner | None = field(default=None, repr=False)
 
