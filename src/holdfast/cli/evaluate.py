@@ -45,11 +45,14 @@ def command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from holdfast import judges as judge_room
+    from holdfast import scorers
     from holdfast.config import decode, encode
     from holdfast.data.streams import build_safety, load_stream, read_spec
     from holdfast.data.types import Stream, Task
     from holdfast.errors import ConfigError
     from holdfast.evaluation.evaluation_config import EvaluationConfig
+    from holdfast.registry import origins
     from holdfast.stream.protocol import Checkpoint
 
     if tasks is None and safety is None:
@@ -77,6 +80,14 @@ def command(
         "root": encode(root),
         "evaluation": encode(config),
     }
+    own_code = origins(
+        [
+            *(("judges", judge_room.REGISTRY, judge.name) for judge in config.judges),
+            *(("scorers", scorers.REGISTRY, t.scorer) for t in stream.tasks),
+        ]
+    )
+    if own_code:
+        asked["plugins"] = own_code
     share, finish = _share() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else (None, None)
     chief = share is None or share.chief
     console = Console(stderr=True, quiet=not chief)

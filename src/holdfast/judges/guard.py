@@ -19,7 +19,7 @@ from holdfast.judges.text import answer_of
 from holdfast.judges.verdicts import FORMATS, Found, format_of, from_safety, parse_as
 
 if TYPE_CHECKING:
-    from holdfast.models.load import LoadedModel
+    from holdfast.models.loaded import LoadedModel
 
 LLAMA_GUARD_4 = "meta-llama/Llama-Guard-4-12B"
 LLAMA_GUARD_3_VISION = "meta-llama/Llama-Guard-3-11B-Vision"
