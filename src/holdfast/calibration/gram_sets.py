@@ -41,6 +41,16 @@ class GramSets:
                     f"({self.task.folder}) have ({len(missing)} such layer(s)); both must be of one model."
                 )
 
+    @classmethod
+    def open(cls, folder: Path | str) -> GramSets:
+        """The sets in the sub-folders `task`, `safety`, and where they are there `past` and `benign`, of `folder`.
+
+        Raises: CalibrationError: `task` or `safety` is missing, unfinished or damaged, or they are of two models.
+        """
+        folder = Path(folder)
+        names = [name for name in ("past", "benign") if (folder / name).is_dir()]
+        return cls(**{name: GramStore.open(folder / name) for name in ("task", "safety", *names)})
+
     @property
     def stores(self) -> dict[str, GramStore]:
         found = {"task": self.task, "safety": self.safety, "past": self.past, "benign": self.benign}

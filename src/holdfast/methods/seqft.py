@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor
-
 from holdfast import judges
 from holdfast.calibration.curvature import CalibrationConfig, collect_curvature
 from holdfast.calibration.screening import Screened, screen
@@ -23,7 +21,8 @@ from holdfast.editing.editor import edit_checkpoint
 from holdfast.errors import CalibrationError, ConfigError, unknown_name
 from holdfast.files import write_json
 from holdfast.models.load import load
-from holdfast.rules.base import DenseEdit, EditRule, Layer, LoraEdit
+from holdfast.rules.base import EditRule
+from holdfast.rules.keep import KeepUpdate
 from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.training.supervised import train
 from holdfast.training.training_config import TrainingConfig
@@ -91,26 +90,6 @@ class EditingConfig(SeqFTConfig):
                 raise ConfigError(f"{name} is {value}; expected 1 or more.")
         if self.benign_samples is not None and self.benign_samples < 0:
             raise ConfigError(f"benign_samples is {self.benign_samples}; expected 0 or more, or null for all.")
-
-
-@dataclass(frozen=True)
-class KeepUpdate:
-    """The edit that changes nothing: W_hat = W_new."""
-
-    name = "keep"
-    needs_curvature = False
-    reads_base = False
-
-    def settings(self) -> Mapping[str, Any]:
-        return {}
-
-    def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
-        return DenseEdit(weight=w_new)
-
-    def edit_lora(
-        self, layer: Layer, w_prev: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
-    ) -> LoraEdit:
-        return LoraEdit(lora_a=lora_a)
 
 
 class SeqFT:

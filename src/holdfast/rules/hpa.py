@@ -6,24 +6,22 @@ Apart from the method of a stream (`holdfast.methods.hpa`), so that an edit on d
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from holdfast.config import encode
 from holdfast.errors import CalibrationError
 from holdfast.functional.columns import ColumnChange, apply_columns, measure_change, measure_lora
 from holdfast.functional.hpa import HpaConfig, Outcome, Setting, mask_lora, what_if
-from holdfast.rules.base import DenseEdit, Layer, LoraEdit
+from holdfast.rules.base import DenseEdit, Layer, LoraEdit, Needs, Rule
 
 __all__ = ["HpaConfig", "HpaRule", "diagonals", "figures"]
 
 
 @dataclass(frozen=True)
-class HpaRule:
+class HpaRule(Rule):
     """HPA's edit of one layer, dense and as a LoRA closed form, with the paper's depth schedule of p.
 
     Where the base is read, a row also has relative_change ||D|| / ||W_prev||, and for a dense pair the cosine of W_new
@@ -31,15 +29,16 @@ class HpaRule:
     """
 
     config: HpaConfig = field(default_factory=HpaConfig)
+    Config = HpaConfig
     name = "hpa"
-    needs_curvature = True
+
+    @property
+    def needs(self) -> Needs:
+        return "curvature"
 
     @property
     def reads_base(self) -> bool:
         return self.config.orthogonal is not False
-
-    def settings(self) -> Mapping[str, Any]:
-        return encode(self.config)
 
     def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
         safety, task = diagonals(layer)
