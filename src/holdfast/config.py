@@ -129,6 +129,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
                 problems.append(str(error))
         raise ConfigError(problems[0] if len(problems) == 1 else f"{where}: found {_show(value)}, expected {hint}.")
     if origin is typing.Literal:
+        # YAML 1.1 reads `off` and `on` as booleans; a user means the word.
+        value = {False: "off", True: "on"}[value] if isinstance(value, bool) and {"off", "on"} & {*args} else value
         if value in args:
             return value
         hint_name = nearest(str(value), [str(a) for a in args])

@@ -8,6 +8,7 @@
     safety:
       - {name: red-team, format: qa, options: {unsafe: harm.jsonl, benign: help.jsonl}}
     safety_calibration: {format: qa, file: own_refusals.jsonl}
+    benign_calibration: {format: qa, file: benign_twins.jsonl}
 
 A run file embeds it under its own key: a mapping such as the above, or the path of a stream file (`stream_spec`).
 """
@@ -111,7 +112,7 @@ class SafetySpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSpec:
-    """Safe answers of theta_0 (from `holdfast calibrate-data`), or the prompts to make them from."""
+    """Own answers of theta_0 (from `holdfast calibrate-data`), or the prompts to make them from."""
 
     file: Files
     format: str = "qa"
@@ -125,13 +126,18 @@ class CalibrationSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSpec:
-    """A whole stream file. root: the data root, relative to the file that it is written in."""
+    """A whole stream file.
+
+    root: the data root, relative to the file that it is written in. safety_calibration: forbidden requests,
+    benign_calibration: benign ones beside them; both with theta_0's own answers, or without (then the run makes them).
+    """
 
     name: str
     tasks: tuple[TaskSpec, ...]
     root: str = "."
     safety: tuple[SafetySpec, ...] = ()
     safety_calibration: CalibrationSpec | None = None
+    benign_calibration: CalibrationSpec | None = None
     description: str = ""
     obtain: str = ""
     license: str = ""
@@ -251,6 +257,14 @@ def build(
         safety=tuple(build_safety(s, root) for s in spec.safety) if safety else (),
         safety_calibration=build_calibration(spec.safety_calibration, root)
         if spec.safety_calibration and safety
+        else (),
+        benign_calibration=build_calibration(
+            spec.benign_calibration,
+            root,
+            name="benign_calibration",
+            obtain="It holds benign requests that resemble forbidden ones; the run lets theta_0 answer them.",
+        )
+        if spec.benign_calibration and safety
         else (),
     )
 

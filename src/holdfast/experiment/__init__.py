@@ -26,6 +26,7 @@ from holdfast.experiment.resolve import Experiment, build_methods, resolve
 from holdfast.experiment.run_config import (
     InjectionConfig,
     OwnAnswersConfig,
+    OwnBenignConfig,
     RunConfig,
     decode_run,
     only,
@@ -37,6 +38,7 @@ __all__ = [
     "Experiment",
     "InjectionConfig",
     "OwnAnswersConfig",
+    "OwnBenignConfig",
     "RunConfig",
     "RunError",
     "build_methods",

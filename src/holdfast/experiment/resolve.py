@@ -46,6 +46,12 @@ def resolve(
     if config.safety_calibration.prompts is not None:
         asked = build_safety(config.safety_calibration.prompts, stream.root).unsafe
         stream = replace(stream, safety_calibration=[replace(s, turns=s.request, references=()) for s in asked])
+    benign = config.benign_calibration
+    if benign.prompts is not None:
+        helped = build_safety(benign.prompts, stream.root).benign[: benign.limit]
+        if not helped:
+            raise ConfigError(f"benign_calibration.prompts: safety set {benign.prompts.name!r} has no benign side.")
+        stream = replace(stream, benign_calibration=[replace(s, turns=s.request, references=()) for s in helped])
     injected: tuple[Any, ...] = ()
     if config.injection is not None and config.injection.pool is not None:
         from holdfast.data.injection import inject_stream
@@ -63,6 +69,14 @@ def resolve(
 
         _own_judge(config)
         refuse_overlap(unanswered, [(s.name, [*s.unsafe, *s.benign]) for s in stream.safety])
+    if stream.benign_calibration:
+        from holdfast.calibration.own_answers import refuse_overlap
+
+        refuse_overlap(stream.benign_calibration, [(s.name, [*s.unsafe, *s.benign]) for s in stream.safety])
+        if stream.safety_calibration:
+            refuse_overlap(stream.benign_calibration, [("safety_calibration", stream.safety_calibration)])
+    if any(sample.answer is None for sample in stream.benign_calibration):
+        _benign_judge(config)
     for method in built.values():
         if isinstance(method, ChecksStream):
             method.check_stream(stream)
@@ -119,11 +133,16 @@ def parts_of(config: RunConfig, labels: Sequence[str] | None = None) -> list[tup
 
     labels: of the methods that count; None: all of the file.
     """
-    stream, injected, prompts = config.stream, config.injection, config.safety_calibration.prompts
+    stream, injected = config.stream, config.injection
     tasks = config.used_tasks()
-    pools = [pool for pool in (stream.safety_calibration, injected.pool if injected else None) if pool]
+    pools = [
+        pool
+        for pool in (stream.safety_calibration, stream.benign_calibration, injected.pool if injected else None)
+        if pool
+    ]
     formats = [*(task.format for task in tasks), *(pool.format for pool in pools)]
-    sets = [*stream.safety, *([prompts] if prompts else [])]
+    asked = (config.safety_calibration.prompts, config.benign_calibration.prompts)
+    sets = [*stream.safety, *(prompts for prompts in asked if prompts)]
     found = [
         *(("methods", method_registry.REGISTRY, config.method_of(label)) for label in labels or config.methods),
         *(("judges", judges.REGISTRY, judge.name) for judge in config.evaluation.judges),
@@ -200,8 +219,10 @@ class Experiment:
                 "data_sha256": {task.name: self._digest([*task.train, *task.test]) for task in self.stream.tasks},
                 "safety_sha256": {s.name: self._digest([*s.unsafe, *s.benign]) for s in self.stream.safety},
                 "calibration_sha256": self._digest(self.stream.safety_calibration),
+                "benign_sha256": self._digest(self.stream.benign_calibration),
                 "evaluation": config.evaluation,
                 "safety_calibration": config.safety_calibration,
+                "benign_calibration": config.benign_calibration,
                 "injection": config.injection,
                 "store_dtype": config.store_dtype,
                 "seed": config.seed,
@@ -249,19 +270,58 @@ class Experiment:
         run.run_method(self.methods[name], self.evaluator())
 
     def with_own_answers(self) -> Stream:
-        """The stream with answered safety calibration samples: made by theta_0 once, then read from theta_0/."""
-        samples = list(self.stream.safety_calibration)
+        """The stream with answered calibration samples: made by theta_0 once, then read from theta_0/."""
+        stream = self.stream
+        return replace(
+            stream,
+            safety_calibration=self._answered(stream.safety_calibration, "safety_calibration.json", self._safe_answers),
+            benign_calibration=self._answered(
+                stream.benign_calibration, "benign_calibration.json", self._helpful_answers
+            ),
+        )
+
+    def _answered(
+        self, samples: Sequence[Sample], file: str, make: Callable[[Sequence[Sample]], dict[str, Any]]
+    ) -> Sequence[Sample]:
+        """`samples`, those without an answer given theta_0's own, or left out where it has none that is kept."""
         unanswered = [sample for sample in samples if sample.answer is None]
         if not unanswered:
-            return self.stream
-        path = self.directory.theta_0_dir / "safety_calibration.json"
+            return samples
+        path = self.directory.theta_0_dir / file
         if not path.is_file():
-            self._make_own_answers(unanswered, path)
+            write_json(path, make(unanswered))
         answers = json.loads(path.read_text(encoding="utf-8"))["answers"]
         answered = [_answered(s, answers[s.id]) if s.id in answers else s for s in samples]
-        return replace(self.stream, safety_calibration=[s for s in answered if s.answer is not None])
+        return [s for s in answered if s.answer is not None]
 
-    def _make_own_answers(self, prompts: Sequence[Sample], path: Path) -> None:
+    def _helpful_answers(self, prompts: Sequence[Sample]) -> dict[str, Any]:
+        from holdfast.calibration.own_answers import own_helpful_answers
+        from holdfast.models.load import load
+
+        config, evaluation = self.config.benign_calibration, self.config.evaluation
+        chosen = _benign_judge(self.config)
+        judge = judges.get(chosen.name, **chosen.options)
+
+        def is_refusal(samples: Sequence[Sample], replies: Sequence[str]) -> list[bool]:
+            return [verdict.behaviour == "refusal" for verdict in judge.judge(samples, replies, side="benign")]
+
+        made = own_helpful_answers(
+            load(self.theta_0, dtype=evaluation.dtype),
+            prompts,
+            is_refusal,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=evaluation.batch_size,
+            test_sets=[(s.name, [*s.unsafe, *s.benign]) for s in self.stream.safety],
+            progress=self.progress,
+        )
+        return {
+            "judge": chosen.name,
+            "asked": made.asked,
+            "kept": made.kept,
+            "answers": {sample.id: sample.answer for sample in made.samples},
+        }
+
+    def _safe_answers(self, prompts: Sequence[Sample]) -> dict[str, Any]:
         from holdfast.calibration.own_answers import own_safe_answers
         from holdfast.models.load import load
 
@@ -283,16 +343,13 @@ class Experiment:
             allow_short=config.allow_short,
             progress=self.progress,
         )
-        write_json(
-            path,
-            {
-                "judge": chosen.name,
-                "asked": made.asked,
-                "kept": made.kept,
-                "short": list(made.short),
-                "answers": {sample.id: sample.answer for sample in made.samples},
-            },
-        )
+        return {
+            "judge": chosen.name,
+            "asked": made.asked,
+            "kept": made.kept,
+            "short": list(made.short),
+            "answers": {sample.id: sample.answer for sample in made.samples},
+        }
 
 
 def _own_judge(config: RunConfig) -> Any:
@@ -301,6 +358,17 @@ def _own_judge(config: RunConfig) -> Any:
     chosen = next((judge for judge in judges if wanted in (None, judge.name)), None)
     if chosen is None:
         raise unknown_name("judge of this run", str(wanted), [judge.name for judge in judges])
+    return chosen
+
+
+def _benign_judge(config: RunConfig) -> Any:
+    """The judge of theta_0's own benign answers: the one named, else the first that finds refusals by their words."""
+    wanted, judges = config.benign_calibration.judge, config.evaluation.judges
+    if wanted is None:
+        return next((judge for judge in judges if judge.name.startswith("keyword")), judges[0])
+    chosen = next((judge for judge in judges if judge.name == wanted), None)
+    if chosen is None:
+        raise unknown_name("judge of this run", wanted, [judge.name for judge in judges])
     return chosen
 
 

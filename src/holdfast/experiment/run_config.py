@@ -59,6 +59,28 @@ class OwnAnswersConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnBenignConfig:
+    """Benign calibration data: theta_0's own answers to `benign_calibration` prompts that have none.
+
+    prompts: a safety set whose benign side is asked, instead of the stream's `benign_calibration`; limit: so many of
+        them; it must share no sample with the sets that the run is judged on.
+    judge: of EvaluationConfig.judges, who says that an answer refuses (such answers are left out); null: the first that
+        knows refusals by their words.
+    """
+
+    prompts: SafetySpec | None = None
+    limit: int | None = 12
+    max_new_tokens: int = 256
+    judge: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; expected 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A run file.
 
@@ -78,6 +100,7 @@ class RunConfig:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     safety_calibration: OwnAnswersConfig = field(default_factory=OwnAnswersConfig)
+    benign_calibration: OwnBenignConfig = field(default_factory=OwnBenignConfig)
     injection: InjectionConfig | None = None
     store_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     tasks: tuple[str, ...] | None = None

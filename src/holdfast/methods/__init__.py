@@ -18,6 +18,13 @@ from holdfast.stream.protocol import Method
 METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "seqft": ("holdfast.methods.seqft:SeqFT", {}),
     "hpa": ("holdfast.methods.hpa:Hpa", {}),
+    # Our own edit, and what of it is left out.
+    "anchor": ("holdfast.methods.anchor:Anchor", {}),
+    "anchor_no_past": ("holdfast.methods.anchor:Anchor", {"edit": {"past_weight": 0.0}}),
+    "anchor_no_benign": ("holdfast.methods.anchor:Anchor", {"benign_samples": 0}),
+    "anchor_no_screen": ("holdfast.methods.anchor:Anchor", {"screen": False}),
+    # HPA with theta_0's benign answers in its safety set.
+    "hpa_benign": ("holdfast.methods.hpa:Hpa", {"benign_samples": None}),
     # Rows of the paper's ablation.
     "hpa_eps": ("holdfast.methods.hpa:Hpa", {"edit": {"ranking": "eps"}}),
     "hpa_phi": ("holdfast.methods.hpa:Hpa", {"edit": {"ranking": "phi"}}),
@@ -43,6 +50,7 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "cram": ("holdfast.methods.cram:Cram", {}),
     # Both of them: the edit on finished experts.
     "cram_hpa": ("holdfast.methods.cram_hpa:CramHpa", {"edit": {"projection": "none"}}),
+    "cram_anchor": ("holdfast.methods.cram_anchor:CramAnchor", {}),
     # Ablations of CRAM.
     "cram_no_penalty": ("holdfast.methods.cram:Cram", {"cram": {"penalty": 0.0}}),
     "cram_fixed_rank": ("holdfast.methods.cram:Cram", {"cram": {"rank": {"fixed": True}}}),

@@ -34,7 +34,7 @@ class ModelTailor(GramSweep):
     config: ModelTailorConfig
 
     def gram_source(self, ctx: TaskContext, trained: Checkpoint) -> tuple[Checkpoint, Sequence[Sample]]:
-        return trained, draw(self.samples(ctx), self.config.task_samples, step_seed(ctx))
+        return trained, draw(self.learned(ctx), self.config.task_samples, step_seed(ctx))
 
     def edit_layer(self, w_prev: Tensor, w_new: Tensor, inverse_factor: Tensor) -> RivalEdit:
         return model_tailor(
