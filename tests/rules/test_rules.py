@@ -56,7 +56,11 @@ def factors():
 
 def test_the_rules_are_found():
     assert {"hpa:HpaRule", "keep:KeepUpdate", "ties:TiesRule", "ready_edits:ReadyEdits"} <= set(RULES)
-    assert {place for place, cls in RULES.items() if cls.inputs} == {"ties:TiesRule", "safe_lora:SafeLoraRule"}
+    assert {place for place, cls in RULES.items() if cls.inputs} == {
+        "anchor:AnchorRule",
+        "ties:TiesRule",
+        "safe_lora:SafeLoraRule",
+    }
 
 
 @pytest.mark.parametrize("place", RULES)

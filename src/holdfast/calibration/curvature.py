@@ -27,7 +27,8 @@ from holdfast.errors import CalibrationError, ConfigError, NumericalError
 from holdfast.functional.hessian import Normalization
 from holdfast.functional.inverse import OnFailure
 from holdfast.models.families import decoder_blocks, editable_linears
-from holdfast.models.load import LoadedModel, default_device, load, parse_dtype, read_config, resolve_dtype
+from holdfast.models.load import default_device, load, parse_dtype, read_config, resolve_dtype
+from holdfast.models.loaded import LoadedModel
 from holdfast.models.memory import find_device, usable_bytes
 from holdfast.models.streaming import load_streamed
 

@@ -15,7 +15,7 @@ from holdfast.checkpoints.gram_store import INDEX_FILE, GramStore, GramWriter
 from holdfast.data.types import Sample
 from holdfast.errors import CalibrationError
 from holdfast.models.families import editable_linears
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,16 @@ class GramSets:
                     f"The {name} Gram matrices ({store.folder}) have no layer {missing[0]}, which those of the task "
                     f"({self.task.folder}) have ({len(missing)} such layer(s)); both must be of one model."
                 )
+
+    @classmethod
+    def open(cls, folder: Path | str) -> GramSets:
+        """The sets in the sub-folders `task`, `safety`, and where they are there `past` and `benign`, of `folder`.
+
+        Raises: CalibrationError: `task` or `safety` is missing, unfinished or damaged, or they are of two models.
+        """
+        folder = Path(folder)
+        names = [name for name in ("past", "benign") if (folder / name).is_dir()]
+        return cls(**{name: GramStore.open(folder / name) for name in ("task", "safety", *names)})
 
     @property
     def stores(self) -> dict[str, GramStore]:

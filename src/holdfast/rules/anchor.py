@@ -17,7 +17,7 @@ from holdfast.config import encode
 from holdfast.errors import CalibrationError, ConfigError
 from holdfast.functional.anchor import AnchorFactor, AnchorGrams, AnchorStrength
 from holdfast.functional.columns import measure_lora
-from holdfast.rules.base import DenseEdit, Layer, LoraEdit
+from holdfast.rules.base import DenseEdit, Layer, LoraEdit, Needs, Rule
 
 if TYPE_CHECKING:
     from holdfast.calibration.gram_sets import GramSets
@@ -61,7 +61,7 @@ class AnchorConfig:
 
 
 @dataclass(frozen=True)
-class AnchorRule:
+class AnchorRule(Rule):
     """W_hat = W_prev + D A (A + K)^-1; of an adapter, A_lora A (A + K)^-1 at the same rank, exactly.
 
     A row has change ||D|| and distance ||W_hat - W_prev||, tau (the mean diagonal of the task's Gram), safety_weight,
@@ -77,11 +77,14 @@ class AnchorRule:
     Config = AnchorConfig
     name = "anchor"
     inputs = ("grams",)
-    needs = "grams"
-    needs_curvature = False
     reads_base = False
 
+    @property
+    def needs(self) -> Needs:
+        return "grams"
+
     def settings(self) -> Mapping[str, Any]:
+        """Every option, and of each store of Gram matrices its digest."""
         return {**encode(self.config), "grams": self.grams.digests()}
 
     def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
