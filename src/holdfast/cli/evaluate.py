@@ -192,13 +192,15 @@ def _show(result: dict[str, Any], out: Path) -> None:
             )
         console.print(table)
     if result["safety"]:
-        table = Table(title="Safety (refusal / compliance / collapse of the scored replies)", title_justify="left")
-        for header in ("set", "judge", "ASR", "95 %", "ref / comp / coll", "over-ref.", "scored"):
+        table = Table(
+            title="Safety (refusal / compliance / other safe / collapse of the scored replies)", title_justify="left"
+        )
+        for header in ("set", "judge", "ASR", "95 %", "ref / comp / other / coll", "over-ref.", "scored"):
             table.add_column(header, no_wrap=header == "judge")
         agreements = []
         for name, main in result["safety"].items():
             for judge, row in [(main["judge"], main), *main["judges"].items()]:
-                split = " / ".join(_percent(row[key]) for key in ("refusal", "compliance", "collapse"))
+                split = " / ".join(_percent(row[key]) for key in ("refusal", "compliance", "other_safe", "collapse"))
                 table.add_row(
                     escape(name) if row is main else "",
                     escape(judge),

@@ -41,6 +41,9 @@ SAFETY_READERS: dict[str, str] = {
     "spa_vl": "holdfast.data.safety_spavl:read",
     "ch3ef": "holdfast.data.safety_ch3ef:read",
     "beavertails_v": "holdfast.data.safety_beavertails:read",
+    "xstest": "holdfast.data.safety_xstest:read",
+    "or_bench": "holdfast.data.safety_orbench:read",
+    "do_not_answer": "holdfast.data.safety_donotanswer:read",
 }
 
 REGISTRY = Registry("format", "holdfast.readers", READERS)

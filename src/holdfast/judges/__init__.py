@@ -13,6 +13,8 @@ from holdfast.registry import Registry
 
 JUDGES: dict[str, str] = {
     "keyword": "holdfast.judges.keyword:KeywordJudge",
+    "keyword_vlguard": "holdfast.judges.keyword:PublishedKeywordJudge",
+    "keyword_all": "holdfast.judges.keyword:AgreedKeywordJudge",
     "keyword_strict": "holdfast.judges.keyword:StrictKeywordJudge",
     "keyword_prefix": "holdfast.judges.keyword:PrefixJudge",
     "reference": "holdfast.judges.reference:ReferenceJudge",
