@@ -68,6 +68,20 @@ def _current_names(old: OldNames, values: Mapping[str, Any], where: str) -> Mapp
     return current
 
 
+def current_names(cls: type, data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """`data` for dataclass `cls` with old names replaced, at every depth: mappings are laid over another by new names.
+
+    Raises: ConfigError: an old name and its new one, with two values.
+    """
+    found = dict(_current_names(getattr(cls, "__old_names__", {}), data, where or cls.__name__))
+    hints = typing.get_type_hints(cls)
+    for key, value in found.items():
+        inner = hints.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            found[key] = current_names(inner, value, f"{where}.{key}" if where else str(key))
+    return found
+
+
 def decode(cls: type[T], data: Any, where: str = "") -> T:
     """Build dataclass `cls` from the mapping `data`; `where` prefixes the path in error messages."""
     if not isinstance(data, Mapping):

@@ -64,7 +64,7 @@ def command(
     from holdfast.cli.progress import bars
     from holdfast.cli.rule_options import read_rule
     from holdfast.cli.units import parse_bounds, parse_bytes, parse_choice
-    from holdfast.editing.card import check_safety
+    from holdfast.editing.account import check_safety
     from holdfast.editing.editor import edit_checkpoint
     from holdfast.errors import ConfigError
 

@@ -24,7 +24,7 @@ from holdfast.checkpoints.writer import (
     plan_shards,
     shard_index,
 )
-from holdfast.editing.card import check_safety, model_card
+from holdfast.editing.account import REPORT_FILE, VERIFICATION_FILE, EditReport, check_safety, model_card, versions
 from holdfast.editing.descent import describe_no_change
 from holdfast.editing.pair import Pair, open_pair
 from holdfast.editing.plan import (
@@ -47,7 +47,6 @@ from holdfast.editing.recipes import (
     output_tensors,
     read_scale_field,
 )
-from holdfast.editing.report import REPORT_FILE, VERIFICATION_FILE, EditReport, versions
 from holdfast.editing.verify.compare import verify_export
 from holdfast.errors import CalibrationError, ConfigError, ExportError, StorageError
 from holdfast.files import atomic_path, write_json

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from holdfast.config import decode
+from holdfast.config import current_names, decode
 from holdfast.errors import ConfigError
 from holdfast.registry import Registry
 from holdfast.stream.protocol import Method
@@ -92,8 +92,11 @@ def get(name: str, *, label: str | None = None, defaults: Mapping[str, Any] | No
     Raises UnknownNameError: no such method, or no such option. ConfigError: an option's type or value.
     """
     cls = class_of(name)
-    values = lay_over(lay_over(defaults or {}, REGISTRY.options(name)), options)
-    config = decode(cls.Config, values, f"methods.{label or name}")
+    where = f"methods.{label or name}"
+    below, preset, above = (
+        current_names(cls.Config, d, where) for d in (defaults or {}, REGISTRY.options(name), options)
+    )
+    config = decode(cls.Config, lay_over(lay_over(below, preset), above), where)
     try:
         method = cls(config, name=label or name)
     except TypeError as error:
