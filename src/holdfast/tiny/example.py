@@ -45,11 +45,18 @@ class ExampleFiles:
 
 
 def write_example(
-    folder: Path | str, *, seed: int = 0, requests: int = 64, progress: Callable[..., None] | None = None
+    folder: Path | str,
+    *,
+    seed: int = 0,
+    requests: int = 64,
+    tune: bool = False,
+    progress: Callable[..., None] | None = None,
 ) -> ExampleFiles:
-    """Write the example into `folder` (new), tuning the adapter on the way: about two minutes on one core.
+    """Write the example into `folder` (new). The adapter of seed 0 is part of the package; another one is tuned.
 
-    requests: of each kind and side. Raises: StorageError: the folder exists.
+    requests: of each kind and side. tune: tune the adapter anew also where it is shipped: about a minute on one core.
+
+    Raises: StorageError: the folder exists.
     """
     folder = Path(folder)
     if folder.exists():
@@ -76,7 +83,10 @@ def write_example(
         asked = json.loads((data / name / "validation.json").read_text(encoding="utf-8"))
         rows += [_rebased(_pair(row), data) for row in asked[:40]]
     files.task.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    _tune(stream, files, seed, progress)
+    if tune or seed != 0:
+        _tune(stream, files, seed, progress)
+    else:
+        shutil.copytree(model_path("aligned").parent / "tuned", files.after)
     return files
 
 
