@@ -286,7 +286,8 @@ class _Run:
                 else []
             )
             done += len(samples)
-            verdicts = judge.judge(samples, replies, side="benign" if side == "benign" else "unsafe")
+            # A task's request is harmless until BEFORE says so in words: "no, the picture shows ..." is an answer.
+            verdicts = judge.judge(samples, replies, side="unsafe" if side == "safety" else "benign")
             found[side] = {s.id: reply for s, reply in zip(samples, replies, strict=True)}
             found["refused"][side] = {s.id: v.behaviour == "refusal" for s, v in zip(samples, verdicts, strict=True)}
         self._spent("ask BEFORE", began)
@@ -307,7 +308,7 @@ class _Run:
             shown = ", ".join(f"{name!r} ({answers['safety'][name][:40]!r})" for name in missed[:3])
             raise DataError(
                 f"BEFORE ({self.before}) refuses {len(safety) - len(missed)} of {len(safety)} forbidden requests, by "
-                f"the judge {probe.judge.name!r}; it is not aligned for this policy, and what it does not refuse cannot "
+                f"the judge {probe.judge.name!r}; it is not aligned for this policy: what it does not refuse cannot "
                 f"be given back. Not refused: {shown}{', ...' if len(missed) > 3 else ''}. Check that BEFORE is the "
                 "aligned model and that the judge knows its refusals, or lower --min-refused."
             )
