@@ -116,7 +116,10 @@ def command(
         bool, typer.Option("--whole-curve", help="Measure every strength, for the picture.", rich_help_panel=_RUN)
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.", rich_help_panel=_RUN)] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests per batch.", rich_help_panel=_RUN)] = 32,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Requests per batch; by default 16, 64 for a small model.", rich_help_panel=_RUN),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the split into calibration and probe.", rich_help_panel=_RUN)] = 0,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.", rich_help_panel=_RUN)
@@ -168,7 +171,7 @@ def command(
         screen=screen,
         whole_curve=whole_curve,
         tokens=max_new_tokens,
-        batch_size=batch_size,
+        batch_size=batch_size or _batch_size(before),
         seed=seed,
         export=None if export is None else export.value,
         dtype=dtype,
@@ -196,6 +199,14 @@ def command(
         _show(result.record, result.page)
     if result.published is None:
         raise typer.Exit(3)
+
+
+def _batch_size(model: str) -> int:
+    """Large batches where the weights say that memory is no question."""
+    from holdfast.checkpoints.merged import open_checkpoint
+
+    with open_checkpoint(model) as opened:
+        return 64 if sum(entry.nbytes for entry in opened.entries.values()) < 2**29 else 16
 
 
 def _read_sets(

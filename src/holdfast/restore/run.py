@@ -64,7 +64,7 @@ class RestoreConfig:
     whole_curve: bool = False
     tokens: int = 128
     task_tokens: int = 64
-    batch_size: int = 32
+    batch_size: int = 16
     seed: int = 0
     export: Literal["dense", "adapter"] | None = None
     dtype: str | None = None
@@ -563,6 +563,7 @@ class WorkFolder:
         return sorted(self.folder.glob("at-*.point.json"))
 
     def remove(self) -> None:
+        """After publishing: nothing of it is needed any more."""
         shutil.rmtree(self.root, ignore_errors=True)
 
 
