@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from holdfast.restore.sets import RestoreSets
 
 _BUDGET, _DATA, _EDIT, _RUN = "Budget", "Requests", "Edit", "How it runs"
 
@@ -218,7 +221,7 @@ def _read_sets(
     images: Path | None,
     probes: int,
     seed: int,
-) -> object:
+) -> RestoreSets:
     from holdfast.cli.samples import read_samples
     from holdfast.errors import ConfigError
     from holdfast.restore.sets import RestoreSets, Split, own_ids, split

@@ -255,8 +255,10 @@ def trade_off(
         for index, (name, values) in enumerate(series.items(), 1):
             y = np.array([np.nan if v is None else v for v in values], dtype=float)
             known = ~np.isnan(y)
-            style = {"color": theme.colour(index), "marker": theme.marker(index), "markersize": 5, "linewidth": 2.0}
-            ax.plot(x[known], y[known], label=name, clip_on=False, **style)
+            shade, mark = theme.colour(index), theme.marker(index)
+            ax.plot(
+                x[known], y[known], label=name, color=shade, marker=mark, markersize=5, linewidth=2.0, clip_on=False
+            )
             if bounds and name in bounds:
                 ax.axhline(bounds[name], color=theme.colour(index), linewidth=1.0, linestyle=(0, (4, 3)))
         ax.set_xlim(-0.5, len(strengths) - 0.5)

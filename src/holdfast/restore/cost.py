@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from holdfast.checkpoints.adapter import is_adapter
 from holdfast.checkpoints.merged import open_checkpoint
+from holdfast.data.types import Sample
 from holdfast.models.load import default_device, read_config
 from holdfast.restore.sets import RestoreSets
 
@@ -35,17 +37,16 @@ def estimate_cost(before: str, after: str, sets: RestoreSets, config: RestoreCon
     text = read_config(before).get_text_config()
     tower = _TOKENS_PER_PICTURE if parameters > 1e8 else 36
 
-    def tokens(samples: object) -> int:
+    def tokens(samples: Sequence[Sample]) -> int:
         return sum(
-            sum(len(t.text) for t in s.turns) // _CHARACTERS_PER_TOKEN + tower * len(s.images) + 8
-            for s in samples  # type: ignore[attr-defined]
+            sum(len(t.text) for t in s.turns) // _CHARACTERS_PER_TOKEN + tower * len(s.images) + 8 for s in samples
         )
 
     probes = (*sets.safety.probe, *sets.benign.probe, *sets.task.probe)
     asked = (*sets.safety.calibration, *sets.benign.calibration, *sets.task.calibration, *probes)
     flops = 2 * parameters
 
-    def asking(samples: object, count: int) -> float:
+    def asking(samples: Sequence[Sample], count: int) -> float:
         # Replies are mostly shorter than the bound.
         return flops * (tokens(samples) / _FORWARD_SHARE + count * config.tokens / 2 / _DECODE_SHARE) / speed
 
