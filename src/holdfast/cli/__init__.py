@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import Annotated
 
 import typer
 
 from holdfast.errors import HoldfastError
+from holdfast.version import __version__
 
 # verb -> module. A verb's module must be cheap to import: torch and transformers are imported inside its `command`.
 VERBS: dict[str, str] = {
     "demo": "holdfast.cli.demo",
+    "init": "holdfast.cli.init",
     "run": "holdfast.cli.run",
     "list": "holdfast.cli.list",
     "doctor": "holdfast.cli.doctor",
@@ -37,9 +40,19 @@ app = typer.Typer(
 )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"holdfast {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
-    """Keep a single-verb app a group, so that `holdfast VERB` always works."""
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and stop.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What `holdfast` alone takes; a single-verb app stays a group, so that `holdfast VERB` always works."""
 
 
 def _register() -> None:

@@ -51,14 +51,18 @@ def entries(what: str) -> Iterator[tuple[str, str]]:
         yield from ((name, model if isinstance(model, str) else ", ".join(model)) for name, model in MODELS.items())
     else:
         yield "tiny", "the embedded stream: `holdfast demo`"
+        from holdfast.shipped import first_comment
+
         for path in stream_files():
-            yield str(path), _comment(path)
+            yield str(path), first_comment(path)
 
 
 def stream_files() -> list[Path]:
-    """Stream files in configs/streams, of the working folder or of a source checkout."""
-    roots = dict.fromkeys((Path.cwd(), Path(__file__).resolve().parents[3]))
-    return [path for root in roots for path in sorted((root / "configs" / "streams").glob("*.yaml"))]
+    """Stream files in configs/streams of the working folder, then those that come with holdfast."""
+    from holdfast import shipped
+
+    own = sorted((Path.cwd() / "configs" / "streams").glob("*.yaml"))
+    return list(dict.fromkeys([*own, *shipped.stream_files().values()]))
 
 
 def _first_line(where: str) -> str:
@@ -79,10 +83,3 @@ def _flat(options: object, where: str = "") -> Iterator[str]:
             yield from _flat(value, f"{where}.{key}" if where else key)
     else:
         yield f"{where}: {options}"
-
-
-def _comment(path: Path) -> str:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#"):
-            return line.lstrip("# ").strip()
-    return ""
