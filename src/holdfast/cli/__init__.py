@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from holdfast.cli.panels import PanelledCommand
 from holdfast.errors import HoldfastError
 from holdfast.version import __version__
 
@@ -57,7 +58,7 @@ def _root(
 
 def _register() -> None:
     for verb, module in VERBS.items():
-        app.command(name=verb)(importlib.import_module(module).command)
+        app.command(name=verb, cls=PanelledCommand)(importlib.import_module(module).command)
 
 
 _register()

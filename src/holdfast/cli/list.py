@@ -6,22 +6,20 @@ import ast
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
-KINDS = ("methods", "scorers", "judges", "families", "streams")
+from holdfast.cli.choices import Kind
+
+KINDS: tuple[str, ...] = get_args(Kind)
 
 
 def command(
-    what: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}.")],
+    what: Annotated[Kind, typer.Argument(help=f"One of {', '.join(KINDS)}.")],
     names_only: Annotated[bool, typer.Option("--names", help="Names alone, one a line.")] = False,
 ) -> None:
     """List what there is, with a line about each."""
-    from holdfast.errors import unknown_name
-
-    if what not in KINDS:
-        raise unknown_name("list", what, KINDS)
     rows = list(entries(what))
     width = max((len(name) for name, _ in rows), default=0)
     for name, line in rows:

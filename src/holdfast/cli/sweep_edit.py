@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from holdfast.cli.choices import CriterionName, CurvatureFormName
+
 
 def command(
     before: Annotated[str, typer.Argument(help="The model that the tuning started from: folder or hub id.")],
@@ -16,16 +18,19 @@ def command(
     keep: Annotated[list[str] | None, typer.Option(help="p_min..p_max in percent; repeat it for a grid.")] = None,
     focus: Annotated[list[float] | None, typer.Option(help="k / p; repeat it for a grid.")] = None,
     alpha: Annotated[list[str] | None, typer.Option(help="a0..a1; repeat it for a grid.")] = None,
-    saliency: Annotated[str, typer.Option(help="eps+phi (the method), eps or phi.")] = "eps+phi",
+    saliency: Annotated[CriterionName, typer.Option(help="eps+phi is the method.")] = "eps+phi",
     curvature_form: Annotated[
-        str, typer.Option(help="divide (by the inverse's diagonal; the method) or multiply.")
+        CurvatureFormName, typer.Option(help="divide (by the inverse's diagonal) is the method.")
     ] = "divide",
     out: Annotated[Path | None, typer.Option(help="Write the rows to this JSON file too.")] = None,
     allow_other_calibration: Annotated[
-        bool, typer.Option(help="Accept a calibration made with other weights of this architecture.")
+        bool,
+        typer.Option(
+            "--allow-other-calibration", help="Accept a calibration made with other weights of this architecture."
+        ),
     ] = False,
 ) -> None:
-    """Compare settings of an edit by what they keep and take back. The weights are read once, whatever the grid."""
+    """Compare settings of HPA's edit by what they keep and take back. The weights are read once, whatever the grid."""
     from dataclasses import asdict
 
     from rich.console import Console
@@ -43,7 +48,7 @@ def command(
         [parse_bounds(text, "--keep") for text in keep or ["5..15"]],
         focus or [2.0],
         [parse_bounds(text, "--alpha") for text in alpha or ["0.4..0.8"]],
-        HpaConfig(saliency=saliency, curvature=curvature_form),  # type: ignore[arg-type]
+        HpaConfig(saliency=saliency, curvature=curvature_form),
     )
     curvature = Curvature.load(calibration)
     with bars("reading") as progress:
