@@ -207,6 +207,10 @@ class LoraEdit(_Edited):
         """W_hat as a matrix, in float32 or wider, rounded once to `out` (or to the dtype of `w_prev`).
 
         `out` may be `w_prev` itself. The kept columns are copied bit for bit.
+
+        w_prev, out: (r, c).
+
+        Raises: ValueError: the factors are of another layer than `w_prev`.
         """
         check_lora(self.lora_a, self.lora_b, w_prev)
         out = torch.empty_like(w_prev) if out is None else out
@@ -229,6 +233,8 @@ def keep_schedule(block: int, block_count: int, *, keep_bounds: tuple[float, flo
     """p_l = p_max - (l / L)(p_max - p_min) percent for the block with 0-based index `block`, l = block + 1.
 
     p falls linearly with depth and ends at p_min exactly. keep_bounds is (p_min, p_max).
+
+    Raises: ValueError: no block of this index.
     """
     if not 0 <= block < block_count:
         raise ValueError(f"block {block} of {block_count}; expected 0..{block_count - 1}.")
@@ -355,7 +361,10 @@ class ColumnRanking:
 
 
 def outcome_of(change: ColumnChange, selection: Selection, orthogonal: Orthogonal = True) -> Outcome:
-    """What an edit with these kept columns does, from column statistics alone."""
+    """What an edit with these kept columns does, from column statistics alone.
+
+    Raises: ValueError: `orthogonal` is none of True, False, "column", or W_prev was not read and it is not False.
+    """
     coefficient: float | Tensor = 0.0
     if orthogonal == "column":
         coefficient = change.column_coefficients()

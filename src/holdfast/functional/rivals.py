@@ -191,7 +191,10 @@ def safelora(
 def task_arithmetic(
     w_base: Float[Tensor, "r c"], deltas: Sequence[Float[Tensor, "r c"]], weights: Sequence[float]
 ) -> Float[Tensor, "r c"]:
-    """W_base + sum_t weight_t D_t (Ilharco et al., ICLR 2023), in float32 or wider, rounded once."""
+    """W_base + sum_t weight_t D_t (Ilharco et al., ICLR 2023), in float32 or wider, rounded once.
+
+    Raises: ValueError: no change, another number of weights, or shapes that differ.
+    """
     if not deltas or len(deltas) != len(weights):
         raise ValueError(f"found {len(deltas)} changes and {len(weights)} weights; expected as many, at least one.")
     total = w_base.to(wide_dtype(w_base, *deltas), copy=True)
@@ -216,6 +219,8 @@ def ties(deltas: Sequence[Float[Tensor, "r c"]], *, density: float = 0.2) -> Flo
     """TIES (Yadav et al., NeurIPS 2023): trim each change, elect a sign per entry, average what agrees with it.
 
     Returns: one change (r, c), to be added with a weight (1 in the paper). The threshold is per tensor.
+
+    Raises: ValueError: no change to merge.
     """
     if not deltas:
         raise ValueError("expected at least one change to merge.")
@@ -228,7 +233,10 @@ def ties(deltas: Sequence[Float[Tensor, "r c"]], *, density: float = 0.2) -> Flo
 def dare(
     delta: Float[Tensor, "r c"], *, drop: float, generator: torch.Generator, rescale: bool = True
 ) -> Float[Tensor, "r c"]:
-    """DARE (Yu et al., ICML 2024): drop entries at random with probability `drop`, scale the rest by 1 / (1 - drop)."""
+    """DARE (Yu et al., ICML 2024): drop entries at random with probability `drop`, scale the rest by 1 / (1 - drop).
+
+    Raises: ValueError: `drop` outside 0 up to, not including, 1.
+    """
     if not 0 <= drop < 1:
         raise ValueError(f"drop={drop}; expected a probability in 0..1, below 1.")
     # Drawn on the generator's device, so that the same seed gives the same entries everywhere.

@@ -61,6 +61,7 @@ class Steps:
 
     @property
     def stable(self) -> int:
+        """Optimizer steps of the stable phase."""
         return self.total - self.warmup
 
 
@@ -159,6 +160,10 @@ class TaskLearning:
             )
 
     def features(self) -> Features:
+        """The router's features of the task's training samples, made once and read from then on.
+
+        Raises: AdapterError: they are of another number of samples.
+        """
         stored = load_file(self._features_path)
         if stored["text"].shape[0] != len(self.samples):
             raise AdapterError(
