@@ -77,3 +77,13 @@ def test_figures_without_a_meaning_are_none_or_zero_and_never_nan() -> None:
         with pytest.raises(ValueError, match="the projection needs W_prev"):
             getattr(ColumnChange(energy=torch.ones(4), dot=None, square=None, rows=3), figure)()
     assert not math.isnan(nothing.norm)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e3])
+def test_a_direction_has_no_size(scale: float) -> None:
+    w_prev, w_new = pair()
+    cosine = measure_change(w_prev, w_new).cosine()
+    assert measure_change(scale * w_prev, scale * w_new).cosine() == pytest.approx(cosine, rel=1e-6)
+    assert measure_change(scale * w_prev, scale * w_new).relative() == pytest.approx(
+        measure_change(w_prev, w_new).relative(), rel=1e-6
+    )

@@ -214,3 +214,11 @@ def test_bad_input_is_named(layer: Layer) -> None:
         dare(layer.w_prev, drop=1.0, generator=torch.Generator())
     with pytest.raises(ValueError, match="2 changes and 1 weights"):
         task_arithmetic(layer.w_prev, [layer.w_prev] * 2, [1.0])
+
+
+def test_safelora_says_which_factors_do_not_belong_together() -> None:
+    a, b, v = torch.ones(2, 6), torch.ones(5, 2), torch.ones(5, 6)
+    with pytest.raises(ValueError, match=r"expected \(rank, c\) and \(r, rank\)"):
+        safelora(torch.ones(3, 6), b, v)
+    with pytest.raises(ValueError, match="The adapter is of another layer"):
+        safelora(a, b, torch.ones(5, 7))

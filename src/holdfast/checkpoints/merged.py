@@ -27,10 +27,14 @@ class CheckpointLike(Protocol):
     """A model as a value: a folder or hub id, and adapter folders on top (`holdfast.stream.protocol.Checkpoint`)."""
 
     @property
-    def base(self) -> str: ...
+    def base(self) -> str:
+        """Folder or hub id of the base."""
+        ...
 
     @property
-    def adapters(self) -> tuple[str, ...]: ...
+    def adapters(self) -> tuple[str, ...]:
+        """Adapter folders on top of it, in order."""
+        ...
 
 
 class MergedCheckpoint:
@@ -67,14 +71,17 @@ class MergedCheckpoint:
 
     @property
     def entries(self) -> dict[str, TensorEntry]:
+        """Every tensor of the base, by its key."""
         return self.base.entries
 
     @property
     def names(self) -> NameIndex:
+        """Where a module's tensors lie among the keys."""
         return self.base.names
 
     @property
     def folder(self) -> Path:
+        """The base's folder."""
         return self.base.folder
 
     def __iter__(self) -> Iterator[str]:
@@ -115,7 +122,12 @@ class MergedCheckpoint:
         )
 
     def read_float(self, key: str) -> Tensor:
-        """One tensor, merged, in fp32 or wider: what an edit computes with."""
+        """One tensor, merged, in fp32 or wider: what an edit computes with.
+
+        Of the stored shape, (out, in) for a linear.
+
+        Raises: CheckpointError: stored as integers or in 8 bits.
+        """
         entry = self.base.entry(key)
         if entry.dtype not in EDITABLE_DTYPES:
             raise CheckpointError(
@@ -124,11 +136,15 @@ class MergedCheckpoint:
         return self.merge(entry.name, self.base.read(key))
 
     def read(self, key: str) -> Tensor:
-        """One tensor, merged, cast once to its stored type."""
+        """One tensor, merged, cast once to its stored type.
+
+        Of the stored shape, (out, in) for a linear.
+        """
         weight = self.base.read(key)
         return weight if self.is_plain(self.base.entry(key).name) else self.merge(key, weight, out=weight)
 
     def close(self) -> None:
+        """Close base and adapters."""
         self.base.close()
         for adapter in self.adapters:
             adapter.close()

@@ -188,6 +188,7 @@ class Experiment:
 
     @property
     def directory(self) -> RunDirectory:
+        """Paths of the run directory, and its records."""
         return RunDirectory(self.out)
 
     @property
@@ -246,6 +247,7 @@ class Experiment:
         return samples_digest(samples, lambda p: p.relative_to(root).as_posix() if p.is_relative_to(root) else p.name)
 
     def evaluator(self) -> Any:
+        """What asks a checkpoint every task and every safety set, as the run file says."""
         from holdfast.evaluation import CheckpointEvaluator
 
         return CheckpointEvaluator(self.config.evaluation)

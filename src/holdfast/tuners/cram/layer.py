@@ -41,8 +41,7 @@ class Active:
     ) -> None:
         """What the next forward pass does: nothing yet, the base alone, or experts by row weights.
 
-        Args: rows (B, R): weight of every stacked row, R of them over all experts. trained (B,): weight of the factors
-            in training. pool (B, T): mask of image tokens, for a centroid that is learned.
+        Args: rows (B, R), trained (B, S), pool (B, T): see the class; R rows over all experts, T tokens.
         """
         self.mode, self.rows, self.trained, self.pool = mode, rows, trained, pool
         self._spread.clear()
