@@ -80,7 +80,10 @@ class Spool:
 
 @contextmanager
 def stop_after(blocks: Sequence[nn.Module], stop: int, record: Callable[[Tensor], None] | None) -> Iterator[None]:
-    """End every forward when block `stop - 1` is done; `record` receives what block `stop` was about to read."""
+    """End every forward when block `stop - 1` is done; `record` receives what block `stop` was about to read.
+
+    Within this context; `record` is given (B, T, d). Raises: nothing itself: each forward ends in StopForwardError.
+    """
 
     def at_next(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if record is not None:

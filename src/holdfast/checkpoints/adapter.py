@@ -231,7 +231,10 @@ class LoraAdapter:
         return self._file.metadata
 
     def read_range(self, key: str, buffer: Tensor, start: int, stop: int) -> Tensor:
-        """Raw bytes of a tensor of the adapter file (for its fingerprint)."""
+        """Raw bytes of a tensor of the adapter file (for its fingerprint).
+
+        buffer: (n,) uint8, n >= stop - start. Returns: (stop - start,), a view of it.
+        """
         return self._file.read_into(self._file.entries[key], buffer, start, stop)
 
     @property

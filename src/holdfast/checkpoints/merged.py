@@ -102,6 +102,8 @@ class MergedCheckpoint:
         """The merged value of `weight`, the base's tensor under `key`; `out` may be `weight` itself.
 
         Without `out` the result is fp32 (fp64 for an fp64 base); with it, the sum is cast once into `out`.
+
+        weight, out: of the stored shape, (out, in) for a linear.
         """
         if key in self.replaced:
             adapter, name = self.replaced[key]

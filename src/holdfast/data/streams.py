@@ -335,6 +335,8 @@ def build_calibration(
     """Reads the safety calibration data, ids made unique.
 
     name, obtain: what errors call it, and say of where it comes from.
+
+    Raises: DataError: the file is missing, empty, or holds something else.
     """
     source = Source(
         name=name,

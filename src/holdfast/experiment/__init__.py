@@ -329,7 +329,10 @@ class Experiment:
 def resolve(
     config: RunConfig, out: Path | str, *, methods: Sequence[str] | None = None, progress: Progress = silent
 ) -> Experiment:
-    """Read the data and build the methods, so that every mistake in a run file shows before the first hour of work."""
+    """Read the data and build the methods, so that every mistake in a run file shows before the first hour of work.
+
+    Raises: ConfigError, DataError, UnknownNameError, ModelError: what is wrong, and where in the run file.
+    """
     built = build_methods(config, methods)
     stream = build(config.stream, task_names=config.tasks)
     for task in stream.tasks:
@@ -373,6 +376,8 @@ def run(
     """Run (or resume) every method of `config`, or those named, into the directory `out`; returns the summary.
 
     jobs: so many methods at once, each in its own process; the results are those of jobs=1.
+
+    Raises: what `resolve` raises. RunError: the directory is of another run, or in use. StorageError: the disk is full.
     """
     if jobs < 1:
         raise ConfigError(f"jobs is {jobs}; expected 1 or more.")

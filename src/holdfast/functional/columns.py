@@ -256,6 +256,8 @@ def strip_rows(weight: Tensor) -> int:
     """Rows per strip: about 2^18 numbers on a CPU (they stay in its cache), 2^24 on an accelerator.
 
     At most 1024 rows on a CPU, which adds along a column one by one; an accelerator adds in a tree.
+
+    weight: (r, c).
     """
     if weight.device.type == "cpu":
         return min(1024, max(1, 2**18 // max(1, weight.shape[1])))

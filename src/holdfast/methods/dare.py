@@ -55,4 +55,5 @@ class Dare(SeqFT):
     config: DareConfig
 
     def rule(self) -> EditRule:
+        """DARE with this method's options."""
         return DareRule(self.config)

@@ -38,6 +38,7 @@ class ModelTailor(GramSweep):
         return trained, draw(self.samples(ctx), self.config.task_samples, step_seed(ctx))
 
     def edit_layer(self, w_prev: Tensor, w_new: Tensor, inverse_factor: Tensor) -> RivalEdit:
+        """Model Tailor of one layer; weights (r, c), inverse_factor (c, c)."""
         return model_tailor(
             w_prev,
             w_new,

@@ -274,7 +274,10 @@ def consolidate(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> dict[str, ExpertFactors]:
-    """The expert that a buffer turns into, for every linear; factors fp32 on the CPU."""
+    """The expert that a buffer turns into, for every linear; factors fp32 on the CPU.
+
+    buffer: linear name -> A (R, in), B (out, R). history: linear name -> older experts' A, each (rank, in).
+    """
     made = {}
     scale = 2.0 if config.compat_double_scale else 1.0
     for name, (a, b) in buffer.items():
