@@ -101,7 +101,7 @@ def test_the_choices_are_those_of_the_library() -> None:
     from holdfast.calibration import curvature, walk
     from holdfast.editing import editor, recipes
     from holdfast.evaluation.evaluation_config import EvaluationConfig
-    from holdfast.functional import hessian, hpa, inverse
+    from holdfast.functional import hessian, inverse
     from holdfast.scorers import alignment, base
 
     evaluation = typing.get_type_hints(EvaluationConfig)
@@ -110,8 +110,6 @@ def test_the_choices_are_those_of_the_library() -> None:
         "AlignName": alignment.Align,
         "BackendName": evaluation["backend"],
         "CoefficientName": recipes.CoefficientChoice,
-        "CriterionName": hpa.Criterion,
-        "CurvatureFormName": hpa.CurvatureForm,
         "DtypeName": typing.get_args(evaluation["dtype"])[0],
         "ExportName": editor.Export,
         "ModeName": base.Mode,

@@ -389,7 +389,7 @@ def test_nan_in_a_base_that_the_rule_does_not_read_is_found(world, tmp_path):
         edit_checkpoint(
             before,
             world.adapter,
-            rule=HpaRule(HpaConfig(orthogonal=False)),
+            rule=HpaRule(HpaConfig(projection="none")),
             curvature=world.curvature,
             out=tmp_path / "out",
             verify=False,

@@ -28,6 +28,7 @@ VERBS: dict[str, str] = {
     "inspect": "holdfast.cli.inspect",
     "evaluate": "holdfast.cli.evaluate",
     "report": "holdfast.cli.report",
+    "label": "holdfast.cli.label",
     "route": "holdfast.cli.route",
     "merge-experts": "holdfast.cli.merge_experts",
 }

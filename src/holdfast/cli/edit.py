@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from holdfast.cli.choices import CoefficientName, CriterionName, CurvatureFormName, ExportName, ProjectionName
+from holdfast.cli.units import format_bounds
+from holdfast.functional.hpa_config import ALPHA_BOUNDS, FOCUS_RATIO, KEEP_BOUNDS
 
 if TYPE_CHECKING:
     from holdfast.checkpoints.curvature_file import Curvature
@@ -21,10 +23,14 @@ def command(
     safety: Annotated[Path | None, typer.Option(help="Instead of --calibration: the model's own safe answers.")] = None,
     task: Annotated[Path | None, typer.Option(help="Instead of --calibration: samples of the task.")] = None,
     export: Annotated[ExportName, typer.Option(help="dense: a full checkpoint. adapter: a PEFT folder.")] = "dense",
-    keep: Annotated[str, typer.Option(help="p_min..p_max, % of input columns kept, last..first block.")] = "5..15",
-    focus: Annotated[float, typer.Option(help="k = focus * p: how many columns count as focal.")] = 2.0,
-    alpha: Annotated[str, typer.Option(help="a0..a1, bounds of the task's weight.")] = "0.4..0.8",
-    saliency: Annotated[CriterionName, typer.Option(help="eps+phi is the method.")] = "eps+phi",
+    keep: Annotated[
+        str, typer.Option(help="p_min..p_max, % of input columns kept, last..first block.")
+    ] = format_bounds(KEEP_BOUNDS),
+    focus: Annotated[float, typer.Option(help="k = focus * p: how many columns count as focal.")] = FOCUS_RATIO,
+    alpha: Annotated[str, typer.Option(help="a0..a1, bounds of the task's weight.")] = format_bounds(ALPHA_BOUNDS),
+    ranking: Annotated[
+        CriterionName, typer.Option("--ranking", "--saliency", help="eps+phi is the method.")
+    ] = "eps+phi",
     curvature_form: Annotated[
         CurvatureFormName, typer.Option(help="divide (by the inverse's diagonal) is the method.")
     ] = "divide",
@@ -61,7 +67,7 @@ def command(
     from holdfast.checkpoints.curvature_file import Curvature
     from holdfast.checkpoints.reader import read_json
     from holdfast.cli.progress import bars
-    from holdfast.cli.units import parse_bounds, parse_bytes, parse_choice
+    from holdfast.cli.units import parse_bounds, parse_bytes
     from holdfast.editing.card import check_safety
     from holdfast.editing.editor import edit_checkpoint
     from holdfast.errors import ConfigError
@@ -73,9 +79,9 @@ def command(
         keep_bounds=parse_bounds(keep, "--keep"),
         focus_ratio=focus,
         alpha_bounds=parse_bounds(alpha, "--alpha"),
-        saliency=saliency,
-        curvature=curvature_form,
-        orthogonal=parse_choice(projection, {"layer": True, "column": "column", "none": False}, "--projection"),
+        ranking=ranking,
+        curvature_form=curvature_form,
+        projection=projection,
     )
     shard_bytes = parse_bytes(shard)
     measured = check_safety(read_json(measured_safety, "measured safety")) if measured_safety is not None else None

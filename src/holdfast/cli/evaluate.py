@@ -194,7 +194,7 @@ def _show(result: dict[str, Any], out: Path) -> None:
                     escape(name) if row is main else "",
                     escape(judge),
                     _percent(row["asr"]),
-                    _interval(row["interval"]),
+                    _interval(row["interval"]) + _worst_case(row),
                     split,
                     _percent(row.get("benign", {}).get("over_refusal")),
                     f"{row['n'] - row['unscored']}/{row['n']}",
@@ -216,6 +216,12 @@ def _show(result: dict[str, Any], out: Path) -> None:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _worst_case(row: dict[str, Any]) -> str:
+    """What the rate could be whatever the unscored replies are, where there are some."""
+    low, high = row.get("bounds", {}).get("asr", (0.0, 0.0))
+    return f"\nworst case {_percent(low)} - {_percent(high)}" if high - low > 1e-9 else ""
 
 
 def _interval(interval: dict[str, Any] | None) -> str:

@@ -13,9 +13,10 @@ PANELS: dict[str, tuple[str, ...]] = {
         "images", "judge", "limit", "model", "option", "prompt", "prompts", "references", "root", "safety",
         "safety_images", "samples", "scorer", "stream", "task", "task_images", "tasks", "test_set",
     ),
+    "Labels": ("annotator", "html", "import_", "number", "settle", "show"),
     "The method": (
         "activations", "alpha", "coefficient", "curvature_form", "damping", "expert", "focus", "harmful", "keep",
-        "method", "methods", "mode", "normalization", "on_failure", "per_category", "projection", "quick", "saliency",
+        "method", "methods", "mode", "normalization", "on_failure", "per_category", "projection", "quick", "ranking",
         "seed", "shrinkage", "temperature", "tokens",
     ),
     "Output": (

@@ -57,6 +57,7 @@ class EditReport:
         return [*_calibration_note(self.inputs.get("calibration", {})), *_coefficient_note(self)]
 
     def to_json(self) -> dict[str, Any]:
+        """As plain data, with the format's version."""
         return {
             "format_version": FORMAT_VERSION,
             "rule": self.rule,
@@ -72,6 +73,10 @@ class EditReport:
         }
 
     def save(self, path: Path) -> None:
+        """Write it as JSON in one rename.
+
+        Raises: StorageError: the disk is full or the folder cannot be written.
+        """
         write_json(path, self.to_json())
 
     @classmethod
@@ -95,6 +100,7 @@ class EditReport:
             raise CheckpointError(f"{path} is no edit report that can be read ({error}).") from error
 
     def with_seconds(self, seconds: Mapping[str, float]) -> EditReport:
+        """The same report with the seconds that each phase took."""
         return replace(self, seconds=dict(seconds))
 
 
@@ -111,7 +117,9 @@ def _calibration_note(calibration: Mapping[str, Any]) -> list[str]:
 
 
 def _coefficient_note(report: EditReport) -> list[str]:
-    if report.coefficient is None or report.settings.get("orthogonal") is False:
+    # `orthogonal`: the option's name in reports of version 0.1.
+    unprojected = report.settings.get("projection") == "none" or report.settings.get("orthogonal") is False
+    if report.coefficient is None or unprojected:
         return []
     if not any("coefficient" in row for row in report.layers):
         return []

@@ -15,9 +15,9 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "seqft": ("holdfast.methods.seqft:SeqFT", {}),
     "hpa": ("holdfast.methods.hpa:Hpa", {}),
     # Rows of the paper's ablation.
-    "hpa_eps": ("holdfast.methods.hpa:Hpa", {"edit": {"saliency": "eps"}}),
-    "hpa_phi": ("holdfast.methods.hpa:Hpa", {"edit": {"saliency": "phi"}}),
-    "hpa_no_projection": ("holdfast.methods.hpa:Hpa", {"edit": {"orthogonal": False}}),
+    "hpa_eps": ("holdfast.methods.hpa:Hpa", {"edit": {"ranking": "eps"}}),
+    "hpa_phi": ("holdfast.methods.hpa:Hpa", {"edit": {"ranking": "phi"}}),
+    "hpa_no_projection": ("holdfast.methods.hpa:Hpa", {"edit": {"projection": "none"}}),
     # Controls: the same kind of edit without a Hessian, at the same p and at HPA's strength.
     "interpolation": ("holdfast.methods.interpolation:Interpolation", {}),
     "largest_change": ("holdfast.methods.largest_change:LargestChange", {}),
@@ -38,7 +38,7 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "replay": ("holdfast.methods.replay:Replay", {}),
     "cram": ("holdfast.methods.cram:Cram", {}),
     # Both of them: the edit on finished experts.
-    "cram_hpa": ("holdfast.methods.cram_hpa:CramHpa", {"edit": {"orthogonal": False}}),
+    "cram_hpa": ("holdfast.methods.cram_hpa:CramHpa", {"edit": {"projection": "none"}}),
     # Ablations of CRAM.
     "cram_no_penalty": ("holdfast.methods.cram:Cram", {"cram": {"penalty": 0.0}}),
     "cram_fixed_rank": ("holdfast.methods.cram:Cram", {"cram": {"rank": {"fixed": True}}}),

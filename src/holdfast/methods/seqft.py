@@ -7,11 +7,9 @@ task is this class with another `rule`; one that learns in another way overrides
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-from torch import Tensor
 
 from holdfast.calibration.curvature import CalibrationConfig, collect_curvature
 from holdfast.checkpoints.curvature_file import Curvature
@@ -20,7 +18,8 @@ from holdfast.editing.editor import edit_checkpoint
 from holdfast.errors import CalibrationError, ConfigError
 from holdfast.files import write_json
 from holdfast.models.load import load
-from holdfast.rules.base import DenseEdit, EditRule, Layer, LoraEdit
+from holdfast.rules.base import EditRule
+from holdfast.rules.keep import KeepUpdate
 from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.training.supervised import train
 from holdfast.training.training_config import TrainingConfig
@@ -56,26 +55,6 @@ class EditingConfig(SeqFTConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; expected 1 or more.")
-
-
-@dataclass(frozen=True)
-class KeepUpdate:
-    """The edit that changes nothing: W_hat = W_new."""
-
-    name = "keep"
-    needs_curvature = False
-    reads_base = False
-
-    def settings(self) -> Mapping[str, Any]:
-        return {}
-
-    def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
-        return DenseEdit(weight=w_new)
-
-    def edit_lora(
-        self, layer: Layer, w_prev: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
-    ) -> LoraEdit:
-        return LoraEdit(lora_a=lora_a)
 
 
 class SeqFT:

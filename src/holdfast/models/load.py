@@ -19,8 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 from holdfast.checkpoints.adapter import CONFIG_FILE, INPUT_SCALE_FILE, LoraAdapter
-from holdfast.checkpoints.merged import CheckpointLike, add_updates, locate
+from holdfast.checkpoints.merged import add_updates, locate
 from holdfast.checkpoints.naming import NameIndex
+from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
 from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, CheckpointError, ModelError
 from holdfast.models.families import Family, build_processors_without_video, family_of
@@ -58,7 +59,7 @@ class LoadedModel:
     processor: Any = field(repr=False)
     name: str
     family: Family = field(default_factory=Family)
-    source: str | CheckpointLike | None = None
+    source: Checkpoint | None = None
     blocks_on_disk: BlockStore | None = field(default=None, repr=False)
     tuner: Tuner | None = field(default=None, repr=False)
 
@@ -106,7 +107,7 @@ class LoadedModel:
 
 
 def load(
-    source: str | Path | CheckpointLike,
+    source: Source,
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
@@ -125,7 +126,8 @@ def load(
         without chat template, code that would have to be trusted. AdapterError: an adapter that does not fit.
         ConfigError: a device that is not there.
     """
-    base, adapters = (source.base, source.adapters) if isinstance(source, CheckpointLike) else (str(source), ())
+    value = as_checkpoint(source)
+    base, adapters = value.base, value.adapters
     config = read_config(base)
     target = find_device(device) if device is not None else default_device()
     weight_dtype = resolve_dtype(dtype, config, target)
@@ -150,20 +152,19 @@ def load(
         model = merge_adapter(model, adapter, base=base)
     model.eval()
     model.requires_grad_(trainable)
-    name = checkpoint_name(source)
     plain = LoadedModel(
         model=model,
         processor=processor,
-        name=name,
+        name=str(value),
         family=family_of(model.config),
-        source=source if isinstance(source, CheckpointLike) else base,
+        source=value,
     )
     return replace(plain, tuner=attach_tuner(plain, on_top)) if on_top else plain
 
 
-def checkpoint_name(source: str | Path | CheckpointLike) -> str:
+def checkpoint_name(source: Source) -> str:
     """What errors and records call a checkpoint."""
-    return " + ".join((source.base, *source.adapters)) if isinstance(source, CheckpointLike) else str(source)
+    return str(as_checkpoint(source))
 
 
 def read_config(base: str) -> Any:

@@ -71,6 +71,11 @@ class MethodView:
         """A mean over the safety sets after each task: masr, compliance, collapse, over_refusal, helpful."""
         return list(self.figures["steps_mean"][key])
 
+    def bounds(self, key: str) -> tuple[float, float] | None:
+        """What a mean over the safety sets could be whatever the unscored replies are; None where none is unscored."""
+        found = self.figures.get("bounds", {}).get(key)
+        return (found[0], found[1]) if found and found[1] - found[0] > 1e-9 else None
+
     def interval(self, key: str) -> Interval | None:
         """The bootstrap interval over test samples that the summary holds for `key`, if any."""
         found = self.figures["intervals"].get(key)

@@ -6,13 +6,11 @@ time, the edited weight goes to a file in the step's scratch folder, and the edi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from holdfast.calibration.walk import LayerGram, walk_grams
@@ -23,27 +21,9 @@ from holdfast.files import atomic_path
 from holdfast.functional.rivals import RivalEdit
 from holdfast.methods.seqft import EditingConfig, SeqFT
 from holdfast.models.load import load
-from holdfast.rules.base import DenseEdit, EditRule, Layer
+from holdfast.rules.base import EditRule
+from holdfast.rules.ready_edits import ReadyEdits, ReadyOptions
 from holdfast.stream.protocol import Checkpoint, TaskContext
-
-
-@dataclass
-class ReadyEdits:
-    """The edit whose weights lie in files already, one per layer."""
-
-    name: str
-    folder: Path
-    options: Mapping[str, Any]
-    needs_curvature = False
-
-    def settings(self) -> Mapping[str, Any]:
-        return self.options
-
-    def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
-        weight = load_file(self.folder / f"{layer.name}.safetensors")["weight"]
-        change = torch.linalg.vector_norm(w_new - w_prev, dtype=torch.float64)
-        moved = torch.linalg.vector_norm(weight - w_prev, dtype=torch.float64)
-        return DenseEdit(weight=weight, row={"change": float(change), "distance": float(moved)})
 
 
 class GramSweep(SeqFT):
@@ -100,4 +80,4 @@ class GramSweep(SeqFT):
 
     def step_rule(self, ctx: TaskContext) -> EditRule:
         """The edits that `end_task` made, read layer by layer."""
-        return ReadyEdits(name=self.name, folder=ctx.scratch_dir / "edits", options=self.options())
+        return ReadyEdits(ReadyOptions(folder=ctx.scratch_dir / "edits", made_by=self.name, options=self.options()))
