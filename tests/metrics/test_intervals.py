@@ -96,14 +96,6 @@ def test_one_seed_counts_as_one():
     assert intervals.over_seeds([0.4]).n == 1 and intervals.over_seeds([0.4, 0.5]).n == 2
 
 
-def test_intervals_that_touch_in_one_point_overlap():
-    def of(low, high):
-        return intervals.Interval(value=(low + high) / 2, low=low, high=high, n=5, level=0.95, kind="seeds")
-
-    assert of(0.1, 0.2).overlaps(of(0.2, 0.3)) and of(0.2, 0.3).overlaps(of(0.1, 0.2))
-    assert not of(0.1, 0.2).overlaps(of(0.21, 0.3))
-
-
 @pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1)])
 def test_wilson_of_a_single_reply_is_open_on_one_side(successes, n):
     interval = intervals.wilson(successes, n)
