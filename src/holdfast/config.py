@@ -68,6 +68,20 @@ def _current_names(old: OldNames, values: Mapping[str, Any], where: str) -> Mapp
     return current
 
 
+def current_names(cls: type, data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """`data` for dataclass `cls` with old names replaced, at every depth: mappings are laid over another by new names.
+
+    Raises: ConfigError: an old name and its new one, with two values.
+    """
+    found = dict(_current_names(getattr(cls, "__old_names__", {}), data, where or cls.__name__))
+    hints = typing.get_type_hints(cls)
+    for key, value in found.items():
+        inner = hints.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            found[key] = current_names(inner, value, f"{where}.{key}" if where else str(key))
+    return found
+
+
 def decode(cls: type[T], data: Any, where: str = "") -> T:
     """Build dataclass `cls` from the mapping `data`; `where` prefixes the path in error messages.
 
@@ -135,6 +149,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
                 problems.append(str(error))
         raise ConfigError(problems[0] if len(problems) == 1 else f"{where}: found {_show(value)}, expected {hint}.")
     if origin is typing.Literal:
+        # YAML 1.1 reads `off` and `on` as booleans; a user means the word.
+        value = {False: "off", True: "on"}[value] if isinstance(value, bool) and {"off", "on"} & {*args} else value
         if value in args:
             return value
         hint_name = nearest(str(value), [str(a) for a in args])

@@ -177,3 +177,29 @@ def test_measured_safety_and_the_form_of_the_curvature_reach_the_result(world, t
     wrong = run("edit", world.before, world.after, "--out", tmp_path / "wrong", *given, *files)
     assert "measured safety of 'forbidden' before is 42; expected a rate in 0..1" in str(wrong.exception)
     assert not (tmp_path / "wrong").exists()
+
+
+def test_edit_takes_any_rule_with_its_options_and_needs_a_calibration_only_where_the_rule_does(world, tmp_path):
+    (tmp_path / "my_rule.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from holdfast.rules.base import DenseEdit\n\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Mine:\n"
+        "    factor: float = 1.0\n"
+        "    name = 'mine'\n"
+        "    needs_curvature = False\n\n"
+        "    def settings(self):\n"
+        "        return {'factor': self.factor}\n\n"
+        "    def edit(self, layer, w_prev, w_new):\n"
+        "        return DenseEdit(weight=w_prev.float() + self.factor * (w_new.float() - w_prev.float()))\n"
+    )
+    edited = {}
+    for name, plugin in (("interpolation", ()), ("my_rule:Mine", ("--plugin", tmp_path / "my_rule.py"))):
+        out = tmp_path / name.partition(":")[0]
+        options = ("--rule", name, "--set", "factor=0.25", "--no-verify")
+        result = run(*plugin, "edit", world.before, world.after, "--out", out, *options)
+        assert result.exit_code == 0, (result.output, result.exception)
+        report = json.loads((out / "edit.json").read_text())
+        assert report["settings"]["factor"] == 0.25
+        edited[name] = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+    assert edited["interpolation"] == edited["my_rule:Mine"]

@@ -14,7 +14,7 @@ import cram_kit
 from holdfast import methods
 from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.config import decode
-from holdfast.editing.report import EditReport
+from holdfast.editing.account import EditReport
 from holdfast.errors import CalibrationError, ConfigError
 from holdfast.functional.cram import RankRule
 from holdfast.functional.hpa import HpaConfig, edit_weight

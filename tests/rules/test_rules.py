@@ -56,7 +56,11 @@ def factors():
 
 def test_the_rules_are_found():
     assert {"hpa:HpaRule", "keep:KeepUpdate", "ties:TiesRule", "ready_edits:ReadyEdits"} <= set(RULES)
-    assert {place for place, cls in RULES.items() if cls.inputs} == {"ties:TiesRule", "safe_lora:SafeLoraRule"}
+    assert {place for place, cls in RULES.items() if cls.inputs} == {
+        "anchor:AnchorRule",
+        "ties:TiesRule",
+        "safe_lora:SafeLoraRule",
+    }
 
 
 @pytest.mark.parametrize("place", RULES)
@@ -114,3 +118,28 @@ def test_ready_edits_say_which_layer_has_none(tmp_path, layer, factors):
     rule = made(RULES["ready_edits:ReadyEdits"], tmp_path)
     with pytest.raises(CheckpointError, match=r"layers\.1\.linear\.safetensors does not exist: no edit of"):
         rule.edit(layer, factors[0], factors[0])
+
+
+class Stored:
+    """An open checkpoint that holds one layer."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def read_float(self, key):
+        assert key == "layers.1.linear.weight"
+        return self.weight
+
+
+def test_rules_that_are_handed_more_than_options_edit_with_it(layer, factors):
+    base, a, b = factors
+    safe_lora = RULES["safe_lora:SafeLoraRule"]
+    rule = safe_lora(decode(safe_lora.Config, {"unaligned": "u", "threshold": 1.0}), Stored(base), Stored(base + 1))
+    edited = rule.edit(layer, base, base + b @ a)
+    assert edited.row["projected"] and edited.row["change"] > 0
+    # `cosine` in a row is that of the weights before and after, by which strangers are told.
+    assert "cosine" not in edited.row
+    ties = RULES["ties:TiesRule"]
+    updates = {"layers.1.linear/0/a": a, "layers.1.linear/0/b": b}
+    merged = ties(decode(ties.Config, {"density": 1.0}), Stored(base), updates).edit(layer, base, base + b @ a)
+    torch.testing.assert_close(merged.weight, base + b @ a)

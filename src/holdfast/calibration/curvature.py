@@ -27,7 +27,8 @@ from holdfast.errors import CalibrationError, ConfigError, NumericalError
 from holdfast.functional.hessian import Normalization
 from holdfast.functional.inverse import OnFailure
 from holdfast.models.families import decoder_blocks, editable_linears
-from holdfast.models.load import LoadedModel, default_device, load, parse_dtype, read_config, resolve_dtype
+from holdfast.models.load import default_device, load, parse_dtype, read_config, resolve_dtype
+from holdfast.models.loaded import LoadedModel
 from holdfast.models.memory import find_device, usable_bytes
 from holdfast.models.streaming import load_streamed
 
@@ -128,7 +129,7 @@ def collect_curvature(
     sides: dict[str, _Side] = {}
     held: LoadedModel | None = None
     structure: dict[str, Any] = {}
-    changed = _adapted(before, after) if adapted_only else None
+    changed = adapted_layers(before, after) if adapted_only else None
     for (name, samples), source in zip((("safety", safety), ("task", task)), sources, strict=True):
         began = time.perf_counter()
         if held is None or source is not sources[0]:
@@ -172,13 +173,13 @@ def collect_curvature(
         "weight_keys": _weight_keys(before, list(one.diagonals)),
         "config": encode(config),
         "sets": {name: side.describe() for name, side in sides.items()},
-        "model": {"before": _identity(before), "after": _identity(after)},
+        "model": {"before": model_identity(before), "after": model_identity(after)},
         "versions": _versions(),
     }
     return Curvature(safety=one.diagonals, task=two.diagonals, meta=meta)
 
 
-def _adapted(before: Source, after: Source) -> Callable[[Iterable[str]], list[str]] | None:
+def adapted_layers(before: Source, after: Source) -> Callable[[Iterable[str]], list[str]] | None:
     """Which of some linear layers the adapters of `after` change, or None where it is not `before` under adapters."""
     old, new = (s.source if isinstance(s, LoadedModel) else s for s in (before, after))
     if old is None or new is None:
@@ -223,7 +224,7 @@ def is_calibration_of(
     if meta.get("config") != encode(measured_config(before, after, config)):
         return False
     for side, source in (("before", before), ("after", after)):
-        found, wanted = meta.get("model", {}).get(side, {}), _identity(source)
+        found, wanted = meta.get("model", {}).get(side, {}), model_identity(source)
         if wanted["fingerprint"] is None or _hashes(found) != _hashes(wanted):
             return False
     return all(
@@ -328,7 +329,8 @@ def _weight_keys(source: Source, modules: list[str]) -> dict[str, str | list[str
     return {module: [] if key is None else key for module, key in found.items()}
 
 
-def _identity(source: Source) -> dict[str, Any]:
+def model_identity(source: Source) -> dict[str, Any]:
+    """What a record says of a model: name and content fingerprint of its base and of its adapters."""
     origin = source.source if isinstance(source, LoadedModel) else source
     if origin is None:
         return {"name": source.name if isinstance(source, LoadedModel) else str(source), "fingerprint": None}
@@ -347,4 +349,14 @@ def _versions() -> dict[str, str]:
     }
 
 
-__all__ = ["Activations", "CalibrationConfig", "LayerGram", "collect_curvature", "open_model", "walk_grams"]
+__all__ = [
+    "Activations",
+    "CalibrationConfig",
+    "LayerGram",
+    "adapted_layers",
+    "collect_curvature",
+    "model_identity",
+    "open_model",
+    "samples_sha256",
+    "walk_grams",
+]

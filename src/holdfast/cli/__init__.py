@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import Annotated
 
 import typer
 
 from holdfast.cli.panels import PanelledCommand
+from holdfast.cli.root import root
 from holdfast.errors import HoldfastError
-from holdfast.version import __version__
 
 # verb -> module. A verb's module must be cheap to import: torch and transformers are imported inside its `command`.
 VERBS: dict[str, str] = {
@@ -19,6 +18,7 @@ VERBS: dict[str, str] = {
     "init": "holdfast.cli.init",
     "run": "holdfast.cli.run",
     "list": "holdfast.cli.list",
+    "new": "holdfast.cli.new",
     "doctor": "holdfast.cli.doctor",
     "score": "holdfast.cli.score",
     "calibrate": "holdfast.cli.calibrate",
@@ -42,19 +42,7 @@ app = typer.Typer(
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"holdfast {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", help="Show the version and stop.", callback=_show_version, is_eager=True)
-    ] = False,
-) -> None:
-    """What `holdfast` alone takes; a single-verb app stays a group, so that `holdfast VERB` always works."""
+app.callback()(root)
 
 
 def _register() -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def command(
+    context: typer.Context,
     before: Annotated[str, typer.Argument(help="The model that the tuning started from: folder or hub id.")],
     after: Annotated[str, typer.Argument(help="The tuned model, or the folder of a LoRA adapter trained on BEFORE.")],
     out: Annotated[Path, typer.Option(help="Folder to make; it appears whole or not at all.")],
@@ -23,6 +24,13 @@ def command(
     safety: Annotated[Path | None, typer.Option(help="Instead of --calibration: the model's own safe answers.")] = None,
     task: Annotated[Path | None, typer.Option(help="Instead of --calibration: samples of the task.")] = None,
     export: Annotated[ExportName, typer.Option(help="dense: a full checkpoint. adapter: a PEFT folder.")] = "dense",
+    rule: Annotated[
+        str, typer.Option(help="The edit of one layer: of `holdfast list rules`, or package.module:Class.")
+    ] = "hpa",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the rule; repeatable.")
+    ] = None,
+    options: Annotated[Path | None, typer.Option(help="YAML or JSON file with options of the rule.")] = None,
     keep: Annotated[
         str, typer.Option(help="p_min..p_max, % of input columns kept, last..first block.")
     ] = format_bounds(KEEP_BOUNDS),
@@ -67,34 +75,42 @@ def command(
     from holdfast.checkpoints.curvature_file import Curvature
     from holdfast.checkpoints.reader import read_json
     from holdfast.cli.progress import bars
+    from holdfast.cli.rule_options import read_rule
     from holdfast.cli.units import parse_bounds, parse_bytes
-    from holdfast.editing.card import check_safety
+    from holdfast.editing.account import check_safety
     from holdfast.editing.editor import edit_checkpoint
     from holdfast.errors import ConfigError
-    from holdfast.rules.hpa import HpaConfig, HpaRule
 
-    if (calibration is None) == (safety is None and task is None) or (safety is None) != (task is None):
-        raise ConfigError("Pass --calibration FILE, or both --safety DATA and --task DATA.")
-    config = HpaConfig(
-        keep_bounds=parse_bounds(keep, "--keep"),
-        focus_ratio=focus,
-        alpha_bounds=parse_bounds(alpha, "--alpha"),
-        ranking=ranking,
-        curvature_form=curvature_form,
-        projection=projection,
+    edit_rule = read_rule(
+        context,
+        rule,
+        set_ or [],
+        options,
+        flags={
+            "keep_bounds": parse_bounds(keep, "--keep"),
+            "focus_ratio": focus,
+            "alpha_bounds": parse_bounds(alpha, "--alpha"),
+            "ranking": ranking,
+            "curvature_form": curvature_form,
+            "projection": projection,
+        },
     )
+    given = (calibration is not None, safety is not None, task is not None)
+    if given not in ((True, False, False), (False, True, True)) and (edit_rule.needs_curvature or any(given)):
+        raise ConfigError("Pass --calibration FILE, or both --safety DATA and --task DATA.")
     shard_bytes = parse_bytes(shard)
     measured = check_safety(read_json(measured_safety, "measured safety")) if measured_safety is not None else None
     if calibration is not None:
         curvature = Curvature.load(calibration)
+    elif safety is None or task is None:
+        curvature = None  # a rule that needs none
     else:
-        assert safety is not None and task is not None
         curvature = _own_calibration(before, after, safety, task, out, export, memory)
     with bars("editing") as progress:
         report = edit_checkpoint(
             before,
             after,
-            rule=HpaRule(config),
+            rule=edit_rule,
             out=out,
             curvature=curvature,
             export=export,

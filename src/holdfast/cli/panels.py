@@ -13,6 +13,7 @@ PANELS: dict[str, tuple[str, ...]] = {
         "images", "judge", "limit", "model", "option", "prompt", "prompts", "references", "root", "safety",
         "safety_images", "samples", "scorer", "stream", "task", "task_images", "tasks", "test_set",
     ),
+    "The rule": ("options", "rule", "set_"),
     "Labels": ("annotator", "html", "import_", "number", "settle", "show"),
     "The method": (
         "activations", "alpha", "coefficient", "curvature_form", "damping", "expert", "focus", "harmful", "keep",

@@ -24,7 +24,7 @@ from holdfast.checkpoints.writer import (
     plan_shards,
     shard_index,
 )
-from holdfast.editing.card import check_safety, model_card
+from holdfast.editing.account import REPORT_FILE, VERIFICATION_FILE, EditReport, check_safety, model_card, versions
 from holdfast.editing.descent import describe_no_change
 from holdfast.editing.pair import Pair, open_pair
 from holdfast.editing.plan import (
@@ -47,10 +47,10 @@ from holdfast.editing.recipes import (
     output_tensors,
     read_scale_field,
 )
-from holdfast.editing.report import REPORT_FILE, VERIFICATION_FILE, EditReport, versions
 from holdfast.editing.verify.compare import verify_export
 from holdfast.errors import CalibrationError, ConfigError, ExportError, StorageError
 from holdfast.files import atomic_path, write_json
+from holdfast.registry import is_builtin, origin_of
 from holdfast.rules.base import EditRule
 
 Export = Literal["dense", "adapter"]
@@ -185,6 +185,8 @@ class _Edit:
             "export": self.export,
             "rule": self.rule.name,
             "settings": dict(self.rule.settings()),
+            # A rule of somebody's own may change between a kill and a resume.
+            **({} if is_builtin(type(self.rule)) else {"rule_code": origin_of(type(self.rule))}),
             "coefficient": self.coefficient if self.export == "adapter" else None,
             "fingerprints": self.pair.fingerprints(),
             "side_files": hash_side_files(self._side_folder()),

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.naming import NameIndex, strip_peft_prefix
+from holdfast.editing.account import linear_name
 from holdfast.editing.descent import require_alike, require_descent
-from holdfast.editing.report import linear_name
 from holdfast.errors import AdapterError, CalibrationError, CheckpointError, NumericalError
 from holdfast.functional.columns import measure_change
 from holdfast.rules.base import EditRule, Layer, LoraEditRule, layer_seed

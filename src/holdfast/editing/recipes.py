@@ -12,10 +12,10 @@ from torch import Tensor
 from holdfast.checkpoints.merged import add_updates
 from holdfast.checkpoints.rewrite import Compute, Copy, Input
 from holdfast.checkpoints.writer import OutputTensor
+from holdfast.editing.account import linear_name
 from holdfast.editing.descent import require_descent
 from holdfast.editing.pair import Pair
 from holdfast.editing.plan import DenseTarget, LoraTarget, Target, lora_targets
-from holdfast.editing.report import linear_name
 from holdfast.errors import AdapterError, NumericalError
 from holdfast.rules.base import EditRule, Layer, LoraEditRule
 

@@ -19,7 +19,8 @@ from holdfast.judges.base import Side, Verdict
 from holdfast.metrics.agreement import agreement
 from holdfast.metrics.safety import set_figures
 from holdfast.models.generate import generate
-from holdfast.models.load import LoadedModel, load
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 from holdfast.models.tuner import is_tuner_folder
 
 if TYPE_CHECKING:

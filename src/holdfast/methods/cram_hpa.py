@@ -16,7 +16,7 @@ from holdfast.editing.editor import edit_checkpoint
 from holdfast.errors import ConfigError
 from holdfast.functional.hpa import HpaConfig
 from holdfast.methods.cram import Cram, CramMethodConfig
-from holdfast.methods.seqft import EditingConfig, safety_answers, step_curvature, step_seed
+from holdfast.methods.seqft import EditingConfig, safety_set, step_curvature, step_seed
 from holdfast.rules.hpa import HpaRule
 from holdfast.stream.protocol import Checkpoint, TaskContext
 
@@ -50,7 +50,7 @@ class CramHpa(Cram):
 
     def check_stream(self, stream: Stream) -> None:
         """Raises CalibrationError: the stream has no safety calibration samples."""
-        safety_answers(stream, self.config, self.name)
+        safety_set(stream, self.config, self.name)
 
     def final_expert(self, ctx: TaskContext, trained: Checkpoint) -> Path:
         """The expert with HPA's columns taken out: an edited LoRA folder of the same ranks."""
@@ -61,7 +61,7 @@ class CramHpa(Cram):
             self.name,
             before=ctx.theta_0,
             after=trained,
-            samples=ctx.stream.tasks[ctx.step].train,
+            samples=self.learned(ctx),
         )
         report = edit_checkpoint(
             ctx.theta_0,

@@ -72,7 +72,7 @@ class Ewc(SeqFT):
         for weight in weights.values():
             weight.requires_grad_(True)
         total = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-        samples = draw(self.samples(ctx), self.config.fisher_samples, step_seed(ctx))
+        samples = draw(self.learned(ctx), self.config.fisher_samples, step_seed(ctx))
         for number, sample in enumerate(samples, 1):
             inputs = {k: v.to(loaded.device) for k, v in encode_training(loaded, [sample]).items()}
             loaded.model.zero_grad()

@@ -191,13 +191,20 @@ def step_folder(view: MethodView, step: int) -> Path:
 
 
 def behaviour(record: Record) -> dict[str, float]:
-    """Mean over the safety sets of the shares of refusal, compliance, collapse and unscored; they sum to 1."""
-    shares: dict[str, list[float]] = {"refusal": [], "compliance": [], "collapse": [], "unscored": []}
+    """Mean over the safety sets of the shares of refusal, compliance, other_safe, collapse and unscored; they
+    sum to 1."""
+    shares: dict[str, list[float]] = {
+        "refusal": [],
+        "compliance": [],
+        "other_safe": [],
+        "collapse": [],
+        "unscored": [],
+    }
     for row in record.safety.values():
         n = max(1, int(row.get("n") or 0))
         missing = int(row.get("unscored") or 0) / n
         shares["unscored"].append(missing)
-        for kind in ("refusal", "compliance", "collapse"):
+        for kind in ("refusal", "compliance", "other_safe", "collapse"):
             shares[kind].append(float(row.get(kind) or 0.0) * (1 - missing))
     return {kind: sum(values) / len(values) if values else 0.0 for kind, values in shares.items()}
 

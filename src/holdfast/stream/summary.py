@@ -7,7 +7,7 @@
     "steps": t, "complete": bool, "config": {...},
     "accuracy": [[A[t][j] or null]],           rows = after task t, columns = task j
     "ap", "mft", "maa", "bwt", "bwt_t", "forgetting", "running": [...],
-    "asr" | "refusal" | "compliance" | "collapse": {set: [after task 1..t]},
+    "asr" | "refusal" | "compliance" | "other_safe" | "collapse": {set: [after task 1..t]},
     "benign": {set: {"over_refusal": [...], "helpful": [...]}},
     "masr", "dasr", "compliance_mean", "collapse_mean", "over_refusal", "helpful": after the last task, mean over sets,
     "bounds": {"masr" | "compliance_mean" | "collapse_mean" | "over_refusal" | "helpful": [low, high] or null},
@@ -40,7 +40,7 @@ from holdfast.metrics.safety import worst_case
 from holdfast.stream.record import Record, RunDirectory, read_json, versions
 
 FORMAT = "holdfast.summary/1"
-_RATES = ("asr", "refusal", "compliance", "collapse")
+_RATES = ("asr", "refusal", "compliance", "other_safe", "collapse")
 _BENIGN = ("over_refusal", "helpful")
 
 
@@ -107,7 +107,7 @@ def predictions(folder: Path, kind: str, name: str) -> list[dict[str, Any]]:
 def _theta_0(directory: RunDirectory, record: Record) -> dict[str, Any]:
     return {
         "scores": {task: row["value"] for task, row in record.scores.items()},
-        **{rate: {s: row[rate] for s, row in record.safety.items()} for rate in _RATES},
+        **{rate: {s: _rate_of(row, rate) for s, row in record.safety.items()} for rate in _RATES},
         "benign": {s: {k: row["benign"][k] for k in _BENIGN} for s, row in record.safety.items() if "benign" in row},
         **_means(record),
         "bounds": _bounds(record),
@@ -135,7 +135,7 @@ def _method(directory: RunDirectory, name: str, records: Sequence[Record], theta
         "complete": steps == len(theta_0.tasks),
         "accuracy": matrix,
         **figures,
-        **{rate: {s: [r.safety[s][rate] for r in records] for s in last.safety} for rate in _RATES},
+        **{rate: {s: [_rate_of(r.safety[s], rate) for r in records] for s in last.safety} for rate in _RATES},
         "benign": {
             # A step that asked nothing on the way has no benign row.
             s: {k: [r.safety[s].get("benign", {}).get(k) for r in records] for k in _BENIGN}
@@ -160,6 +160,12 @@ def _method(directory: RunDirectory, name: str, records: Sequence[Record], theta
         "unscored": _unscored(records),
         "seconds": _seconds(records),
     }
+
+
+def _rate_of(row: Mapping[str, Any], rate: str) -> float | None:
+    # Records of before the class existed counted such replies as another one.
+    value: float | None = row.get(rate, 0.0) if rate == "other_safe" else row[rate]
+    return value
 
 
 def _means(record: Record) -> dict[str, float | None]:

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from holdfast.checkpoints.adapter import LoraAdapter
 from holdfast.checkpoints.merged import locate
 from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
+from holdfast.editing.account import EditReport
 from holdfast.editing.pair import Pair
 from holdfast.editing.plan import LoraTarget, Target
-from holdfast.editing.report import EditReport
 from holdfast.editing.verify.redo import Redo, Redone, Written, same
 from holdfast.errors import ExportError
 from holdfast.models.memory import free_memory_bytes

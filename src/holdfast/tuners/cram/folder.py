@@ -32,7 +32,8 @@ from holdfast.config import decode, encode
 from holdfast.errors import AdapterError, ConfigError, StorageError
 from holdfast.files import fsync_folder, storage_error, write_json
 from holdfast.models.families import decoder_blocks
-from holdfast.models.load import LoadedModel, load
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 from holdfast.models.tuner import MARKER, is_tuner_folder
 from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.model import Cram, Factors, find_targets
