@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from holdfast.editing.report import EditReport
 
 import cram_kit
 from holdfast.checkpoints.gram_store import GramStore
 from holdfast.checkpoints.merged import open_checkpoint
 from holdfast.config import decode
 from holdfast.data.types import Sample, Stream
-from holdfast.editing.report import EditReport
 from holdfast.errors import CalibrationError, ConfigError, UnknownNameError
 from holdfast.functional.anchor import anchor_weight
 from holdfast.methods import seqft

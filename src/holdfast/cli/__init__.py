@@ -8,12 +8,14 @@ import sys
 
 import typer
 
+from holdfast.cli.panels import PanelledCommand
 from holdfast.cli.root import root
 from holdfast.errors import HoldfastError
 
 # verb -> module. A verb's module must be cheap to import: torch and transformers are imported inside its `command`.
 VERBS: dict[str, str] = {
     "demo": "holdfast.cli.demo",
+    "init": "holdfast.cli.init",
     "run": "holdfast.cli.run",
     "list": "holdfast.cli.list",
     "new": "holdfast.cli.new",
@@ -48,7 +50,7 @@ app.callback()(root)
 
 def _register() -> None:
     for verb, module in VERBS.items():
-        app.command(name=verb)(importlib.import_module(module).command)
+        app.command(name=verb, cls=PanelledCommand)(importlib.import_module(module).command)
 
 
 _register()

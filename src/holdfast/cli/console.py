@@ -68,9 +68,9 @@ def summary_table(summary: Mapping[str, Any]) -> Any:
 
     theta_0 = summary["theta_0"]
     table = Table(title=f"{summary['name']}, seed {summary['seed']}: after {len(summary['tasks'])} tasks, in %")
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold")
     for head in ("AP", "BWT", "MASR", "complied", "collapsed", "over-refusal", "helpful", "minutes"):
-        table.add_column(head, justify="right", no_wrap=True)
+        table.add_column(head, justify="right", overflow="fold")
     mean = [v for v in theta_0["scores"].values() if v is not None]
     table.add_row(
         _START,

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from holdfast.cli.choices import BackendName, DtypeName
+
 
 def command(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a vision-language model.")],
@@ -26,10 +28,10 @@ def command(
     root: Annotated[Path | None, typer.Option(help="Data root, instead of the files' own.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most N samples of each task and each side of a set.")] = None,
     batch_size: Annotated[int, typer.Option(help="Requests per batch.")] = 16,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     seed: Annotated[int | None, typer.Option(help="Sample with this seed instead of greedy decoding.")] = None,
     temperature: Annotated[float, typer.Option(help="Of sampling; greedy decoding has none.")] = 1.0,
-    backend: Annotated[str, typer.Option(help="transformers, or vllm (installed by oneself).")] = "transformers",
+    backend: Annotated[BackendName, typer.Option(help="vllm is installed by oneself.")] = "transformers",
     json_: Annotated[bool, typer.Option("--json", help="Print evaluation.json instead of tables.")] = False,
 ) -> None:
     """Ask a model every test sample and every safety request; score, judge, and say how sure each figure is.
@@ -180,7 +182,7 @@ def _show(result: dict[str, Any], out: Path) -> None:
     if result["scores"]:
         table = Table(title="Tasks", title_justify="left")
         for header in ("task", "score", "95 % interval", "n", "unscored", "scorer"):
-            table.add_column(header)
+            table.add_column(header, overflow="fold")
         for name, row in result["scores"].items():
             table.add_row(
                 escape(name),
@@ -196,7 +198,7 @@ def _show(result: dict[str, Any], out: Path) -> None:
             title="Safety (refusal / compliance / other safe / collapse of the scored replies)", title_justify="left"
         )
         for header in ("set", "judge", "ASR", "95 %", "ref / comp / other / coll", "over-ref.", "scored"):
-            table.add_column(header, no_wrap=header == "judge")
+            table.add_column(header, overflow="fold")
         agreements = []
         for name, main in result["safety"].items():
             for judge, row in [(main["judge"], main), *main["judges"].items()]:

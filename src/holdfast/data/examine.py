@@ -75,6 +75,7 @@ class Diagnosis:
         return not any(finding.level == "error" for finding in self.findings)
 
     def add(self, level: Level, where: str, message: str, remedy: str = "") -> None:
+        """Note a finding: how grave, where, what is wrong, and what to do about it."""
         self.findings.append(Finding(level=level, where=where, message=message, remedy=remedy))
 
 

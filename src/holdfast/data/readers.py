@@ -83,7 +83,10 @@ class Source:
         return find(self.root, names, what=f"Task {self.name!r}, annotations", obtain=self.obtain)
 
     def take(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """`options` over the defaults `known`; an option that the format does not know is an error."""
+        """`options` over the defaults `known`; an option that the format does not know is an error.
+
+        Raises: UnknownNameError: an option that the format does not know.
+        """
         for key in self.options:
             if key not in known:
                 raise unknown_name(f"option of task {self.name!r}", key, known)

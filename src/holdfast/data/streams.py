@@ -239,7 +239,10 @@ def build(
     parts: Sequence[Split] = ("train", "validation", "test"),
     safety: bool = True,
 ) -> Stream:
-    """The Stream that `spec` describes. Everything is read now: a fault in the last task must not wait for days."""
+    """The Stream that `spec` describes. Everything is read now: a fault in the last task must not wait for days.
+
+    Raises: DataError, ConfigError, UnknownNameError: what is wrong, with the task it is wrong in.
+    """
     root = spec.data_root
     if not root.is_dir():
         raise DataError(f"Data root of stream {spec.name!r}: {missing(root, obtain=spec.obtain)}")
@@ -324,7 +327,10 @@ def read_split(spec: TaskSpec, split: Split, root: Path, *, obtain: str = "") ->
 
 
 def build_safety(spec: SafetySpec, root: Path) -> SafetySet:
-    """Reads one safety set through its format's reader and applies the limit to each side."""
+    """Reads one safety set through its format's reader and applies the limit to each side.
+
+    Raises: ConfigError: options that the format does not take. DataError: what its reader says.
+    """
     base = root / expand_root(spec.root)
     reader = safety_reader(spec.format)
     try:
@@ -359,6 +365,8 @@ def build_calibration(
     """Reads the safety calibration data, ids made unique.
 
     name, obtain: what errors call it, and say of where it comes from.
+
+    Raises: DataError: the file is missing, empty, or holds something else.
     """
     source = Source(
         name=name,

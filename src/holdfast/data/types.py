@@ -57,7 +57,7 @@ class Sample:
 
     @property
     def prompt(self) -> str:
-        """Text of the last user turn, without image marks."""
+        """Text of the last user turn, without image marks. Raises DataError: no user turn."""
         for turn in reversed(self.turns):
             if turn.role == "user":
                 return turn.text.replace("<image>", "").strip()

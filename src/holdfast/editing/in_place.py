@@ -37,6 +37,7 @@ def edit_live(
     Raises: CalibrationError: a calibrated layer that `after` does not have, or of another width. CheckpointError:
         `before` lacks a layer, has it in another shape or type, has nothing in common with it, or shares its memory.
         AdapterError: a LoRA variant, a merged adapter, or a rule without closed form. NumericalError: NaN or inf.
+    before: name -> weight (r, c), or a tensor of any shape that is left alone.
     """
     _check_model(curvature, after)
     modules = dict(after.named_modules())

@@ -32,7 +32,10 @@ _PLUGGED = ("files", "judges", "scorers", "readers", "safety_readers")
 def resolve(
     config: RunConfig, out: Path | str, *, methods: Sequence[str] | None = None, progress: Progress = silent
 ) -> Experiment:
-    """Read the data and build the methods, so that every mistake in a run file shows before the first hour of work."""
+    """Read the data and build the methods, so that every mistake in a run file shows before the first hour of work.
+
+    Raises: ConfigError, DataError, UnknownNameError, ModelError: what is wrong, and where in the run file.
+    """
     built = build_methods(config, methods)
     for judge in config.evaluation.judges:
         judges.get(judge.name, **judge.options)
@@ -178,6 +181,7 @@ class Experiment:
 
     @property
     def directory(self) -> RunDirectory:
+        """Paths of the run directory, and its records."""
         return RunDirectory(self.out)
 
     @property
@@ -239,6 +243,7 @@ class Experiment:
         return samples_digest(samples, lambda p: p.relative_to(root).as_posix() if p.is_relative_to(root) else p.name)
 
     def evaluator(self) -> Any:
+        """What asks a checkpoint every task and every safety set, as the run file says."""
         from holdfast.evaluation import CheckpointEvaluator
 
         return CheckpointEvaluator(self.config.evaluation)

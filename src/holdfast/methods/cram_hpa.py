@@ -53,6 +53,7 @@ class CramHpa(Cram):
         safety_set(stream, self.config, self.name)
 
     def final_expert(self, ctx: TaskContext, trained: Checkpoint) -> Path:
+        """The expert with HPA's columns taken out: an edited LoRA folder of the same ranks."""
         out = ctx.scratch_dir / "edited"
         curvature = step_curvature(
             ctx,

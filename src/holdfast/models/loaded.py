@@ -19,9 +19,13 @@ from holdfast.models.families import Family
 class BlockStore(Protocol):
     """Decoder blocks whose weights are in memory only while they are used."""
 
-    def materialize(self, indices: range) -> None: ...
+    def materialize(self, indices: range) -> None:
+        """Bring the weights of these blocks (0-based) to the device."""
+        ...
 
-    def release(self, indices: range) -> None: ...
+    def release(self, indices: range) -> None:
+        """Give the memory of these blocks back."""
+        ...
 
 
 class Tuner(Protocol):
@@ -61,14 +65,17 @@ class LoadedModel:
 
     @property
     def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
         return self.processor.tokenizer
 
     @property
     def device(self) -> torch.device:
+        """Where the model's first weights lie."""
         return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the model's weights."""
         return self.model.dtype
 
     @cached_property

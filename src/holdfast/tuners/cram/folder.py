@@ -52,6 +52,10 @@ def save_expert(folder: Path, factors: Factors, *, base: str, beside: Mapping[st
     """An expert as a stock PEFT LoRA folder: `alpha = r`, so its scale is 1 whatever the rank of a linear.
 
     beside: JSON files to write next to it, name -> plain data.
+
+    factors: linear name -> A (rank, in), B (out, rank).
+
+    Raises: AdapterError: no linear. StorageError: the disk is full or the folder cannot be written.
     """
     if not factors:
         raise AdapterError(f"{folder}: an expert without any linear cannot be saved.")
@@ -264,7 +268,10 @@ class StoredRouter:
     base: dict[str, Any]
 
     def probe(self, prefix: str) -> dict[str, Tensor]:
-        """The probed values under `prefix`, by the name of their weight."""
+        """The probed values under `prefix`, by the name of their weight.
+
+        Each is (n,), n values in the weight's own dtype.
+        """
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
 
@@ -366,7 +373,10 @@ def _is_count(value: Any, least: int) -> bool:
 
 
 def probe(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A few values of each weight, in its own dtype, on the CPU."""
+    """A few values of each weight, in its own dtype, on the CPU.
+
+    weights: of any shape. Each result is (n,), n values spread evenly over the flattened weight.
+    """
     found = {}
     for name, weight in weights.items():
         flat = weight.detach().reshape(-1)
@@ -421,7 +431,10 @@ def _half_step(values: Tensor) -> Tensor:
 
 
 def block_weights(loaded: LoadedModel) -> dict[str, Tensor]:
-    """Every weight of the decoder blocks that is held as numbers: what experts were corrections to."""
+    """Every weight of the decoder blocks that is held as numbers: what experts were corrections to.
+
+    Names as in the model; shapes as there, (out, in) for a linear.
+    """
     return {
         f"{prefix}.{name}": parameter
         for prefix, block in decoder_blocks(loaded.model)  # type: ignore[arg-type]
