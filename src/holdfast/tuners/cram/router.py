@@ -13,6 +13,7 @@ from torch import Tensor
 from holdfast.errors import AdapterError, DataError
 from holdfast.functional.cram import (
     GroupDecision,
+    best_group,
     claims,
     cosine_similarity,
     decide_group,
@@ -164,7 +165,7 @@ class Router:
     def _route(self, features: Features) -> Routing:
         packed = self.pack(features.text.device)
         similarity = cosine_similarity(features.text, packed.prototypes)
-        group = similarity.argmax(-1)
+        group = best_group(similarity)
         members = packed.members[group]
         abstained = torch.zeros_like(group, dtype=torch.bool)
         if self.config.abstain != "off":
