@@ -39,6 +39,8 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "cram": ("holdfast.methods.cram:Cram", {}),
     # Both of them: the edit on finished experts.
     "cram_hpa": ("holdfast.methods.cram_hpa:CramHpa", {"edit": {"orthogonal": False}}),
+    # What theta_0 would refuse goes to theta_0 alone.
+    "cram_guard": ("holdfast.methods.cram:Cram", {"guard": "openings"}),
     # Ablations of CRAM.
     "cram_no_penalty": ("holdfast.methods.cram:Cram", {"cram": {"penalty": 0.0}}),
     "cram_fixed_rank": ("holdfast.methods.cram:Cram", {"cram": {"rank": {"fixed": True}}}),
