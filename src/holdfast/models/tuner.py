@@ -32,7 +32,7 @@ class Tuner(Protocol):
         ...
 
     def explain(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-        """What would answer each request: {"id", "weights": {adapter: share}, "abstained", "guarded", ...}, plain data."""
+        """What would answer each request: {"id", "weights": {adapter: share}, "abstained", ...}, plain data."""
         ...
 
 

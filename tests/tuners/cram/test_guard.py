@@ -135,6 +135,17 @@ def test_log_odds_of_openings_are_those_of_their_mass():
     assert bool(torch.isfinite(found).all())
 
 
+def test_a_server_that_gives_log_probabilities_decides_the_same():
+    guard = replace(planted("openings", [3.0] * 4, {"a": [-4.0] * 20}), openings=(2, 3), threshold=0.0)
+    assert guard.refuses({2: -1.0, 3: -1.5, 7: -2.0})
+    assert not guard.refuses({2: -1.0, 7: -0.6})
+    assert not guard.refuses({})
+    with pytest.raises(AdapterError, match="log-probability is nan"):
+        guard.refuses({2: float("nan")})
+    with pytest.raises(AdapterError, match="form openings"):
+        planted("probe", [3.0] * 4, {"a": [-4.0] * 20}).refuses({2: -1.0})
+
+
 # Fitting on a model
 
 

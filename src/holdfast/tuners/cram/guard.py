@@ -83,6 +83,23 @@ class Guard:
         assert seen.states is not None and self.weight is not None
         return seen.states @ self.weight.to(seen.states) + self.bias
 
+    def refuses(self, first_token: Mapping[int, float]) -> bool:
+        """Whether theta_0 would refuse, from the log-probabilities of its likeliest first tokens (token id -> value).
+
+        For servers that give these and no states: ask theta_0 for one token, then the expert or theta_0 for the answer.
+        An opening that is not among them counts as 0. Raises: AdapterError: a probe, or a value that is no
+        log-probability.
+        """
+        if self.form != "openings":
+            raise AdapterError(
+                "A probe reads theta_0's state, which a server does not give. Fit the guard with form openings."
+            )
+        if bad := [value for value in first_token.values() if not value <= 1e-3]:
+            raise AdapterError(f"A log-probability is {bad[0]}; expected a number, 0 or less.")
+        mass = sum(math.exp(first_token[token]) for token in self.openings if token in first_token)
+        mass = min(max(mass, _LEAST), 1 - _LEAST)
+        return math.log(mass / (1 - mass)) >= self.threshold
+
     def describe(self) -> dict[str, Any]:
         """Plain data for a record."""
         return {
