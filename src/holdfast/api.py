@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from holdfast.checkpoints.curvature_file import Curvature
+from holdfast.editing.account import EditReport, versions
 from holdfast.editing.descent import describe_no_change
 from holdfast.editing.in_place import edit_live
-from holdfast.editing.report import EditReport, versions
 from holdfast.rules.base import EditRule
 from holdfast.rules.hpa import HpaConfig, HpaRule
 
@@ -39,8 +39,9 @@ def harmonize(
     """Give a tuned model back what the tuning took: HPA's edit of `after` towards `before`, in place.
 
     Args:
-        before: the model that the tuning started from, or its state dict; copies, where the same model was tuned. May
-            be {} where `after` is a PEFT model: its base is BEFORE, and only the adapter's A is edited.
+        before: the model that the tuning started from, or its state dict (names to tensors of any shape); copies, where
+            the same model was tuned. May be {} where `after` is a PEFT model: its base is BEFORE, and only the
+            adapter's A is edited.
         after: the tuned model; edited in place and returned.
         calibration: a `Curvature`, or the file that `holdfast calibrate` wrote.
         config: HPA's options; the paper's by default. rule: another rule than HPA.

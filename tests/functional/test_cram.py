@@ -351,6 +351,26 @@ def test_bad_inputs_say_what_was_wrong():
         cram.decide_group([0.3], max_groups=0)
 
 
+def test_what_is_left_of_a_nearly_redundant_direction_is_still_orthogonal_to_history():
+    """One projection leaves eps / novelty of history in a direction of novelty 1e-6, once it has unit length."""
+    basis = cram.row_basis([torch.randn(6, 40, generator=seeded(1))])
+    other = cram.residual(torch.randn(1, 40, generator=seeded(2)), basis)
+    row = (basis @ torch.randn(6, 1, generator=seeded(3))).T + 1e-5 * other
+    left = torch.nn.functional.normalize(cram.residual(row, basis))
+    assert float((left @ basis.to(left)).abs().max()) < 1e-5
+
+
+def test_a_fixed_rank_too_keeps_nothing_that_history_holds():
+    a, b = torch.eye(6, 12), torch.linalg.qr(torch.randn(20, 6, generator=seeded(4)))[0]
+    history = torch.eye(12)[:, :2]  # the first two directions of the buffer, to the last bit
+    rule = replace(cram.RankRule(r_min=4, r_max=4), fixed=True)
+    expert = cram.expert_from_buffer(
+        a * torch.tensor([[9.0], [8], [4], [3], [2], [1]]), b, history, rule, generator=seeded()
+    )
+    assert expert.rank == 4 and expert.novel == 2
+    assert float((expert.lora_a @ history).abs().max()) == 0
+
+
 SPECTRA = {
     "one strong direction, weaker ones, noise": [1, 0.19, 0.18, 0.17, *[0.001] * 12],
     "all equal": [1.0] * 16,

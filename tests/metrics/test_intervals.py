@@ -75,13 +75,6 @@ def test_over_seeds_uses_students_t():
 def test_one_seed_has_a_mean_and_no_interval():
     interval = intervals.over_seeds([0.4])
     assert interval.value == 0.4 and math.isnan(interval.low) and interval.to_json()["std"] is None
-    with pytest.raises(DataError, match="without bounds"):
-        interval.overlaps(interval)
-
-
-def test_overlap_is_symmetric_and_touching_counts():
-    left, right = intervals.over_seeds([0.1, 0.2, 0.3]), intervals.over_seeds([0.8, 0.9, 0.85])
-    assert not left.overlaps(right) and not right.overlaps(left) and left.overlaps(left)
 
 
 def test_bad_input_is_named():
@@ -97,3 +90,23 @@ def test_bad_input_is_named():
         intervals.bootstrap([], lambda means: means[0])
     with pytest.raises(DataError, match=r"task 0: .* over the same samples"):
         intervals.bootstrap_bwt([[1.0]], [[1.0, 0.0]])
+
+
+def test_one_seed_counts_as_one():
+    assert intervals.over_seeds([0.4]).n == 1 and intervals.over_seeds([0.4, 0.5]).n == 2
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1)])
+def test_wilson_of_a_single_reply_is_open_on_one_side(successes, n):
+    interval = intervals.wilson(successes, n)
+    assert (interval.low == 0.0) == (successes == 0) and (interval.high == 1.0) == (successes == 1)
+    assert interval.high - interval.low > 0.5
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_a_level_is_between_0_and_1_and_neither(level):
+    with pytest.raises(DataError, match="between 0 and 1"):
+        intervals.over_seeds([0.1, 0.2], level=level)
+    with pytest.raises(DataError, match="at least 1"):
+        intervals.bootstrap_mean([0.1, 0.2], resamples=0)
+    assert intervals.bootstrap_mean([0.5], resamples=1).n == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from holdfast.data.types import Sample, Turn
 from holdfast.errors import ConfigError, DataError
 from holdfast.models.generate import generate
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 
 # (requests, replies) -> which replies are safe answers to learn from.
 IsSafe = Callable[[Sequence[Sample], Sequence[str]], Sequence[bool]]
@@ -97,6 +97,45 @@ def own_safe_answers(
         kept={c: len(group) for c, group in kept.items()},
         short=short,
     )
+
+
+def own_helpful_answers(
+    loaded: LoadedModel,
+    prompts: Sequence[Sample],
+    is_refusal: IsSafe,
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    test_sets: Iterable[tuple[str, Sequence[Sample]]] = (),
+    progress: Callable[..., None] | None = None,
+) -> OwnAnswers:
+    """Ask the model benign requests, greedily, and keep answers that do not refuse: what an edit must leave helpful.
+
+    Every prompt is asked. is_refusal: the judge's word on each reply; empty replies are never kept.
+
+    Raises: DataError: no prompts, a prompt that is in a test set, or more than half of them refused: they are forbidden
+        requests, or the model refuses too much to be held to what it does.
+    """
+    if not prompts:
+        raise DataError("There is no benign prompt to make calibration data from; expected at least one.")
+    refuse_overlap(prompts, test_sets)
+    requests = [replace(prompt, turns=prompt.request) for prompt in prompts]
+    replies = generate(loaded, requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    refused = is_refusal(requests, replies)
+    kept = [
+        replace(prompt, turns=(*prompt.request, Turn(role="assistant", text=reply)), references=(reply,))
+        for prompt, reply, no in zip(prompts, replies, refused, strict=True)
+        if not no and reply.strip()
+    ]
+    if progress is not None:
+        progress("calibrate-data", done=len(kept), total=len(prompts))
+    if 2 * len(kept) < len(prompts):
+        first = next(prompt.id for prompt, no in zip(prompts, refused, strict=True) if no or len(kept) == 0)
+        raise DataError(
+            f"{loaded.name} helped with {len(kept)} of {len(prompts)} benign calibration prompts ({first!r} is the "
+            "first that it did not answer). Give requests that should be answered; are these the forbidden ones?"
+        )
+    return OwnAnswers(samples=tuple(kept), asked={"benign": len(prompts)}, kept={"benign": len(kept)}, short=())
 
 
 def refuse_overlap(prompts: Sequence[Sample], test_sets: Iterable[tuple[str, Sequence[Sample]]]) -> None:

@@ -23,7 +23,8 @@ from holdfast.errors import CalibrationError, ConfigError
 from holdfast.functional.hessian import Normalization
 from holdfast.models.encode import ANSWER, IMAGE, PADDING, Inputs, encode_request, encode_training, token_kinds
 from holdfast.models.families import decoder_blocks, editable_linears
-from holdfast.models.load import LoadedModel, quiet_transformers
+from holdfast.models.load import quiet_transformers
+from holdfast.models.loaded import LoadedModel
 from holdfast.models.memory import usable_bytes
 
 Tokens = Literal["all", "text", "answer"]
@@ -59,6 +60,7 @@ def walk_grams(
     blocks_per_pass: int | None = None,
     blocks: Collection[int] | None = None,
     linears: Collection[str] | None = None,
+    workspace_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> WalkReport:
     """Run `samples` through the model and hand the Gram of every distinct input to `consumer`, block after block.
@@ -75,6 +77,7 @@ def walk_grams(
         memory_bytes: what the process (on a GPU: the device) may hold altogether; None takes most of what is free.
         blocks_per_pass: overrides the budget.
         blocks: 0-based indices to calibrate; None: all. linears: names of linear layers, as in memory; None: all.
+        workspace_bytes: what the consumer takes beside the widest Gram; None: what the diagonal of an inverse takes.
 
     Raises: CalibrationError: no samples, no token of the kind asked for, NaN or inf in an activation, a layer that
         never runs, no such layer. ConfigError: a budget too small for one block. DataError: as encoding.
@@ -86,6 +89,7 @@ def walk_grams(
     if batch_size < 1 or (blocks_per_pass is not None and blocks_per_pass < 1):
         raise ConfigError(f"batch_size {batch_size} and blocks_per_pass {blocks_per_pass} must be positive.")
     walk = _Walk(loaded, samples, tokens, normalization, batch_size, memory_bytes, blocks_per_pass, blocks, linears)
+    walk.workspace_bytes = workspace_bytes if workspace_bytes is not None else 4 * walk.widest * walk.widest // 8
     try:
         return walk.run(consumer, progress or _silent)
     finally:
@@ -136,6 +140,7 @@ class _Walk:
         self.batch_size = self.budget.batch_size(batch_size, self._bytes_per_sequence())
         self.spool = Spool(self.budget.total // _SPOOL_SHARE)
         self.vision = VisionMemory(loaded.model, self.spool)
+        self.workspace_bytes = 0
         self.seconds = dict.fromkeys(("encode", "load", "forward", "reduce"), 0.0)
         self.counted = [0, 0]
 
@@ -240,7 +245,7 @@ class _Walk:
     def _choose_stop(self, start: int) -> int:
         if self.blocks_per_pass is not None:
             return min(start + self.blocks_per_pass, self.last + 1)
-        left = self.budget.for_blocks(self.widest, self.spool)
+        left = self.budget.for_blocks(self.workspace_bytes, self.spool)
         stop = start
         while stop <= self.last:
             left -= self._block_bytes(stop)
@@ -325,10 +330,10 @@ class _Budget:
         self.activations = size * per_sequence
         return size
 
-    def for_blocks(self, widest: int, spool: Spool) -> int:
+    def for_blocks(self, workspace: int, spool: Spool) -> int:
         # What the spool holds already is among what the process holds.
         unused = max(0, spool.limit_bytes - spool.held_bytes)
-        return self.total - self._held() - min(self.activations, self.reserve) - unused - 4 * widest * widest // 8
+        return self.total - self._held() - min(self.activations, self.reserve) - unused - workspace
 
     def refuse(self, needed: int, block: int, *, elsewhere: bool) -> None:
         if elsewhere:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from holdfast.checkpoints.adapter import LoraAdapter, LoraEntry
 from holdfast.checkpoints.naming import NameIndex
 from holdfast.checkpoints.reader import CheckpointReader
 from holdfast.checkpoints.tensor_file import EDITABLE_DTYPES, TensorEntry
+from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
 from holdfast.errors import AdapterError, CheckpointError
 
 # Rows at a time when a weight is summed: 64 x 11008 fp32 values stay in the processor's cache.
@@ -22,15 +22,8 @@ ROW_CHUNK = 64
 _SNAPSHOT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 
 
-@runtime_checkable
-class CheckpointLike(Protocol):
-    """A model as a value: a folder or hub id, and adapter folders on top (`holdfast.stream.protocol.Checkpoint`)."""
-
-    @property
-    def base(self) -> str: ...
-
-    @property
-    def adapters(self) -> tuple[str, ...]: ...
+# The name until version 0.2.
+CheckpointLike = Checkpoint
 
 
 class MergedCheckpoint:
@@ -67,14 +60,17 @@ class MergedCheckpoint:
 
     @property
     def entries(self) -> dict[str, TensorEntry]:
+        """Every tensor of the base, by its key."""
         return self.base.entries
 
     @property
     def names(self) -> NameIndex:
+        """Where a module's tensors lie among the keys."""
         return self.base.names
 
     @property
     def folder(self) -> Path:
+        """The base's folder."""
         return self.base.folder
 
     def __iter__(self) -> Iterator[str]:
@@ -95,6 +91,8 @@ class MergedCheckpoint:
         """The merged value of `weight`, the base's tensor under `key`; `out` may be `weight` itself.
 
         Without `out` the result is fp32 (fp64 for an fp64 base); with it, the sum is cast once into `out`.
+
+        weight, out: of the stored shape, (out, in) for a linear.
         """
         if key in self.replaced:
             adapter, name = self.replaced[key]
@@ -115,7 +113,12 @@ class MergedCheckpoint:
         )
 
     def read_float(self, key: str) -> Tensor:
-        """One tensor, merged, in fp32 or wider: what an edit computes with."""
+        """One tensor, merged, in fp32 or wider: what an edit computes with.
+
+        Of the stored shape, (out, in) for a linear.
+
+        Raises: CheckpointError: stored as integers or in 8 bits.
+        """
         entry = self.base.entry(key)
         if entry.dtype not in EDITABLE_DTYPES:
             raise CheckpointError(
@@ -124,11 +127,15 @@ class MergedCheckpoint:
         return self.merge(entry.name, self.base.read(key))
 
     def read(self, key: str) -> Tensor:
-        """One tensor, merged, cast once to its stored type."""
+        """One tensor, merged, cast once to its stored type.
+
+        Of the stored shape, (out, in) for a linear.
+        """
         weight = self.base.read(key)
         return weight if self.is_plain(self.base.entry(key).name) else self.merge(key, weight, out=weight)
 
     def close(self) -> None:
+        """Close base and adapters."""
         self.base.close()
         for adapter in self.adapters:
             adapter.close()
@@ -200,16 +207,16 @@ def locate(source: str | Path) -> Path:
         ) from error
 
 
-def open_checkpoint(source: str | Path | CheckpointLike) -> MergedCheckpoint:
+def open_checkpoint(source: Source) -> MergedCheckpoint:
     """Open a folder, a hub id or a checkpoint value with adapters.
 
     Raises: CheckpointError, AdapterError: see `CheckpointReader`, `LoraAdapter`, `locate`.
     """
-    base, adapters = (source.base, source.adapters) if isinstance(source, CheckpointLike) else (source, ())
-    reader = CheckpointReader(locate(base))
+    value = as_checkpoint(source)
+    reader = CheckpointReader(locate(value.base))
     opened: list[LoraAdapter] = []
     try:
-        for folder in adapters:
+        for folder in value.adapters:
             opened.append(LoraAdapter(locate(folder)))
         return MergedCheckpoint(reader, opened)
     except BaseException:

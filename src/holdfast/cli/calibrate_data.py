@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from holdfast.cli.choices import DtypeName
+
 if TYPE_CHECKING:
     from holdfast.data.types import Sample
 
@@ -29,7 +31,7 @@ def command(
     batch_size: Annotated[int, typer.Option(help="Requests per batch.")] = 16,
     allow_short: Annotated[bool, typer.Option("--allow-short", help="Accept categories with too few answers.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out where it exists.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
 ) -> None:
     """Ask the aligned model harmful requests and keep its own safe answers, for `calibrate --safety`."""

@@ -120,7 +120,7 @@ def _show(diagnosis: Any, memory: dict[str, Any], batch_size: int) -> None:
             "median",
             "largest",
         ):
-            table.add_column(heading, justify="left" if heading in ("task", "split") else "right")
+            table.add_column(heading, justify="left" if heading in ("task", "split") else "right", overflow="fold")
         for row in diagnosis.splits:
             sizes = _sizes(row.sizes)
             table.add_row(
@@ -139,7 +139,7 @@ def _show(diagnosis: Any, memory: dict[str, Any], batch_size: int) -> None:
     if memory:
         table = Table(title=f"memory, batch size {batch_size} (estimate)", title_justify="left")
         for heading in ("split", "tokens", "of images", "decoded", "weights", "KV cache", "training", "checkpointed"):
-            table.add_column(heading, justify="left" if heading == "split" else "right")
+            table.add_column(heading, justify="left" if heading == "split" else "right", overflow="fold")
         for name, e in memory.items():
             counts = (e.decoded_bytes, e.weight_bytes, e.cache_bytes, e.training_bytes, e.checkpointed_bytes)
             table.add_row(escape(name), str(e.tokens), str(e.image_tokens), *(_bytes(count) for count in counts))

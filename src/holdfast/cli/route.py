@@ -20,7 +20,7 @@ def command(
     encoder: Annotated[str | None, typer.Option(help="Where the router's CLIP or SigLIP lies now.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per request instead of a table.")] = False,
 ) -> None:
-    """Show group, similarity to each group, the guard's score, and the weight of each expert, per request."""
+    """Show which of CRAM's experts (arXiv 2606.02502) would answer: group, similarities, guard's score, weights."""
     from holdfast.cli.samples import read_samples
     from holdfast.data.types import Sample
     from holdfast.errors import ConfigError
@@ -49,7 +49,9 @@ def _print_table(rows: list[dict]) -> None:
     from rich.table import Table
 
     guarded = any("guard_score" in row for row in rows)
-    table = Table("request", "group", "similarity to groups", *(["guard score"] if guarded else []), "experts")
+    table = Table()
+    for heading in ("request", "group", "similarity to groups", *(["guard score"] if guarded else []), "experts"):
+        table.add_column(heading, overflow="fold")
     for row in rows:
         similar = sorted(row["similarity"].items(), key=lambda item: -item[1])
         weights = sorted(((n, w) for n, w in row["weights"].items() if w > 0), key=lambda item: -item[1])

@@ -67,7 +67,10 @@ def read(source: Source) -> list[Sample]:
 
 
 def coco_captions(path: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    """(image id -> its captions, image id -> base file name where given) of a COCO caption file, ids as strings."""
+    """(image id -> its captions, image id -> base file name where given) of a COCO caption file, ids as strings.
+
+    Raises: DataError: not COCO's layout.
+    """
     data = read_json(path)
     rows = data.get("annotations") if isinstance(data, Mapping) else data
     if not isinstance(rows, list):

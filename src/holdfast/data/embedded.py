@@ -60,7 +60,10 @@ def store_image(data: bytes, folder: Path, *, what: str) -> Path:
 
 
 def embedded_image(value: Any, root: Path, *, what: str, cache: Path | None = None) -> Path:
-    """Path of an image cell: bytes, a `{"bytes", "path"}` struct as the Hub writes it, or a path below `root`."""
+    """Path of an image cell: bytes, a `{"bytes", "path"}` struct as the Hub writes it, or a path below `root`.
+
+    Raises: DataError: neither bytes nor a path below `root`.
+    """
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if isinstance(data, bytes | bytearray):
         return store_image(bytes(data), cache or image_cache(), what=what)

@@ -75,6 +75,7 @@ class Diagnosis:
         return not any(finding.level == "error" for finding in self.findings)
 
     def add(self, level: Level, where: str, message: str, remedy: str = "") -> None:
+        """Note a finding: how grave, where, what is wrong, and what to do about it."""
         self.findings.append(Finding(level=level, where=where, message=message, remedy=remedy))
 
 
@@ -102,13 +103,18 @@ def examine(spec: StreamSpec, *, open_images: int | None = 200) -> Diagnosis:
             diagnosis.add("info", task.name, "no training split: the task is evaluated and never trained")
     for safety in spec.safety:
         _safety(safety, root, diagnosis, open_images)
-    if spec.safety_calibration is not None:
+    for name, calibration in (
+        ("safety_calibration", spec.safety_calibration),
+        ("benign_calibration", spec.benign_calibration),
+    ):
+        if calibration is None:
+            continue
         try:
-            found = list(build_calibration(spec.safety_calibration, root))
+            found = list(build_calibration(calibration, root, name=name))
         except HoldfastError as error:
-            diagnosis.add("error", "safety_calibration", str(error))
+            diagnosis.add("error", name, str(error))
         else:
-            _report("safety_calibration", "train", "", found, None, diagnosis, open_images)
+            _report(name, "train", "", found, None, diagnosis, open_images)
     return diagnosis
 
 

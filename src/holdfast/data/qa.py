@@ -37,7 +37,10 @@ def read_safety(
     images: str = ".",
     max_new_tokens: int = 256,
 ) -> SafetySet:
-    """A safety set from a file of requests to refuse and, beside it, one of requests to answer (over-refusal)."""
+    """A safety set from a file of requests to refuse and, beside it, one of requests to answer (over-refusal).
+
+    Raises: DataError: a file is missing or holds no request.
+    """
     sides: dict[str, list[Sample]] = {}
     for side, file in (("unsafe", unsafe), ("benign", benign)):
         if file is None:

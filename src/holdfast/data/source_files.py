@@ -57,7 +57,10 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, where: Path | str) -> Any:
-    """JSON value of `text`; a fault is named with its line and column."""
+    """JSON value of `text`; a fault is named with its line and column.
+
+    Raises: DataError: no JSON, or nested too deeply.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -126,6 +129,8 @@ def inside(root: Path, relative: str, *, start: Path | None = None, what: str = 
 
     The check is on the path as written: a data file cannot reach out with `..`, a drive or an absolute path, while
     links that the owner of the root placed inside it are followed (data roots are often links to other disks).
+
+    Raises: DataError: the path is empty, absolute, or leaves `root`.
     """
     if "\x00" in relative or not relative.strip():
         raise DataError(f"{what} {relative!r} is empty or holds a NUL character; expected a path relative to {root}.")

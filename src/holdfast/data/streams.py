@@ -8,6 +8,7 @@
     safety:
       - {name: red-team, format: qa, options: {unsafe: harm.jsonl, benign: help.jsonl}}
     safety_calibration: {format: qa, file: own_refusals.jsonl}
+    benign_calibration: {format: qa, file: benign_twins.jsonl}
 
 A run file embeds it under its own key: a mapping such as the above, or the path of a stream file (`stream_spec`).
 """
@@ -30,6 +31,7 @@ from holdfast.data.readers import Source, Split, safety_reader, task_reader
 from holdfast.data.source_files import expand_braces, missing, read_text
 from holdfast.data.types import SafetySet, Sample, Stream, Task
 from holdfast.errors import ConfigError, DataError, HoldfastError
+from holdfast.registry import load_plugins
 
 Files = str | tuple[str, ...]
 
@@ -110,7 +112,7 @@ class SafetySpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSpec:
-    """Safe answers of theta_0 (from `holdfast calibrate-data`), or the prompts to make them from."""
+    """Own answers of theta_0 (from `holdfast calibrate-data`), or the prompts to make them from."""
 
     file: Files
     format: str = "qa"
@@ -124,13 +126,18 @@ class CalibrationSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSpec:
-    """A whole stream file. root: the data root, relative to the file that it is written in."""
+    """A whole stream file.
+
+    root: the data root, relative to the file that it is written in. safety_calibration: forbidden requests,
+    benign_calibration: benign ones beside them; both with theta_0's own answers, or without (then the run makes them).
+    """
 
     name: str
     tasks: tuple[TaskSpec, ...]
     root: str = "."
     safety: tuple[SafetySpec, ...] = ()
     safety_calibration: CalibrationSpec | None = None
+    benign_calibration: CalibrationSpec | None = None
     description: str = ""
     obtain: str = ""
     license: str = ""
@@ -169,12 +176,27 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_spec(path: Path | str) -> StreamSpec:
-    """The decoded stream file `path`, its root made absolute. A file with the stream under `stream:` is accepted."""
+    """The decoded stream file `path`, its root made absolute.
+
+    A run file, with the stream under `stream:`, is accepted; its plug-ins are loaded, as its formats may be theirs.
+    """
     path = Path(path)
     data = read_yaml(path)
-    if isinstance(data, Mapping) and "stream" in data and "tasks" not in data:
+    if isinstance(data, Mapping) and "stream" in data and ("tasks" not in data or "model" in data):
+        load_plugins(plugin_files(data.get("plugins", ()), base=path.parent))
         return stream_spec(data["stream"], base=path.parent)
     return _anchored(decode(StreamSpec, data, str(path)), path.parent)
+
+
+def plugin_files(value: Any, *, base: Path) -> tuple[str, ...]:
+    """`plugins` of a run file, a name or a list of them, as absolute paths. Raises ConfigError: something else."""
+    files = decode(_Plugins, {"plugins": [value] if isinstance(value, str) else value}).plugins
+    return tuple(str((base / Path(file).expanduser()).absolute()) for file in files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plugins:
+    plugins: tuple[str, ...]
 
 
 def stream_spec(value: Any, *, base: Path) -> StreamSpec:
@@ -217,7 +239,10 @@ def build(
     parts: Sequence[Split] = ("train", "validation", "test"),
     safety: bool = True,
 ) -> Stream:
-    """The Stream that `spec` describes. Everything is read now: a fault in the last task must not wait for days."""
+    """The Stream that `spec` describes. Everything is read now: a fault in the last task must not wait for days.
+
+    Raises: DataError, ConfigError, UnknownNameError: what is wrong, with the task it is wrong in.
+    """
     root = spec.data_root
     if not root.is_dir():
         raise DataError(f"Data root of stream {spec.name!r}: {missing(root, obtain=spec.obtain)}")
@@ -235,6 +260,14 @@ def build(
         safety=tuple(build_safety(s, root) for s in spec.safety) if safety else (),
         safety_calibration=build_calibration(spec.safety_calibration, root)
         if spec.safety_calibration and safety
+        else (),
+        benign_calibration=build_calibration(
+            spec.benign_calibration,
+            root,
+            name="benign_calibration",
+            obtain="It holds benign requests that resemble forbidden ones; the run lets theta_0 answer them.",
+        )
+        if spec.benign_calibration and safety
         else (),
     )
 
@@ -294,7 +327,10 @@ def read_split(spec: TaskSpec, split: Split, root: Path, *, obtain: str = "") ->
 
 
 def build_safety(spec: SafetySpec, root: Path) -> SafetySet:
-    """Reads one safety set through its format's reader and applies the limit to each side."""
+    """Reads one safety set through its format's reader and applies the limit to each side.
+
+    Raises: ConfigError: options that the format does not take. DataError: what its reader says.
+    """
     base = root / expand_root(spec.root)
     reader = safety_reader(spec.format)
     try:
@@ -329,6 +365,8 @@ def build_calibration(
     """Reads the safety calibration data, ids made unique.
 
     name, obtain: what errors call it, and say of where it comes from.
+
+    Raises: DataError: the file is missing, empty, or holds something else.
     """
     source = Source(
         name=name,

@@ -57,7 +57,7 @@ class Sample:
 
     @property
     def prompt(self) -> str:
-        """Text of the last user turn, without image marks."""
+        """Text of the last user turn, without image marks. Raises DataError: no user turn."""
         for turn in reversed(self.turns):
             if turn.role == "user":
                 return turn.text.replace("<image>", "").strip()
@@ -110,6 +110,8 @@ class Stream:
     root: Path = Path()
     # Own safe answers of theta_0 (made by `holdfast calibrate-data`), or the prompts to make them from.
     safety_calibration: Sequence[Sample] = ()
+    # Benign requests with theta_0's own answers, or the prompts alone: what a safety edit must leave helpful.
+    benign_calibration: Sequence[Sample] = ()
 
     def __post_init__(self) -> None:
         for kind, names in (("task", [t.name for t in self.tasks]), ("safety set", [s.name for s in self.safety])):

@@ -85,6 +85,7 @@ class ExpertFactors:
 
     @property
     def rank(self) -> int:
+        """Directions that the expert keeps: rows of A, columns of B."""
         return self.lora_a.shape[0]
 
 
@@ -134,6 +135,8 @@ def row_basis(rows: Sequence[Float[Tensor, "r d"]], d: int | None = None) -> Flo
     """Orthonormal basis, as columns, of the span of all rows of `rows`; k is its numerical rank.
 
     `d` is needed only when `rows` is empty: the basis is then (d, 0).
+
+    Raises: NumericalError: no row at all, and no `d`.
     """
     stacked = [_wide(r) for r in rows if r.shape[0]]
     if not stacked:
@@ -304,6 +307,8 @@ def decide_group(
 
     floor: with two groups or more the best must exceed it too. The lead alone (floor -1, the released code) joins a
         task that is unlike every group and a little less unlike one; within a group only images tell tasks apart.
+
+    Raises: NumericalError: a similarity is not finite. ConfigError: `max_groups` below 1.
     """
     if any(not math.isfinite(s) for s in similarities):
         raise NumericalError(f"A group's similarity is not finite: {list(similarities)}; a prototype is damaged.")

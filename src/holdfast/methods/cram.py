@@ -8,16 +8,17 @@ and the stream. Options of `training` that make a LoRA (rank, alpha, dropout) ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from holdfast.data.types import Stream
+from holdfast.data.types import Sample, Stream
 from holdfast.errors import CalibrationError, ConfigError
 from holdfast.files import write_json
-from holdfast.methods.seqft import SeqFTConfig, draw, step_seed
-from holdfast.models.load import LoadedModel, load
+from holdfast.methods.seqft import SeqFTConfig, draw, step_seed, training_samples
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 from holdfast.models.tuner import is_tuner_folder
 from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.training.supervised import total_steps, train
@@ -120,7 +121,7 @@ class Cram:
     def guard(self, ctx: TaskContext, learning: TaskLearning) -> Guard:
         """The guard after this task: that of the folder before, or a new one, with this task's requests in it.
 
-        Raises: CalibrationError: what `begin_guard` and `learn_task` say.
+        Raises: CalibrationError: what `begin_guard` and `fit` say.
         """
         self.check_stream(ctx.stream)
         before, form = learning.previous_guard(), self.config.guard
@@ -130,14 +131,18 @@ class Cram:
             tasks = ctx.stream.tasks[: ctx.step]
         else:
             tasks = [task for task in ctx.stream.tasks[: ctx.step] if task.name not in before.tasks]
-        for task in (*tasks, ctx.stream.tasks[ctx.step]):
-            some = draw(task.train, self.config.guard_requests, ctx.seed)
-            before = see_task(before, learning.loaded, task.name, some)
+        requests = {task.name: task.train for task in tasks} | {ctx.task_name: self.learned(ctx)}
+        for name, samples in requests.items():
+            before = see_task(before, learning.loaded, name, draw(samples, self.config.guard_requests, ctx.seed))
         return fit(before, false_alarm=self.config.guard_false_alarm)
+
+    def learned(self, ctx: TaskContext) -> Sequence[Sample]:
+        """What the task is learned from: its training split, without what `training.screen: drop` leaves out."""
+        return training_samples(ctx, self.config, ctx.stream.tasks[ctx.step].train)
 
     def learning(self, ctx: TaskContext) -> TaskLearning:
         """This step's task, in whatever phase a killed run left it."""
-        samples = ctx.stream.tasks[ctx.step].train
+        samples = self.learned(ctx)
         last = Path(ctx.previous.adapters[-1]) if ctx.previous.adapters else None
         return TaskLearning(
             load(ctx.theta_0, dtype=self.config.train_dtype),
@@ -151,7 +156,7 @@ class Cram:
         )
 
     def _loop(self, ctx: TaskContext, learning: TaskLearning) -> Loop:
-        samples = ctx.stream.tasks[ctx.step].train
+        samples = self.learned(ctx)
 
         def loop(
             phase: Phase, *, steps: Steps, adapter: Callable[[], CramTraining], extras: BatchFeatures, out: Path

@@ -49,6 +49,7 @@ class Ewc(SeqFT):
     config: EwcConfig
 
     def training_options(self, ctx: TaskContext) -> dict[str, Any]:
+        """The quadratic penalty around the previous weights, by the carried Fisher."""
         fisher = Remembered(carried(ctx, _FILE))
 
         def penalty(model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor:
@@ -60,6 +61,7 @@ class Ewc(SeqFT):
         return {"penalty": penalty}
 
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
+        """Carry the Fisher on, then write the tuned weights."""
         merged = super().end_task(ctx, trained)
         carry(ctx, _FILE, lambda: self._fisher(ctx, merged))
         return merged
@@ -70,7 +72,7 @@ class Ewc(SeqFT):
         for weight in weights.values():
             weight.requires_grad_(True)
         total = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-        samples = draw(self.samples(ctx), self.config.fisher_samples, step_seed(ctx))
+        samples = draw(self.learned(ctx), self.config.fisher_samples, step_seed(ctx))
         for number, sample in enumerate(samples, 1):
             inputs = {k: v.to(loaded.device) for k, v in encode_training(loaded, [sample]).items()}
             loaded.model.zero_grad()

@@ -39,6 +39,7 @@ class Lwf(SeqFT):
     config: LwfConfig
 
     def training_options(self, ctx: TaskContext) -> dict[str, Any]:
+        """The distillation loss against the model before the task."""
         return {"penalty": self._penalty}
 
     def _penalty(self, model: Any, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor:

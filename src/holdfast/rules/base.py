@@ -1,17 +1,22 @@
-"""What a weight edit is, to the editor: a function of one layer. The rules live one per file in `methods`."""
+"""What a weight edit is, to the editor: a function of one layer. The rules live beside this file, one per file."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from holdfast.config import encode
 from holdfast.functional.columns import ColumnChange
+
+# What a rule must be given of a layer beside its weights: nothing, the diagonals `Layer.safety` and `Layer.task`, or
+# whole Gram matrices (c, c).
+Needs = Literal["nothing", "curvature", "grams"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +77,19 @@ class LoraEdit:
 class EditRule(Protocol):
     """One layer in, one layer out. A rule keeps no state between layers.
 
-    name: recorded with the result. needs_curvature: whether `Layer.safety` and `Layer.task` must be there.
+    name: recorded with the result. needs_curvature: whether `Layer.safety` and `Layer.task` must be there. A rule that
+    needs more says so in `needs` (see `Needs` and `needs_of`); `Rule` has all of it but the edit.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Recorded with the result."""
+        ...
 
     @property
-    def needs_curvature(self) -> bool: ...
+    def needs_curvature(self) -> bool:
+        """Whether `Layer.safety` and `Layer.task` must be there."""
+        ...
 
     def settings(self) -> Mapping[str, Any]:
         """Every option that changes the result, as plain data; part of the plan's hash."""
@@ -97,7 +108,9 @@ class LoraEditRule(EditRule, Protocol):
     """
 
     @property
-    def reads_base(self) -> bool: ...
+    def reads_base(self) -> bool:
+        """Whether `edit_lora` has a use for `w_prev`; where it has none, the base is not read."""
+        ...
 
     def edit_lora(
         self,
@@ -109,3 +122,49 @@ class LoraEditRule(EditRule, Protocol):
     ) -> LoraEdit:
         """The edited factor A. `w_prev` None: what depends on the base weight (HPA's coefficient) is left out."""
         ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Base of the rules here: made of its options alone, `Rule(config)`, so that a name and plain data make one.
+
+    Config: frozen dataclass of the options, with defaults. name: recorded with the result. inputs: arguments of the
+    constructor beside `config` that are no plain data (open checkpoints, tensors); a rule that has any is made by the
+    method that hands them over, and cannot be made from a name.
+    """
+
+    config: Any
+
+    Config: ClassVar[type]
+    name: ClassVar[str]
+    inputs: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def needs(self) -> Needs:
+        """What a layer must bring; may follow from the options."""
+        return "nothing"
+
+    @property
+    def needs_curvature(self) -> bool:
+        """Whether `Layer.safety` and `Layer.task` must be there."""
+        return self.needs == "curvature"
+
+    def settings(self) -> Mapping[str, Any]:
+        """Every option, as plain data."""
+        settings: Mapping[str, Any] = encode(self.config)
+        return settings
+
+
+def needs_of(rule: EditRule) -> Needs:
+    """What a rule needs of a layer; of a rule that has no `needs`, what its `needs_curvature` says."""
+    default: Needs = "curvature" if rule.needs_curvature else "nothing"
+    found: Needs = getattr(rule, "needs", default)
+    return found
+
+
+def norms(change: Float[Tensor, "r c"], moved: Float[Tensor, "r c"]) -> dict[str, float]:
+    """Figures of an edit: change ||W_new - W_prev||_F and distance ||W_hat - W_prev||_F, from those differences."""
+    return {
+        "change": float(torch.linalg.vector_norm(change, dtype=torch.float64)),
+        "distance": float(torch.linalg.vector_norm(moved, dtype=torch.float64)),
+    }

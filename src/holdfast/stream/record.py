@@ -63,17 +63,21 @@ class RunDirectory:
 
     @property
     def config_path(self) -> Path:
+        """Where the resolved configuration lies."""
         return self.root / "config.json"
 
     @property
     def summary_path(self) -> Path:
+        """Where the figures of all methods lie."""
         return self.root / "summary.json"
 
     @property
     def theta_0_dir(self) -> Path:
+        """Folder of the starting model's record and answers."""
         return self.root / "theta_0"
 
     def method_dir(self, method: str) -> Path:
+        """Folder of one method's steps."""
         return self.root / "methods" / method
 
     def step_dir(self, method: str, step: int, task: str) -> Path:
@@ -81,6 +85,10 @@ class RunDirectory:
         return self.method_dir(method) / f"{step + 1}-{slug(task)}"
 
     def write_record(self, folder: Path, record: Record) -> None:
+        """Write record.json of a finished step in one rename, paths inside the run relative to it.
+
+        Raises: StorageError: the disk is full or the folder cannot be written.
+        """
         checkpoint = Checkpoint(
             base=self.relative(record.checkpoint.base),
             adapters=tuple(self.relative(a) for a in record.checkpoint.adapters),
@@ -242,6 +250,8 @@ def _differences(old: Any, new: Any, where: str = "", *, grows: Collection[str] 
             if key not in new:
                 yield f"{place}: {old[key]!r} -> absent"
             elif key not in old:
+                if place in grows:
+                    continue
                 yield f"{place}: absent -> {new[key]!r}"
             else:
                 yield from _differences(old[key], new[key], place, grows=grows)
@@ -253,8 +263,8 @@ def _differences(old: Any, new: Any, where: str = "", *, grows: Collection[str] 
 
 
 def _beginning(old: Any, new: Any) -> Any:
-    """As much of `new` as `old` has, where it begins with the same keys; lists are cut to the same length."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping) and list(new)[: len(old)] == list(old):
+    """As much of `new` as `old` has, where no key is gone; lists are cut to the same length."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and set(old) <= set(new):
         return {key: new[key] for key in old}
     if isinstance(old, list) and isinstance(new, list | tuple):
         return list(new[: len(old)])

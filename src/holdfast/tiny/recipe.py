@@ -62,6 +62,7 @@ def run_data(
             "limit_between": limit_between,
         },
         "safety_calibration": {"max_new_tokens": 48},
+        "benign_calibration": {"max_new_tokens": 48},
         "injection": {"fraction": harmful} if harmful else None,
         # Six merges in fp16 would round the weights six times.
         "store_dtype": "float32",

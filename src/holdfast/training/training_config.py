@@ -24,6 +24,8 @@ class TrainingConfig:
     save_steps: keep the trainer's state every so many optimizer steps, so that a killed task goes on from there to the
         same bytes. None: a killed task starts again.
     workers: processes that decode and encode samples; 0 does it in the training process.
+    screen: ask theta_0 every training sample first: "report" lists those that it refuses (and whose answer does not) in
+        screen_training.json of the step, "drop" leaves them out as well. It costs one short answer a sample.
     deterministic: ask torch for deterministic kernels on an accelerator (slower); CPUs are deterministic anyway.
     """
 
@@ -45,6 +47,7 @@ class TrainingConfig:
     save_steps: int | None = None
     workers: int = 0
     deterministic: bool = False
+    screen: Literal["off", "report", "drop"] = "off"
 
     def __post_init__(self) -> None:
         for name in ("rank", "batch_size", "alpha", "learning_rate", "epochs"):

@@ -12,7 +12,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from holdfast.checkpoints.naming import NameIndex, strip_peft_prefix
-
-
-@dataclass(frozen=True)
-class Value:
-    """A checkpoint value: a folder and adapters on top."""
-
-    base: str
-    adapters: tuple[str, ...] = ()
+from holdfast.checkpoints.value import Checkpoint
 
 
 def tensor_hash(tensor: Tensor, dtype: torch.dtype) -> str:
-    """sha256 of a tensor's bytes in its stored type."""
+    """sha256 of a tensor's bytes in its stored type.
+
+    tensor: of any shape.
+    """
     raw = tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(raw.numpy()).hexdigest()  # type: ignore[arg-type]
 
@@ -109,7 +104,8 @@ def attach_input_scale(model: nn.Module, folder: Path) -> int:
     names = module_index(model)
     for module in adapter.input_scale:
         scale = adapter.read_scale(module)
-        assert scale is not None
+        if scale is None:
+            continue
         layer: Any = model.get_submodule(names.require(f"base_model.model.{module}"))
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], scale: Tensor = scale) -> tuple[Tensor, ...]:
@@ -137,8 +133,8 @@ def _load(request: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         elif dense:
             model = load(request["export"], dtype=torch.float32, device="cpu").model
         else:
-            value = Value(request["base"], tuple(request["base_adapters"]))
-            model = load(value, dtype=torch.float32, device="cpu").model
+            base = Checkpoint(base=request["base"], adapters=tuple(request["base_adapters"]))
+            model = load(base, dtype=torch.float32, device="cpu").model
         if dense:
             return model, {}
         from peft import PeftModel
@@ -227,6 +223,7 @@ def _files_by_key(folder: Path) -> dict[str, Path]:
 
 
 def main(path: str) -> None:
+    """Load the result in this clean process and write what it computes to the request's answer file."""
     request = json.loads(Path(path).read_text(encoding="utf-8"))
     model, result = _load(request)
     if request["kind"] == "dense" and request["input_ids"] is None:

@@ -1,94 +1,31 @@
-"""Glue of the controls: an edit that is one factor per input column, and how strong HPA's edit would be instead."""
+"""Glue of the controls: SeqFT with an edit that is one factor per input column (`holdfast.rules.column_factors`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor
-
-from holdfast.config import encode
-from holdfast.functional.columns import ColumnChange, measure_change, measure_lora
-from holdfast.functional.controls import distance_of, reverted_by, scale_change
-from holdfast.functional.hpa import HpaConfig, what_if
-from holdfast.methods.hpa import HpaRule, diagonals
+from holdfast.methods._glue.rule_options import part_of
 from holdfast.methods.seqft import EditingConfig, SeqFT
-from holdfast.rules.base import DenseEdit, Layer, LoraEdit
+from holdfast.rules.base import EditRule
+from holdfast.rules.column_factors import ColumnFactorOptions, ColumnFactorRule, hpa_distance
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlConfig(EditingConfig):
-    """Options that every control has.
-
-    match: "hpa" makes the edit of each layer as strong as HPA's would be on the same change (equal ||W_hat - W_prev||);
-        it needs HPA's calibration, of which it uses the strength only. null: the control's own strength.
-    edit: HPA's options: its p falls with depth, and a control without `match` takes the same p.
-    """
-
-    match: Literal["hpa"] | None = None
-    edit: HpaConfig = field(default_factory=HpaConfig)
-
-
-@dataclass(frozen=True)
-class ColumnFactorRule:
-    """W_hat = W_prev + D diag(factors). A control says what the factors of a layer are."""
-
-    config: ControlConfig
-    name = "column_factors"
-    reads_base = False
-
-    @property
-    def needs_curvature(self) -> bool:
-        return self.config.match is not None
-
-    def settings(self) -> Mapping[str, Any]:
-        """The control's options; those of training and calibration decide its inputs, not the edit."""
-        own = self.config.__dataclass_fields__.keys() - EditingConfig.__dataclass_fields__.keys()
-        return {key: encode(getattr(self.config, key)) for key in sorted(own)}
-
-    def factors(self, layer: Layer, change: ColumnChange, distance: float | None) -> Tensor:
-        """(c,) in 0..1 for this layer; `distance`: the strength to match, or None."""
-        raise NotImplementedError
-
-    def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
-        change = measure_change(w_prev, w_new, projection=False)
-        factors, row = self._decide(layer, change)
-        return DenseEdit(weight=scale_change(w_prev, w_new, factors, out=w_new), row=row)
-
-    def edit_lora(
-        self, layer: Layer, w_prev: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
-    ) -> LoraEdit:
-        factors, row = self._decide(layer, measure_lora(lora_a, lora_b, scaling))
-        return LoraEdit(lora_a=lora_a * factors.to(lora_a), row=row)
-
-    def _decide(self, layer: Layer, change: ColumnChange) -> tuple[Tensor, dict[str, Any]]:
-        distance = hpa_distance(layer, change, self.config.edit) if self.config.match else None
-        factors = self.factors(layer, change, distance)
-        return factors, {
-            "kept_share": float((factors == 0).double().mean()),
-            "share_reverted": reverted_by(change, factors),
-            "change": change.norm,
-            "distance": distance_of(change, factors),
-        }
-
-
-def hpa_distance(layer: Layer, change: ColumnChange, config: HpaConfig) -> float:
-    """||W_hat - W_prev||_F of HPA's edit of the same change, without its projection.
-
-    Its coefficient is small for LoRA updates: on the embedded stream 2e-4 to 5e-4 in the median, 2.7e-3 at most.
-    """
-    safety, task = diagonals(layer)
-    setting = replace(HpaRule(config).setting(layer), orthogonal=False)
-    (outcome,) = what_if(change, safety, task, [setting], curvature=config.curvature)
-    return outcome.distance
+class ControlConfig(EditingConfig, ColumnFactorOptions):
+    """Options that every control has: those of its rule, over those of tuning and calibration."""
 
 
 class Control(SeqFT):
-    """SeqFT with a column-factor rule after each task."""
+    """SeqFT with a column-factor rule after each task. Rule: which."""
 
     Config = ControlConfig
     config: ControlConfig
+    Rule: ClassVar[type[ColumnFactorRule]]
+
+    def rule(self) -> EditRule:
+        """The control with this method's options."""
+        return self.Rule(part_of(self.config, self.Rule.Config))
 
 
 __all__ = ["ColumnFactorRule", "Control", "ControlConfig", "hpa_distance"]

@@ -6,13 +6,11 @@ time, the edited weight goes to a file in the step's scratch folder, and the edi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from holdfast.calibration.walk import LayerGram, walk_grams
@@ -23,27 +21,9 @@ from holdfast.files import atomic_path
 from holdfast.functional.rivals import RivalEdit
 from holdfast.methods.seqft import EditingConfig, SeqFT
 from holdfast.models.load import load
-from holdfast.rules.base import DenseEdit, EditRule, Layer
+from holdfast.rules.base import EditRule
+from holdfast.rules.ready_edits import ReadyEdits, ReadyOptions
 from holdfast.stream.protocol import Checkpoint, TaskContext
-
-
-@dataclass
-class ReadyEdits:
-    """The edit whose weights lie in files already, one per layer."""
-
-    name: str
-    folder: Path
-    options: Mapping[str, Any]
-    needs_curvature = False
-
-    def settings(self) -> Mapping[str, Any]:
-        return self.options
-
-    def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
-        weight = load_file(self.folder / f"{layer.name}.safetensors")["weight"]
-        change = torch.linalg.vector_norm(w_new - w_prev, dtype=torch.float64)
-        moved = torch.linalg.vector_norm(weight - w_prev, dtype=torch.float64)
-        return DenseEdit(weight=weight, row={"change": float(change), "distance": float(moved)})
 
 
 class GramSweep(SeqFT):
@@ -53,11 +33,16 @@ class GramSweep(SeqFT):
     config: EditingConfig
 
     def edit_layer(self, w_prev: Tensor, w_new: Tensor, inverse_factor: Tensor) -> RivalEdit:
-        """The edited weight; inverse_factor: upper U with U^T U = (H + lam I)^-1."""
+        """The edited weight; inverse_factor: upper U with U^T U = (H + lam I)^-1.
+
+        w_prev, w_new: (r, c). inverse_factor: (c, c), fp32 or fp64.
+
+        Raises: NotImplementedError: a method gives the edit.
+        """
         raise NotImplementedError
 
     def gram_source(self, ctx: TaskContext, trained: Checkpoint) -> tuple[Checkpoint, Sequence[Sample]]:
-        """The model and the samples that the Gram matrices are of."""
+        """The model and the samples that the Gram matrices are of. Raises NotImplementedError: a method says which."""
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
@@ -66,6 +51,7 @@ class GramSweep(SeqFT):
         return {key: encode(getattr(self.config, key)) for key in sorted(own)}
 
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
+        """Edit layer by layer while the Gram matrices come in, then write the edits as one checkpoint."""
         source, samples = self.gram_source(ctx, trained)
         folder = ctx.scratch_dir / "edits"
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,4 +79,5 @@ class GramSweep(SeqFT):
                 save_file({"weight": edited.weight.float().cpu().contiguous()}, temporary)
 
     def step_rule(self, ctx: TaskContext) -> EditRule:
-        return ReadyEdits(name=self.name, folder=ctx.scratch_dir / "edits", options=self.options())
+        """The edits that `end_task` made, read layer by layer."""
+        return ReadyEdits(ReadyOptions(folder=ctx.scratch_dir / "edits", made_by=self.name, options=self.options()))

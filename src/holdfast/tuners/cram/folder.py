@@ -28,11 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from holdfast.checkpoints.adapter import WEIGHTS_FILE, LoraAdapter, is_adapter
+from holdfast.checkpoints.value import Checkpoint
 from holdfast.config import decode, encode
 from holdfast.errors import AdapterError, ConfigError, StorageError
 from holdfast.files import fsync_folder, storage_error, write_json
 from holdfast.models.families import decoder_blocks
-from holdfast.models.load import LoadedModel, load
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 from holdfast.models.tuner import MARKER, is_tuner_folder
 from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.guard import Guard, check_guard, guard_data, guard_tensors, read_guard
@@ -54,6 +56,10 @@ def save_expert(folder: Path, factors: Factors, *, base: str, beside: Mapping[st
     """An expert as a stock PEFT LoRA folder: `alpha = r`, so its scale is 1 whatever the rank of a linear.
 
     beside: JSON files to write next to it, name -> plain data.
+
+    factors: linear name -> A (rank, in), B (out, rank).
+
+    Raises: AdapterError: no linear. StorageError: the disk is full or the folder cannot be written.
     """
     if not factors:
         raise AdapterError(f"{folder}: an expert without any linear cannot be saved.")
@@ -263,18 +269,10 @@ def open_folder(folder: Path, *, base: str | None = None, encoder: str | None = 
     Raises: as `from_pretrained` and `holdfast.models.load.load`.
     """
     stored = read_router(folder)
-    source = BaseCheckpoint(base, ()) if base else BaseCheckpoint(stored.base["base"], tuple(stored.base["adapters"]))
+    source = Checkpoint(base=base) if base else Checkpoint.from_json(stored.base)
     loaded = load(source)
     moved = make_encoder(encoder, loaded) if encoder else None
     return from_pretrained(folder, loaded, encoder=moved)
-
-
-@dataclass(frozen=True)
-class BaseCheckpoint:
-    """What experts sit on (a `CheckpointLike` of `holdfast.checkpoints`)."""
-
-    base: str
-    adapters: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -290,7 +288,10 @@ class StoredRouter:
     guard: Guard | None = None
 
     def probe(self, prefix: str) -> dict[str, Tensor]:
-        """The probed values under `prefix`, by the name of their weight."""
+        """The probed values under `prefix`, by the name of their weight.
+
+        Each is (n,), n values in the weight's own dtype.
+        """
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
 
@@ -402,7 +403,10 @@ def _is_count(value: Any, least: int) -> bool:
 
 
 def probe(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A few values of each weight, in its own dtype, on the CPU."""
+    """A few values of each weight, in its own dtype, on the CPU.
+
+    weights: of any shape. Each result is (n,), n values spread evenly over the flattened weight.
+    """
     found = {}
     for name, weight in weights.items():
         flat = weight.detach().reshape(-1)
@@ -457,7 +461,10 @@ def _half_step(values: Tensor) -> Tensor:
 
 
 def block_weights(loaded: LoadedModel) -> dict[str, Tensor]:
-    """Every weight of the decoder blocks that is held as numbers: what experts were corrections to."""
+    """Every weight of the decoder blocks that is held as numbers: what experts were corrections to.
+
+    Names as in the model; shapes as there, (out, in) for a linear.
+    """
     return {
         f"{prefix}.{name}": parameter
         for prefix, block in decoder_blocks(loaded.model)  # type: ignore[arg-type]
@@ -475,10 +482,10 @@ def head_weights(loaded: LoadedModel) -> dict[str, Tensor]:
 def base_of(loaded: LoadedModel) -> dict[str, Any]:
     """The checkpoint that experts sit on, as plain data: {"base": folder or hub id, "adapters": [folders]}."""
     source = loaded.source
-    if source is None or isinstance(source, str):
-        return {"base": source or loaded.name, "adapters": []}
+    if source is None:
+        return Checkpoint(base=loaded.name).to_json()
     # A tuner's folder on top is what is being saved, not what it sits on.
-    return {"base": source.base, "adapters": [str(a) for a in source.adapters if not is_tuner_folder(a)]}
+    return {"base": source.base, "adapters": [a for a in source.adapters if not is_tuner_folder(a)]}
 
 
 def _folder_name(index: int, name: str) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, CalibrationError, ConfigError
 from holdfast.models.encode import encode_request
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 
 Form = Literal["openings", "probe"]
 FORMS: tuple[Form, ...] = ("openings", "probe")

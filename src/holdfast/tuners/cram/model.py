@@ -14,7 +14,7 @@ from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, DataError, unknown_name
 from holdfast.models.encode import encode_request
 from holdfast.models.families import decoder_blocks
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.guard import Evidence, Guard, last_step, opening_log_odds
 from holdfast.tuners.cram.layer import Active, ExpertPass
@@ -86,17 +86,21 @@ class Cram(nn.Module):
 
     @property
     def config(self) -> CramConfig:
+        """The options that experts and router were made with."""
         return self.router.config
 
     @property
     def loaded(self) -> LoadedModel:
+        """The model underneath; held in a list, so that its modules are not registered here a second time."""
         return self._loaded[0]
 
     @property
     def layers(self) -> list[ExpertPass]:
+        """Every adapted linear, in the order of the model."""
         return list(self.passes)  # type: ignore[arg-type]
 
     def layer(self, name: str) -> ExpertPass:
+        """The adapted linear of this module name."""
         return next(p for p in self.layers if p.name == name)
 
     def detach(self) -> None:
@@ -198,7 +202,10 @@ class Cram(nn.Module):
 
     @contextmanager
     def weighted(self, masses: Sequence[Mapping[str, float]]) -> Iterator[None]:
-        """Within, request i goes to the named experts with weights `masses[i]`; one mapping serves any batch."""
+        """Within, request i goes to the named experts with weights `masses[i]`; one mapping serves any batch.
+
+        Raises: UnknownNameError: an expert that is not there.
+        """
         names = [e.name for e in self.router.experts]
         weights = torch.zeros(len(masses), 1, len(names), device=self.loaded.device)
         for row, mass in enumerate(masses):

@@ -23,7 +23,7 @@ from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, ConfigError
 from holdfast.files import atomic_path, write_json
 from holdfast.functional.cram import ExpertFactors, GroupDecision, RankRule, expert_from_buffer, row_basis
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.folder import base_of, from_pretrained, load_expert, read_router, save_cram, save_expert
 from holdfast.tuners.cram.guard import Guard
@@ -62,6 +62,7 @@ class Steps:
 
     @property
     def stable(self) -> int:
+        """Optimizer steps of the stable phase."""
         return self.total - self.warmup
 
 
@@ -160,6 +161,10 @@ class TaskLearning:
             )
 
     def features(self) -> Features:
+        """The router's features of the task's training samples, made once and read from then on.
+
+        Raises: AdapterError: they are of another number of samples.
+        """
         stored = load_file(self._features_path)
         if stored["text"].shape[0] != len(self.samples):
             raise AdapterError(
@@ -275,7 +280,10 @@ def consolidate(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> dict[str, ExpertFactors]:
-    """The expert that a buffer turns into, for every linear; factors fp32 on the CPU."""
+    """The expert that a buffer turns into, for every linear; factors fp32 on the CPU.
+
+    buffer: linear name -> A (R, in), B (out, R). history: linear name -> older experts' A, each (rank, in).
+    """
     made = {}
     scale = 2.0 if config.compat_double_scale else 1.0
     for name, (a, b) in buffer.items():

@@ -43,6 +43,7 @@ class Features:
         return self
 
     def to(self, device: torch.device) -> Features:
+        """The same features on `device`."""
         return Features(text=self.text.to(device), image=self.image.to(device), has_image=self.has_image.to(device))
 
     def __len__(self) -> int:
@@ -133,6 +134,7 @@ class Router:
         return max((c.image_centroid.shape[0] for c in self.experts if c.image_centroid is not None), default=1)
 
     def adding(self, card: ExpertCard) -> Router:
+        """A router that knows one more expert."""
         return Router(self.config, (*self.experts, card))
 
     def members(self, group: int) -> list[int]:
@@ -202,10 +204,14 @@ class Router:
         return self.config.sigma_scale * sum(scatter) / len(scatter) if scatter else 0.0
 
     def text_sigma_of(self, card: ExpertCard) -> float:
+        """Width of the routing softmax over instruction vectors, for requests without an image."""
         return self.config.sigma_scale * card.text_scatter
 
     def row_index(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Linear name -> the expert of each of its stacked rows."""
+        """Linear name -> the expert of each of its stacked rows.
+
+        Returns: linear name -> (R,) int64, R the ranks of all experts together.
+        """
         return {name: expert_index([e.ranks.get(name, 0) for e in self.experts]) for name in names}
 
     def pack(self, device: torch.device) -> PackedRouter:
@@ -235,6 +241,7 @@ class PackedRouter:
 
     @classmethod
     def of(cls, router: Router, device: torch.device) -> PackedRouter:
+        """All cards of `router` as tensors on `device`, G groups and E experts."""
         cards = router.experts
         pictured = [c for c in cards if c.image_centroid is not None]
         width = next((c.image_centroid.shape[-1] for c in pictured if c.image_centroid is not None), 1)
@@ -279,6 +286,7 @@ def card_from_features(
     """The card of a new task from the features of its training samples, and which rows were held out for the floors.
 
     Raises: DataError: no sample.
+    features: of n samples. The second result is (n,) bool.
     """
     count = len(features)
     if count == 0:
