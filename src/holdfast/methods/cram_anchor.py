@@ -40,6 +40,7 @@ class CramAnchor(Cram):
 
     def check_stream(self, stream: Stream) -> None:
         """Raises CalibrationError: the stream has no safety calibration samples."""
+        super().check_stream(stream)
         safety_set(stream, self.config, self.name)
 
     def final_expert(self, ctx: TaskContext, trained: Checkpoint) -> Path:

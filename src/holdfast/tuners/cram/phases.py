@@ -26,6 +26,7 @@ from holdfast.functional.cram import ExpertFactors, GroupDecision, RankRule, exp
 from holdfast.models.loaded import LoadedModel
 from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.folder import base_of, from_pretrained, load_expert, read_router, save_cram, save_expert
+from holdfast.tuners.cram.guard import Guard
 from holdfast.tuners.cram.model import Cram, Factors
 from holdfast.tuners.cram.objective import BatchFeatures, CramTraining, buffer_factors, learned_centroid
 from holdfast.tuners.cram.router import ExpertCard, Features, Router, card_from_features, placed
@@ -205,10 +206,15 @@ class TaskLearning:
             base=base_of(self.loaded)["base"],
         )
 
-    def publish(self, out: Path, *, expert: Path | None = None) -> ExpertCard:
+    def previous_guard(self) -> Guard | None:
+        """The guard of the folder that this task continues."""
+        return read_router(self.previous).guard if self.previous is not None else None
+
+    def publish(self, out: Path, *, expert: Path | None = None, guard: Guard | None = None) -> ExpertCard:
         """Write the CRAM folder `out`: older experts byte for byte, the new one, and the router that knows it.
 
-        expert: instead of the trained one (an edited copy of it). Does nothing where `out` is already there.
+        expert: instead of the trained one (an edited copy of it). guard: stored beside the router.
+        Does nothing where `out` is already there.
         """
         expert = expert or self.expert
         cram = self.attach()
@@ -220,7 +226,7 @@ class TaskLearning:
             if not out.exists():
                 older = read_router(self.previous).folders if self.previous is not None else ()
                 router = cram.router.adding(card)
-                save_cram(out, router, [*older, expert], loaded=self.loaded, encoder=cram.encoder)
+                save_cram(out, router, [*older, expert], loaded=self.loaded, encoder=cram.encoder, guard=guard)
         finally:
             cram.detach()
         return card

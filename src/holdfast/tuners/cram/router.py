@@ -13,6 +13,7 @@ from torch import Tensor
 from holdfast.errors import AdapterError, DataError
 from holdfast.functional.cram import (
     GroupDecision,
+    best_group,
     claims,
     cosine_similarity,
     decide_group,
@@ -93,12 +94,24 @@ class ExpertCard:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Routing:
-    """The decision for n requests. weights (n, S, E) sum to 1 over E, or to 0 where the base answers alone."""
+    """The decision for n requests. weights (n, S, E) sum to 1 over E, or to 0 where the base answers alone.
+
+    guarded (n,): the guard sent the request to the base alone, guard_score (n,) at or above its threshold; None where
+    no guard was asked.
+    """
 
     weights: Tensor
     group: Tensor  # (n,) chosen group
     similarity: Tensor  # (n, G) cosine with each group's prototype
     abstained: Tensor  # (n,)
+    guarded: Tensor | None = None
+    guard_score: Tensor | None = None
+
+    def under(self, guarded: Tensor, score: Tensor) -> Routing:
+        """The decision with that of the guard laid over it."""
+        guarded, score = guarded.to(self.weights.device), score.to(self.weights.device)
+        weights = self.weights.masked_fill(guarded[:, None, None], 0.0)
+        return replace(self, weights=weights, guarded=guarded, guard_score=score)
 
 
 class Router:
@@ -161,12 +174,13 @@ class Router:
         if len(rows) <= 1:
             return self._route(features)
         parts = [self._route(features[some]) for some in rows]
-        return Routing(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+        made = [name for name, value in vars(parts[0]).items() if value is not None]
+        return Routing(**{name: torch.cat([getattr(part, name) for part in parts]) for name in made})
 
     def _route(self, features: Features) -> Routing:
         packed = self.pack(features.text.device)
         similarity = cosine_similarity(features.text, packed.prototypes)
-        group = similarity.argmax(-1)
+        group = best_group(similarity)
         members = packed.members[group]
         abstained = torch.zeros_like(group, dtype=torch.bool)
         if self.config.abstain != "off":
@@ -322,7 +336,10 @@ def placed(card: ExpertCard, centroid: Tensor, features: Features, held: Tensor,
 
 
 def describe(routing: Routing, router: Router, ids: Sequence[str]) -> list[dict[str, Any]]:
-    """Plain data for a log or a screen: per request its group, similarities and weights, and whether it abstained."""
+    """Plain data for a log or a screen: per request its group, similarities and weights, and whether it abstained.
+
+    Where a guard was asked also "guarded" and "guard_score".
+    """
     rows = []
     weights = routing.weights.mean(1)
     for i, sample_id in enumerate(ids):
@@ -334,7 +351,14 @@ def describe(routing: Routing, router: Router, ids: Sequence[str]) -> list[dict[
                     router.group_name(g): round(float(routing.similarity[i, g]), 4) for g in range(router.group_count)
                 },
                 "abstained": bool(routing.abstained[i]),
+                **_guard_row(routing, i),
                 "weights": {e.name: round(float(weights[i, j]), 4) for j, e in enumerate(router.experts)},
             }
         )
     return rows
+
+
+def _guard_row(routing: Routing, i: int) -> dict[str, Any]:
+    if routing.guarded is None or routing.guard_score is None:
+        return {}
+    return {"guarded": bool(routing.guarded[i]), "guard_score": round(float(routing.guard_score[i]), 4)}
