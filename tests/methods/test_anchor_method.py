@@ -126,7 +126,7 @@ def test_the_past_of_another_stream_is_refused(stream, pico_folder, tmp_path, re
     else:
         ctx = replace(ctx, seed=7)
     trained = method().train_task(ctx)
-    with pytest.raises(CalibrationError, match="something else|unfinished"):
+    with pytest.raises(CalibrationError, match=r"something else|unfinished"):
         method().end_task(ctx, trained)
 
 

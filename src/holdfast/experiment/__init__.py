@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import json
 import re
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -189,6 +190,7 @@ def build_methods(config: RunConfig, names: Sequence[str] | None = None) -> dict
         if key not in known:
             known = {key for name in method_registry.METHODS for key in _option_names(name)}
         if key not in known:
+            known = {name for name in known if "." not in name}
             hint = nearest(key, known)
             raise UnknownNameError(
                 f"defaults.{key}: no method has this option."
@@ -521,12 +523,38 @@ def _build_method(label: str, options: Mapping[str, Any], defaults: Mapping[str,
     own = {key: value for key, value in options.items() if key != "method"}
     if name not in method_registry.METHODS:
         raise unknown_name("method", str(name), method_registry.METHODS)
-    shared = {key: value for key, value in defaults.items() if key in _option_names(name)}
+    shared = _shared(defaults, _option_names(name))
     return method_registry.get(name, label=label, defaults=shared, **own)
 
 
 def _option_names(name: str) -> set[str]:
-    return set(method_registry.config_of(name).__dataclass_fields__) if name in method_registry.METHODS else set()
+    """A method's options, and of those that are groups the options inside, as `edit.keep_bounds`."""
+    if name not in method_registry.METHODS:
+        return set()
+    cls = method_registry.config_of(name)
+    found = set(cls.__dataclass_fields__)
+    for key, hint in typing.get_type_hints(cls).items():
+        if is_dataclass(hint):
+            found |= {f"{key}.{inner.name}" for inner in fields(hint)}
+    return found
+
+
+def _shared(defaults: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    """Those defaults that a method has; of a group (`edit`) without what only other methods' kind of it has.
+
+    What no method has stays, so that it is refused by its name.
+    """
+    found: dict[str, Any] = {}
+    for key, value in defaults.items():
+        if key not in names:
+            continue
+        grouped = isinstance(value, Mapping) and any(name.startswith(f"{key}.") for name in names)
+        others = {k for k in value if f"{key}.{k}" not in names} if grouped else set()
+        if others:
+            everywhere = {name for method in method_registry.METHODS for name in _option_names(method)}
+            others = {k for k in others if f"{key}.{k}" in everywhere}
+        found[key] = {k: v for k, v in value.items() if k not in others} if others else value
+    return found
 
 
 def _recorded(method: Any) -> dict[str, Any]:
