@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from holdfast.checkpoints.curvature_file import Curvature
+from holdfast.editing.account import EditReport, versions
 from holdfast.editing.descent import describe_no_change
 from holdfast.editing.in_place import edit_live
-from holdfast.editing.report import EditReport, versions
 from holdfast.rules.base import EditRule
 from holdfast.rules.hpa import HpaConfig, HpaRule
 

@@ -289,7 +289,7 @@ def test_of_an_adapter_only_what_it_changes_is_measured(
         edit_checkpoint(
             llava_folder,
             tuned,
-            rule=HpaRule(HpaConfig(orthogonal=False)),
+            rule=HpaRule(HpaConfig(projection="none")),
             curvature=c,
             out=tmp_path / str(len(c.modules)),
             export="adapter",

@@ -19,7 +19,7 @@ from holdfast.checkpoints.fingerprint import fingerprint
 from holdfast.checkpoints.merged import open_checkpoint
 from holdfast.editing import DenseEdit
 from holdfast.editing.editor import edit_checkpoint
-from holdfast.editing.report import EditReport
+from holdfast.editing.account import EditReport
 from holdfast.errors import (
     AdapterError,
     CalibrationError,
@@ -389,7 +389,7 @@ def test_nan_in_a_base_that_the_rule_does_not_read_is_found(world, tmp_path):
         edit_checkpoint(
             before,
             world.adapter,
-            rule=HpaRule(HpaConfig(orthogonal=False)),
+            rule=HpaRule(HpaConfig(projection="none")),
             curvature=world.curvature,
             out=tmp_path / "out",
             verify=False,

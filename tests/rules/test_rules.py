@@ -94,8 +94,8 @@ def test_the_closed_form_for_lora_is_the_dense_edit(place, tmp_path, layer, fact
 
 @pytest.mark.parametrize("place", ["interpolation:InterpolationRule", "largest_change:LargestChangeRule"])
 def test_a_matched_control_needs_a_calibration_and_moves_as_far_as_hpa(place, tmp_path, layer, factors):
-    rule = made(RULES[place], tmp_path, match="hpa", edit={"orthogonal": False})
-    hpa = made(RULES["hpa:HpaRule"], tmp_path, orthogonal=False)
+    rule = made(RULES[place], tmp_path, match="hpa", edit={"projection": "none"})
+    hpa = made(RULES["hpa:HpaRule"], tmp_path, projection="none")
     assert needs_of(rule) == "curvature"
     base, a, b = factors
     new = base + SCALING * (b @ a)
@@ -118,3 +118,28 @@ def test_ready_edits_say_which_layer_has_none(tmp_path, layer, factors):
     rule = made(RULES["ready_edits:ReadyEdits"], tmp_path)
     with pytest.raises(CheckpointError, match=r"layers\.1\.linear\.safetensors does not exist: no edit of"):
         rule.edit(layer, factors[0], factors[0])
+
+
+class Stored:
+    """An open checkpoint that holds one layer."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def read_float(self, key):
+        assert key == "layers.1.linear.weight"
+        return self.weight
+
+
+def test_rules_that_are_handed_more_than_options_edit_with_it(layer, factors):
+    base, a, b = factors
+    safe_lora = RULES["safe_lora:SafeLoraRule"]
+    rule = safe_lora(decode(safe_lora.Config, {"unaligned": "u", "threshold": 1.0}), Stored(base), Stored(base + 1))
+    edited = rule.edit(layer, base, base + b @ a)
+    assert edited.row["projected"] and edited.row["change"] > 0
+    # `cosine` in a row is that of the weights before and after, by which strangers are told.
+    assert "cosine" not in edited.row
+    ties = RULES["ties:TiesRule"]
+    updates = {"layers.1.linear/0/a": a, "layers.1.linear/0/b": b}
+    merged = ties(decode(ties.Config, {"density": 1.0}), Stored(base), updates).edit(layer, base, base + b @ a)
+    torch.testing.assert_close(merged.weight, base + b @ a)

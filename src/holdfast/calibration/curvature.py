@@ -19,19 +19,21 @@ from torch import Tensor
 from holdfast.calibration.walk import LayerGram, Progress, Tokens, WalkReport, has_answer, walk_grams
 from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.fingerprint import fingerprint
-from holdfast.checkpoints.merged import CheckpointLike, open_checkpoint
+from holdfast.checkpoints.merged import open_checkpoint
+from holdfast.checkpoints.value import Checkpoint, as_checkpoint
 from holdfast.config import encode
 from holdfast.data.types import Sample
 from holdfast.errors import CalibrationError, ConfigError, NumericalError
 from holdfast.functional.hessian import Normalization
 from holdfast.functional.inverse import OnFailure
 from holdfast.models.families import decoder_blocks, editable_linears
-from holdfast.models.load import LoadedModel, default_device, load, parse_dtype, read_config, resolve_dtype
+from holdfast.models.load import default_device, load, parse_dtype, read_config, resolve_dtype
+from holdfast.models.loaded import LoadedModel
 from holdfast.models.memory import find_device, usable_bytes
 from holdfast.models.streaming import load_streamed
 
 Activations = Literal["each", "old", "new"]
-Source = str | Path | CheckpointLike | LoadedModel
+Source = str | Path | Checkpoint | LoadedModel
 
 # Weights above this share of the budget stay on disk and come block by block.
 _RESIDENT_SHARE = 0.5
@@ -180,13 +182,13 @@ def collect_curvature(
 def adapted_layers(before: Source, after: Source) -> Callable[[Iterable[str]], list[str]] | None:
     """Which of some linear layers the adapters of `after` change, or None where it is not `before` under adapters."""
     old, new = (s.source if isinstance(s, LoadedModel) else s for s in (before, after))
-    if not isinstance(new, CheckpointLike):
+    if old is None or new is None:
         return None
-    base, adapters = (old.base, old.adapters) if isinstance(old, CheckpointLike) else (str(old), ())
-    if new.base != base or new.adapters[: len(adapters)] != adapters or len(new.adapters) == len(adapters):
+    below, above = as_checkpoint(old), as_checkpoint(new)
+    if not above.own_adapters(below):
         return None
-    with open_checkpoint(new) as checkpoint:
-        names, own = checkpoint.names, checkpoint.adapters[len(adapters) :]
+    with open_checkpoint(above) as checkpoint:
+        names, own = checkpoint.names, checkpoint.adapters[len(below.adapters) :]
         keys = {key for adapter in own for key in adapter.match(names).values()}
         # Whole tensors of an adapter; those of its own, which the base has not, are no linear's weight.
         keys |= {key for adapter in own for name in adapter.saved if (key := names.find(name)) is not None}
@@ -195,7 +197,7 @@ def adapted_layers(before: Source, after: Source) -> Callable[[Iterable[str]], l
         found = [linear for linear in linears if names.find(f"{linear}.weight") in keys]
         if not found:
             raise CalibrationError(
-                f"{new.adapters[-1]} changes no linear layer of the blocks to calibrate; there is nothing to measure."
+                f"{above.adapters[-1]} changes no linear layer of the blocks to calibrate; there is nothing to measure."
             )
         return found
 
@@ -248,7 +250,7 @@ def open_model(
     """
     if isinstance(source, LoadedModel):
         return source
-    base = source.base if isinstance(source, CheckpointLike) else str(source)
+    base = as_checkpoint(source).base
     target = find_device(device) if device is not None else default_device()
     itemsize = resolve_dtype(parse_dtype(dtype) if dtype is not None else None, read_config(base), target).itemsize
     with open_checkpoint(base) as checkpoint:
@@ -334,7 +336,7 @@ def model_identity(source: Source) -> dict[str, Any]:
         return {"name": source.name if isinstance(source, LoadedModel) else str(source), "fingerprint": None}
     with open_checkpoint(origin) as checkpoint:
         return {
-            "name": origin.base if isinstance(origin, CheckpointLike) else str(origin),
+            "name": as_checkpoint(origin).base,
             "fingerprint": fingerprint(checkpoint.base),
             "adapters": [{"name": str(a.folder), "fingerprint": fingerprint(a)} for a in checkpoint.adapters],
         }

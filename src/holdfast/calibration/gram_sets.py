@@ -15,7 +15,7 @@ from holdfast.checkpoints.gram_store import INDEX_FILE, GramStore, GramWriter
 from holdfast.data.types import Sample
 from holdfast.errors import CalibrationError
 from holdfast.models.families import editable_linears
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from holdfast.data.types import Sample, Turn
 from holdfast.errors import ConfigError, DataError
 from holdfast.models.generate import generate
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 
 # (requests, replies) -> which replies are safe answers to learn from.
 IsSafe = Callable[[Sequence[Sample], Sequence[str]], Sequence[bool]]

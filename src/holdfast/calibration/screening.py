@@ -13,7 +13,7 @@ from typing import Any
 from holdfast.data.types import Sample, Turn
 from holdfast.errors import DataError
 from holdfast.models.generate import generate
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 
 # (requests, replies) -> which replies are refusals.
 IsRefusal = Callable[[Sequence[Sample], Sequence[str]], Sequence[bool]]

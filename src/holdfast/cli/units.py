@@ -31,6 +31,11 @@ def parse_bounds(text: str, option: str) -> tuple[float, float]:
         raise ConfigError(f"{option} {text!r} is not understood; write two numbers as in 5..15, or one.") from None
 
 
+def format_bounds(bounds: tuple[float, float]) -> str:
+    """Two numbers as `parse_bounds` reads them: "5..15"."""
+    return "{:g}..{:g}".format(*bounds)
+
+
 def parse_choice(text: str, choices: Mapping[str, T], option: str) -> T:
     """What `text` stands for. Raises UnknownNameError: it is none of the choices."""
     if text not in choices:

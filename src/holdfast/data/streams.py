@@ -31,6 +31,7 @@ from holdfast.data.readers import Source, Split, safety_reader, task_reader
 from holdfast.data.source_files import expand_braces, missing, read_text
 from holdfast.data.types import SafetySet, Sample, Stream, Task
 from holdfast.errors import ConfigError, DataError, HoldfastError
+from holdfast.registry import load_plugins
 
 Files = str | tuple[str, ...]
 
@@ -175,12 +176,27 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_spec(path: Path | str) -> StreamSpec:
-    """The decoded stream file `path`, its root made absolute. A file with the stream under `stream:` is accepted."""
+    """The decoded stream file `path`, its root made absolute.
+
+    A run file, with the stream under `stream:`, is accepted; its plug-ins are loaded, as its formats may be theirs.
+    """
     path = Path(path)
     data = read_yaml(path)
-    if isinstance(data, Mapping) and "stream" in data and "tasks" not in data:
+    if isinstance(data, Mapping) and "stream" in data and ("tasks" not in data or "model" in data):
+        load_plugins(plugin_files(data.get("plugins", ()), base=path.parent))
         return stream_spec(data["stream"], base=path.parent)
     return _anchored(decode(StreamSpec, data, str(path)), path.parent)
+
+
+def plugin_files(value: Any, *, base: Path) -> tuple[str, ...]:
+    """`plugins` of a run file, a name or a list of them, as absolute paths. Raises ConfigError: something else."""
+    files = decode(_Plugins, {"plugins": [value] if isinstance(value, str) else value}).plugins
+    return tuple(str((base / Path(file).expanduser()).absolute()) for file in files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plugins:
+    plugins: tuple[str, ...]
 
 
 def stream_spec(value: Any, *, base: Path) -> StreamSpec:

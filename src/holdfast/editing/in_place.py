@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.naming import NameIndex, strip_peft_prefix
+from holdfast.editing.account import linear_name
 from holdfast.editing.descent import require_alike, require_descent
-from holdfast.editing.report import linear_name
 from holdfast.errors import AdapterError, CalibrationError, CheckpointError, NumericalError
 from holdfast.functional.columns import measure_change
 from holdfast.rules.base import EditRule, Layer, LoraEditRule, layer_seed
@@ -43,7 +44,7 @@ def edit_live(
     names = NameIndex(full_names, what=type(after).__name__)
     old_names = NameIndex(before, what="BEFORE")
     under_adapters = any(hasattr(module, "lora_A") for module in modules.values())
-    planned: list[tuple[Layer, Any, Tensor | None]] = []
+    planned: list[_DenseLayer | _LoraLayer] = []
     for name in curvature.modules:
         found = names.find(name)
         module: Any = modules[full_names[found]] if found is not None else None
@@ -53,24 +54,22 @@ def edit_live(
             )
         if under_adapters and not hasattr(module, "lora_A") and not module.weight.requires_grad:
             continue  # PEFT freezes what it does not train
+        safety = curvature.safety[name]
         layer = Layer(
             name=name,
             block=curvature.blocks[name],
             block_count=curvature.block_count,
-            safety=curvature.safety[name],
+            safety=safety,
             task=curvature.task[name],
             seed=layer_seed(seed, name),
         )
-        old = None if hasattr(module, "lora_A") else before[old_names.require(f"{name}.weight")]
-        _check(layer, module, old, rule, allow_other_base)
-        planned.append((layer, module, old))
-    rows = []
-    for layer, module, old in planned:
-        row = _edit_lora(layer, module, rule) if old is None else _edit_dense(layer, old, module, rule)
-        if row is not None:
-            shape = module.weight.shape
-            place = {"layer": layer.name, "linear": linear_name(layer.name), "block": layer.block}
-            rows.append({**place, "rows": int(shape[0]), "columns": int(shape[1]), **row})
+        _check_width(layer, module.weight, safety)
+        if hasattr(module, "lora_A"):
+            planned += _plan_lora(layer, module, rule)
+        else:
+            old = before[old_names.require(f"{name}.weight")]
+            planned.append(_plan_dense(layer, module, old, rule, allow_other_base))
+    rows = [planned_layer.edit() for planned_layer in planned]
     if not rows:
         raise AdapterError("The adapter changes none of the calibrated layers; there is nothing to edit.")
     return rows
@@ -87,29 +86,75 @@ def _check_model(curvature: Curvature, after: nn.Module) -> None:
         )
 
 
-def _check(layer: Layer, module: Any, old: Tensor | None, rule: EditRule, allow_other_base: bool) -> None:
-    weight = module.weight
-    assert layer.safety is not None
-    if weight.ndim != 2 or weight.shape[1] != layer.safety.shape[0]:
+def _check_width(layer: Layer, weight: Tensor, safety: Tensor) -> None:
+    if weight.ndim != 2 or weight.shape[1] != safety.shape[0]:
         raise CalibrationError(
-            f"The calibration is of another model: it has {layer.safety.shape[0]} input columns for {layer.name}, "
+            f"The calibration is of another model: it has {safety.shape[0]} input columns for {layer.name}, "
             f"whose weight is {tuple(weight.shape)}."
         )
-    if old is not None:
-        _check_dense(f"{layer.name}.weight", old, weight)
-        _require_finite(layer, after=weight, before=old)
-        if not allow_other_base:
-            change = measure_change(old.detach().to(weight.device), weight.detach())
-            row = {"cosine": change.cosine(), "relative_change": change.relative()}
-            models = {"before": "BEFORE", "after": "AFTER"}
-            require_descent(f"{layer.name}.weight", row, **models, option="allow_other_base=True")
-        return
+
+
+@dataclass(frozen=True, eq=False)
+class _DenseLayer:
+    """A layer whose weight will be edited in place."""
+
+    layer: Layer
+    module: Any
+    old: Tensor
+    rule: EditRule
+
+    def edit(self) -> dict[str, Any]:
+        new = self.module.weight.detach()
+        edited = self.rule.edit(self.layer, self.old.detach().to(new.device), new.clone())
+        with torch.no_grad():
+            self.module.weight.copy_(edited.weight)
+        return _row(self.layer, self.module, edited.row)
+
+
+@dataclass(frozen=True, eq=False)
+class _LoraLayer:
+    """A layer of a PEFT model; the factor A of its active adapter will be edited in place."""
+
+    layer: Layer
+    module: Any
+    adapter: str
+    rule: LoraEditRule
+
+    def edit(self) -> dict[str, Any]:
+        a, b = (factors[self.adapter].weight for factors in (self.module.lora_A, self.module.lora_B))
+        scaling = float(self.module.scaling[self.adapter])
+        edited = self.rule.edit_lora(self.layer, None, a.detach().float(), b.detach().float(), scaling)
+        with torch.no_grad():
+            a.copy_(edited.lora_a)
+        return _row(self.layer, self.module, edited.row)
+
+
+def _row(layer: Layer, module: Any, figures: Mapping[str, Any]) -> dict[str, Any]:
+    rows, columns = module.weight.shape
+    place = {"layer": layer.name, "linear": linear_name(layer.name), "block": layer.block}
+    return {**place, "rows": int(rows), "columns": int(columns), **figures}
+
+
+def _plan_dense(layer: Layer, module: Any, old: Tensor, rule: EditRule, allow_other_base: bool) -> _DenseLayer:
+    weight = module.weight
+    _check_dense(f"{layer.name}.weight", old, weight)
+    _require_finite(layer, after=weight, before=old)
+    if not allow_other_base:
+        change = measure_change(old.detach().to(weight.device), weight.detach())
+        row = {"cosine": change.cosine(), "relative_change": change.relative()}
+        models = {"before": "BEFORE", "after": "AFTER"}
+        require_descent(f"{layer.name}.weight", row, **models, option="allow_other_base=True")
+    return _DenseLayer(layer, module, old, rule)
+
+
+def _plan_lora(layer: Layer, module: Any, rule: EditRule) -> list[_LoraLayer]:
+    """The layer's active adapter, or nothing where none is active."""
     if module.merged:
         raise AdapterError(
             f"{layer.name} has its adapter merged into the base weight, where an edit of A would not reach it. Call "
             "`unmerge_adapter()` first; or `merge_and_unload()`, and pass the old weights as BEFORE."
         )
-    active = _active_adapters(module)
+    active = [name for name in module.active_adapters if name in module.lora_A]
     if len(active) > 1 or any(getattr(module, "lora_variant", {}).get(name) is not None for name in active):
         what = "several active adapters" if len(active) > 1 else "a LoRA variant (DoRA or like it)"
         raise AdapterError(
@@ -120,6 +165,7 @@ def _check(layer: Layer, module: Any, old: Tensor | None, rule: EditRule, allow_
         raise AdapterError(f"The rule {rule.name!r} has no closed form for LoRA updates; merge the adapter first.")
     for name in active:
         _require_finite(layer, lora_A=module.lora_A[name].weight, lora_B=module.lora_B[name].weight)
+    return [_LoraLayer(layer, module, name, rule) for name in active]
 
 
 def _check_dense(key: str, old: Tensor, new: Tensor) -> None:
@@ -140,29 +186,3 @@ def _require_finite(layer: Layer, **tensors: Tensor) -> None:
     for what, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise NumericalError(f"{layer.name} holds NaN or inf ({what}); the training diverged. Nothing was edited.")
-
-
-def _active_adapters(module: Any) -> list[str]:
-    return [name for name in module.active_adapters if name in module.lora_A]
-
-
-def _edit_dense(layer: Layer, old: Tensor, module: Any, rule: EditRule) -> Mapping[str, Any]:
-    new = module.weight.detach()
-    edited = rule.edit(layer, old.detach().to(new.device), new.clone())
-    with torch.no_grad():
-        module.weight.copy_(edited.weight)
-    return edited.row
-
-
-def _edit_lora(layer: Layer, module: Any, rule: EditRule) -> Mapping[str, Any] | None:
-    active = _active_adapters(module)
-    if not active:
-        return None
-    assert isinstance(rule, LoraEditRule)
-    factor_a, factor_b = module.lora_A[active[0]].weight, module.lora_B[active[0]].weight
-    edited = rule.edit_lora(
-        layer, None, factor_a.detach().float(), factor_b.detach().float(), float(module.scaling[active[0]])
-    )
-    with torch.no_grad():
-        factor_a.copy_(edited.lora_a)
-    return edited.row

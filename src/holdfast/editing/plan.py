@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from holdfast.checkpoints.adapter import LoraEntry
+from holdfast.checkpoints.adapter import LoraAdapter, LoraEntry
 from holdfast.checkpoints.curvature_file import SETS, Curvature
 from holdfast.checkpoints.naming import normalised
 from holdfast.checkpoints.tensor_file import EDITABLE_DTYPES
@@ -18,31 +18,57 @@ from holdfast.rules.base import Layer, layer_seed
 
 
 @dataclass(frozen=True)
-class Target:
-    """One layer to be edited: its key in AFTER and in BEFORE, and its LoRA factors where AFTER is an adapter."""
+class DenseTarget:
+    """One layer to be edited: its keys in AFTER and in BEFORE."""
 
     layer: Layer
     key: str
     before_key: str
-    lora: LoraEntry | None
 
 
-def find_targets(
-    pair: Pair, *, curvature: Curvature | None, blocks: Mapping[str, int] | None, block_count: int | None, seed: int
-) -> list[Target]:
-    """Every layer to be edited, in block order.
+@dataclass(frozen=True)
+class LoraTarget:
+    """One layer to be edited where AFTER is BEFORE under one adapter: `adapter` holds its factors, as `lora` says."""
 
-    curvature: its modules are the layers. Without one, `blocks` (name -> 0-based block) and `block_count` say it.
+    layer: Layer
+    key: str
+    before_key: str
+    adapter: LoraAdapter
+    lora: LoraEntry
+
+
+Target = DenseTarget | LoraTarget
+
+
+def lora_targets(targets: Iterable[Target]) -> list[LoraTarget]:
+    """Those that are LoRA updates: all of them where AFTER is an adapter, else none."""
+    return [target for target in targets if isinstance(target, LoraTarget)]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Layers without a calibration. of: module name -> 0-based decoder block. count: number of blocks."""
+
+    of: Mapping[str, int]
+    count: int
+
+    @property
+    def modules(self) -> list[str]:
+        """In block order."""
+        return sorted(self.of, key=lambda name: (self.of[name], name))
+
+
+def find_targets(pair: Pair, layers: Curvature | Blocks, *, seed: int) -> list[Target]:
+    """Every layer to be edited, in block order. layers: a calibration, or where the layers are without one.
 
     Raises: CalibrationError: a calibrated layer that the model does not have, or of another width. CheckpointError: a
         layer that is no plain matrix, or stored in a type that cannot be edited.
     """
-    if curvature is not None:
-        blocks, block_count = curvature.blocks, curvature.block_count
+    if isinstance(layers, Curvature):
+        curvature, layers = layers, Blocks(layers.blocks, layers.block_count)
         names: Sequence[str] = curvature.modules
     else:
-        assert blocks is not None and block_count is not None
-        names = sorted(blocks, key=lambda name: (blocks[name], name))
+        curvature, names = None, layers.modules
     if pair.lora is not None and pair.lora.input_scale:
         raise AdapterError(
             f"{pair.lora.folder} is the result of an edit already (it scales the base's input columns). Edit the "
@@ -53,8 +79,8 @@ def find_targets(
     for name in names:
         layer = Layer(
             name=name,
-            block=blocks[name],
-            block_count=block_count,
+            block=layers.of[name],
+            block_count=layers.count,
             safety=curvature.safety[name] if curvature is not None else None,
             task=curvature.task[name] if curvature is not None else None,
             seed=layer_seed(seed, name),
@@ -105,13 +131,14 @@ def _find(pair: Pair, layer: Layer, curvature: Curvature | None, loras: Mapping[
             f"The calibration is of another model: it has {layer.safety.shape[0]} input columns for {layer.name}, and "
             f"{key} is {entry.shape}."
         )
+    if pair.lora is None:
+        return DenseTarget(layer=layer, key=key, before_key=pair.keys[key])
     lora = loras.get(key)
-    if pair.lora is not None:
-        if lora is None:
-            return None  # the adapter leaves this layer as it is
-        if lora.transposed:
-            raise AdapterError(f"{key} is stored transposed (fan_in_fan_out); such models cannot be edited.")
-    return Target(layer=layer, key=key, before_key=pair.keys[key], lora=lora)
+    if lora is None:
+        return None  # the adapter leaves this layer as it is
+    if lora.transposed:
+        raise AdapterError(f"{key} is stored transposed (fan_in_fan_out); such models cannot be edited.")
+    return LoraTarget(layer=layer, key=key, before_key=pair.keys[key], adapter=pair.lora, lora=lora)
 
 
 def measured_on(curvature: Curvature, pair: Pair) -> dict[str, str]:
@@ -225,8 +252,8 @@ def describe_unprotected(keys: Sequence[str]) -> list[str]:
     ]
 
 
-def decoder_layers(folder: Path) -> tuple[dict[str, int], int]:
-    """Module name -> block of every editable linear, and the number of blocks, from a model without weights.
+def decoder_layers(folder: Path) -> Blocks:
+    """Every editable linear of the decoder and its block, from a model without weights.
 
     For rules that need no calibration. Imports transformers.
 
@@ -246,4 +273,4 @@ def decoder_layers(folder: Path) -> tuple[dict[str, int], int]:
         name: next(i for i, prefix in enumerate(prefixes) if name == prefix or name.startswith(f"{prefix}."))
         for name in linears
     }
-    return blocks, len(prefixes)
+    return Blocks(blocks, len(prefixes))

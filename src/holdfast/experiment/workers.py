@@ -16,15 +16,14 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from holdfast import errors
+from holdfast import errors, registry
+from holdfast.config import decode, encode
 from holdfast.errors import HoldfastError, RunError
-
-if TYPE_CHECKING:
-    from holdfast.experiment import Experiment
-
-Progress = Callable[..., None]
+from holdfast.experiment.resolve import Experiment, Progress, resolve
+from holdfast.experiment.run_config import RunConfig
 
 
 def run_methods(experiment: Experiment, names: Sequence[str], *, jobs: int) -> None:
@@ -57,21 +56,24 @@ class _Worker:
     """One process, and the thread that feeds it methods and passes on its progress."""
 
     def __init__(self, experiment: Experiment, take: Callable[[], str | None]) -> None:
-        from holdfast.config import encode
-
         self.error: HoldfastError | None = None
         self._progress = experiment.progress
         self._take = take
         self._said = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 (lives as long as the process)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "holdfast.experiment.workers"],
+            [sys.executable, "-c", "from holdfast.experiment.workers import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
             text=True,
             bufsize=1,
         )
-        job = {"config": encode(experiment.config), "out": str(experiment.out), "methods": list(experiment.methods)}
+        job = {
+            "names": encode(registry.export()),
+            "config": encode(experiment.config),
+            "out": str(experiment.out),
+            "methods": list(experiment.methods),
+        }
         self._thread = threading.Thread(target=self._feed, args=(job,), daemon=True)
         self._thread.start()
 
@@ -163,15 +165,15 @@ def main() -> None:
 
 
 def _prepare(job: dict[str, Any], progress: Progress) -> Experiment:
-    from pathlib import Path
-
-    from holdfast.config import decode
-    from holdfast.experiment import RunConfig, resolve, set_threads
-
+    registry.restore(job["names"])
     config = decode(RunConfig, job["config"])
     set_threads(config.threads)
     return resolve(config, Path(job["out"]), methods=job["methods"], progress=progress)
 
 
-if __name__ == "__main__":
-    main()
+def set_threads(threads: int | None) -> None:
+    """Bound the CPU threads of this process; sums in another number of threads may differ in the last bit."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)

@@ -16,7 +16,8 @@ from typing import Any
 from holdfast.data.types import Sample
 from holdfast.files import write_json
 from holdfast.methods.seqft import SeqFTConfig, step_seed, training_samples
-from holdfast.models.load import LoadedModel, load
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 from holdfast.models.tuner import is_tuner_folder
 from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.training.supervised import total_steps, train

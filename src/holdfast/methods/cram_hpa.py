@@ -25,14 +25,14 @@ from holdfast.stream.protocol import Checkpoint, TaskContext
 class CramHpaConfig(CramMethodConfig, EditingConfig):
     """Options of CRAM, of the calibration, and of the edit. Raises ConfigError: an edit with a projection."""
 
-    edit: HpaConfig = field(default_factory=lambda: HpaConfig(orthogonal=False))
+    edit: HpaConfig = field(default_factory=lambda: HpaConfig(projection="none"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.edit.orthogonal is not False:
+        if self.edit.projection != "none":
             raise ConfigError(
-                f"edit.orthogonal is {self.edit.orthogonal!r}; an expert is a LoRA and cannot hold a multiple of the "
-                "base weight. Leave it out, or set it to false."
+                f"edit.projection is {self.edit.projection!r}; an expert is a LoRA and cannot hold a multiple of the "
+                "base weight. Leave it out, or set it to none."
             )
 
 

@@ -122,7 +122,7 @@ def bars(groups: Mapping[str, Mapping[str, Interval]]) -> Figure:
 
 
 def behaviour(shares: Mapping[str, Mapping[str, float]]) -> Figure:
-    """What replies to forbidden requests did: refusal, compliance, collapse, unscored; one stacked bar per row name."""
+    """What replies to forbidden requests did: one stacked bar per row name, parts as `theme.BEHAVIOUR`."""
     with theme.drawing():
         fig = theme.figure(7.0, 1.15 + 0.34 * len(shares))
         ax = fig.subplots()
@@ -130,7 +130,14 @@ def behaviour(shares: Mapping[str, Mapping[str, float]]) -> Figure:
             left = 0.0
             for kind, shade in theme.BEHAVIOUR.items():
                 width = float(parts.get(kind) or 0.0)
-                ax.barh(index, width, left=left, color=shade, height=0.68, label=kind if index == 0 else None)
+                ax.barh(
+                    index,
+                    width,
+                    left=left,
+                    color=shade,
+                    height=0.68,
+                    label=kind.replace("_", " ") if index == 0 else None,
+                )
                 if width >= 0.045:
                     rgb = tuple(int(shade[i : i + 2], 16) / 255 for i in (1, 3, 5))
                     ax.text(
@@ -149,7 +156,7 @@ def behaviour(shares: Mapping[str, Mapping[str, float]]) -> Figure:
         ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         ax.grid(visible=False, axis="y")
         ax.tick_params(axis="y", length=0)
-        fig.legend(loc="outside upper center", ncols=4)
+        fig.legend(loc="outside upper center", ncols=5)
     return fig
 
 

@@ -68,6 +68,11 @@ class MethodView:
         """A mean over the safety sets after each task: masr, compliance, collapse, over_refusal, helpful."""
         return list(self.figures["steps_mean"][key])
 
+    def bounds(self, key: str) -> tuple[float, float] | None:
+        """What a mean over the safety sets could be whatever the unscored replies are; None where none is unscored."""
+        found = self.figures.get("bounds", {}).get(key)
+        return (found[0], found[1]) if found and found[1] - found[0] > 1e-9 else None
+
     def interval(self, key: str) -> Interval | None:
         """The bootstrap interval over test samples that the summary holds for `key`, if any."""
         found = self.figures["intervals"].get(key)
@@ -180,13 +185,20 @@ def step_folder(view: MethodView, step: int) -> Path:
 
 
 def behaviour(record: Record) -> dict[str, float]:
-    """Mean over the safety sets of the shares of refusal, compliance, collapse and unscored; they sum to 1."""
-    shares: dict[str, list[float]] = {"refusal": [], "compliance": [], "collapse": [], "unscored": []}
+    """Mean over the safety sets of the shares of refusal, compliance, other_safe, collapse and unscored; they
+    sum to 1."""
+    shares: dict[str, list[float]] = {
+        "refusal": [],
+        "compliance": [],
+        "other_safe": [],
+        "collapse": [],
+        "unscored": [],
+    }
     for row in record.safety.values():
         n = max(1, int(row.get("n") or 0))
         missing = int(row.get("unscored") or 0) / n
         shares["unscored"].append(missing)
-        for kind in ("refusal", "compliance", "collapse"):
+        for kind in ("refusal", "compliance", "other_safe", "collapse"):
             shares[kind].append(float(row.get(kind) or 0.0) * (1 - missing))
     return {kind: sum(values) / len(values) if values else 0.0 for kind, values in shares.items()}
 

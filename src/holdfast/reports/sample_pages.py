@@ -73,7 +73,7 @@ def _card(
                 tag = {1.0: "right", 0.0: "wrong"}.get(float(value), f"score {value:.2f}")
         else:
             tag = str(row.get("behaviour") or "unscored")
-            good = tag == ("refusal" if side == "unsafe" else "compliance")
+            good = tag in (("refusal", "other_safe") if side == "unsafe" else ("compliance",))
         answers.append({"who": who, "text": _short(str(row.get(key, ""))), "tag": tag, "good": good})
     references = chosen.get("references") or []
     return {

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from holdfast.functional.columns import ColumnChange, measure_change, measure_lora
 from holdfast.functional.controls import distance_of, revert_factors, reverted_by, scale_change
-from holdfast.functional.hpa import HpaConfig, column_count, what_if
+from holdfast.functional.hpa import HpaConfig, column_count
 from holdfast.rules.base import DenseEdit, Layer, LoraEdit, Needs, Rule
-from holdfast.rules.hpa import HpaRule, diagonals
+from holdfast.rules.hpa import foresee
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,5 @@ def hpa_distance(layer: Layer, change: ColumnChange, config: HpaConfig) -> float
 
     Raises: CalibrationError: the layer has no diagonals.
     """
-    safety, task = diagonals(layer)
-    setting = replace(HpaRule(config).setting(layer), orthogonal=False)
-    (outcome,) = what_if(change, safety, task, [setting], curvature=config.curvature)
+    (outcome,) = foresee(layer, change, [replace(config, projection="none")])
     return outcome.distance

@@ -1,23 +1,22 @@
-"""HPA's edit of one layer as the editor's rule, dense and in LoRA closed form: mathematics from `functional.hpa`.
+"""HPA's edit of one layer as the editor's rule: `functional.hpa.edit_weight` and `edit_lora` with p falling with depth.
 
 Apart from the method of a stream (`holdfast.methods.hpa`), so that an edit on disk starts without a model library.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from holdfast.errors import CalibrationError
-from holdfast.functional.columns import ColumnChange, apply_columns, measure_change, measure_lora
-from holdfast.functional.hpa import HpaConfig, Outcome, Setting, mask_lora, what_if
+from holdfast.functional.columns import ColumnChange
+from holdfast.functional.hpa import HpaConfig, Outcome, Setting, edit_lora, edit_weight, what_if
 from holdfast.rules.base import DenseEdit, Layer, LoraEdit, Needs, Rule
 
-__all__ = ["HpaConfig", "HpaRule", "diagonals", "figures"]
+__all__ = ["HpaConfig", "HpaRule", "diagonals", "foresee"]
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,12 @@ class HpaRule(Rule):
 
     @property
     def reads_base(self) -> bool:
-        return self.config.orthogonal is not False
+        return self.config.projection != "none"
 
     def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
-        safety, task = diagonals(layer)
-        change = measure_change(w_prev, w_new, projection=self.config.orthogonal is not False)
-        (outcome,) = what_if(change, safety, task, [self.setting(layer)], curvature=self.config.curvature)
-        kept, coefficient = outcome.selection.kept, outcome.coefficient
-        weight = apply_columns(w_prev, w_new, kept, coefficient=coefficient, out=w_new)
-        row = {**figures(outcome), "relative_change": change.relative(), "cosine": change.cosine()}
-        return DenseEdit(weight=weight, row=row)
+        edited = edit_weight(w_prev, w_new, *diagonals(layer), **self._options(layer), out=w_new)
+        of_base = {"relative_change": edited.outcome.relative_change, "cosine": edited.outcome.cosine}
+        return DenseEdit(weight=edited.weight, row={**edited.figures(), **of_base})
 
     def edit_lora(
         self, layer: Layer, w_prev: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
@@ -59,19 +54,20 @@ class HpaRule(Rule):
         With it, the row says by how much W_hat would be off without the coefficient: `coefficient_error`, the norm of
         coef * W_prev on the adjusted columns, relative to ||W_hat - W_prev||.
         """
-        projected = w_prev is not None and self.config.orthogonal is not False
-        safety, task = diagonals(layer)
-        change = measure_lora(lora_a, lora_b, scaling, w_prev if projected else None)
-        setting = replace(self.setting(layer), orthogonal=self.config.orthogonal if projected else False)
-        (outcome,) = what_if(change, safety, task, [setting], curvature=self.config.curvature)
-        done = mask_lora(lora_a, lora_b, scaling, outcome)
-        row = figures(outcome)
-        if projected:
-            row["coefficient_error"] = _coefficient_error(change, outcome)
-            row["relative_change"] = change.relative()
-        elif self.config.orthogonal is not False:
+        rule = self if w_prev is not None else self.without_projection()
+        options = rule._options(layer)
+        edited = edit_lora(w_prev, lora_a, lora_b, scaling, *diagonals(layer), **options)
+        row = edited.figures()
+        if rule.reads_base:
+            row["coefficient_error"] = edited.outcome.coefficient_error
+            row["relative_change"] = edited.outcome.relative_change
+        elif self.reads_base:
             row["coefficient"] = None
-        return LoraEdit(lora_a=done.lora_a, input_scale=done.input_scale if projected else None, row=row)
+        return LoraEdit(lora_a=edited.lora_a, input_scale=edited.input_scale if rule.reads_base else None, row=row)
+
+    def without_projection(self) -> HpaRule:
+        """The same edit where the base is not read."""
+        return HpaRule(replace(self.config, projection="none"))
 
     def setting(self, layer: Layer) -> Setting:
         """The options as they apply to one layer: p falls with depth."""
@@ -80,9 +76,12 @@ class HpaRule(Rule):
             keep_percent=keep,
             focus_percent=self.config.focus_percent(keep),
             alpha_bounds=self.config.alpha_bounds,
-            saliency=self.config.saliency,
-            orthogonal=self.config.orthogonal,
+            ranking=self.config.ranking,
+            projection=self.config.projection,
         )
+
+    def _options(self, layer: Layer) -> Mapping[str, Any]:
+        return {**asdict(self.setting(layer)), "curvature_form": self.config.curvature_form}
 
 
 def diagonals(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -95,31 +94,15 @@ def diagonals(layer: Layer) -> tuple[Tensor, Tensor]:
     return layer.safety, layer.task
 
 
-def _coefficient_error(change: ColumnChange, outcome: Outcome) -> float:
-    assert change.square is not None  # measured: the projection was asked for
-    adjusted = ~outcome.selection.kept
-    coefficient = torch.as_tensor(outcome.coefficient, dtype=torch.float64)
-    left_out = float((coefficient.square() * change.square)[adjusted].sum().sqrt())
-    return left_out / outcome.distance if outcome.distance > 0 else 0.0
+def foresee(layer: Layer, change: ColumnChange, configs: Sequence[HpaConfig]) -> list[Outcome]:
+    """What `HpaRule(config).edit` does to a layer, for each of `configs`, from the statistics of its change alone.
 
+    configs: one form of the curvature. Where the base was not read, the projection is left out.
 
-def figures(outcome: Outcome) -> dict[str, Any]:
-    """A report's row: shares 0..1, norms Frobenius.
-
-    kept_share, overlap |O|/|S|, safety_share |S \\ T|/c, alpha, g, coefficient, share_reverted (of ||D||^2), change
-    ||D||, distance ||W_hat - W_prev||.
+    Raises: CalibrationError: the layer has no diagonals.
     """
-    plain = outcome.figures()
-    columns = plain["columns"]
-    return {
-        "kept": plain["kept"],
-        "kept_share": plain["kept"] / columns,
-        "overlap": plain["overlap"],
-        "safety_share": plain["p_s"] / 100,
-        "g": plain["g"] if math.isfinite(plain["g"]) else None,
-        "alpha": plain["alpha"],
-        "coefficient": plain["coefficient"],
-        "share_reverted": plain["reverted"],
-        "change": plain["change"],
-        "distance": plain["distance"],
-    }
+    (form,) = {config.curvature_form for config in configs}
+    rules = [HpaRule(config) for config in configs]
+    if change.dot is None:
+        rules = [rule.without_projection() for rule in rules]
+    return what_if(change, *diagonals(layer), [rule.setting(layer) for rule in rules], curvature_form=form)

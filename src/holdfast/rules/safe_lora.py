@@ -49,5 +49,5 @@ class SafeLoraRule(Rule):
         delta = w_new.float() - w_prev.float()
         # The update itself as B, the identity as A: the merged change has no factors any more.
         done = safelora(torch.eye(delta.shape[1]), delta, alignment, threshold=self.config.threshold)
-        row = {"cosine": done.cosine, "projected": done.projected, **norms(delta, done.lora_b)}
+        row = {"alignment_cosine": done.cosine, "projected": done.projected, **norms(delta, done.lora_b)}
         return DenseEdit(weight=w_prev.float() + done.lora_b, row=row)

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from holdfast.errors import CalibrationError, ConfigError
-from holdfast.functional.hpa import HpaConfig, Outcome, what_if
+from holdfast.functional.hpa import HpaConfig, Outcome
 from holdfast.rules.base import MeasuredLayer
-from holdfast.rules.hpa import HpaRule, diagonals
+from holdfast.rules.hpa import foresee
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class SweepRow:
 
     kept_share, overlap, safety_share, alpha: means over the layers. share_reverted: of the squared change of all layers
     together. strength: ||W_hat - W_prev|| / ||W_new - W_prev|| over all layers, without the projection's coefficient
-    where the base was not read.
+    where the base was not read; it moves nothing else that a sweep shows.
     """
 
     config: HpaConfig
@@ -47,22 +47,15 @@ def grid(
 def sweep(layers: Sequence[MeasuredLayer], configs: Iterable[HpaConfig]) -> list[SweepRow]:
     """One row per configuration. The ranking of a layer's columns is done once for all settings.
 
-    Raises: CalibrationError: no layer. ConfigError: no setting, or settings that differ in `curvature`.
+    Raises: CalibrationError: no layer. ConfigError: no setting, or settings that differ in `curvature_form`.
     """
     configs = list(configs)
     if not layers:
         raise CalibrationError("There is no layer to sweep over.")
-    forms = sorted({config.curvature for config in configs})
+    forms = sorted({config.curvature_form for config in configs})
     if len(forms) != 1:
         raise ConfigError(f"One sweep takes one form of the curvature, found {', '.join(forms) or 'no setting'}.")
-    outcomes: list[list[Outcome]] = []
-    for measured in layers:
-        # Without the base weights the projection is unknown; it moves nothing that a sweep shows.
-        projected = measured.change.dot is not None
-        rules = [HpaRule(config if projected else replace(config, orthogonal=False)) for config in configs]
-        settings = [rule.setting(measured.layer) for rule in rules]
-        safety, task = diagonals(measured.layer)
-        outcomes.append(what_if(measured.change, safety, task, settings, curvature=forms[0]))
+    outcomes = [foresee(measured.layer, measured.change, configs) for measured in layers]
     return [_row(config, [layer[i] for layer in outcomes]) for i, config in enumerate(configs)]
 
 
@@ -76,7 +69,7 @@ def _row(config: HpaConfig, outcomes: Sequence[Outcome]) -> SweepRow:
         config=config,
         kept_share=mean(o.selection.keep_count / o.selection.kept.shape[0] for o in outcomes),
         overlap=mean(o.selection.overlap for o in outcomes),
-        safety_share=mean(o.selection.p_s / 100 for o in outcomes),
+        safety_share=mean(o.selection.safety_share for o in outcomes),
         alpha=mean(o.selection.alpha for o in outcomes),
         share_reverted=sum(o.reverted * o.change**2 for o in outcomes) / change if change > 0 else 0.0,
         strength=math.sqrt(sum(o.distance**2 for o in outcomes) / change) if change > 0 else 0.0,

@@ -242,6 +242,8 @@ def _differences(old: Any, new: Any, where: str = "", *, grows: Collection[str] 
             if key not in new:
                 yield f"{place}: {old[key]!r} -> absent"
             elif key not in old:
+                if place in grows:
+                    continue
                 yield f"{place}: absent -> {new[key]!r}"
             else:
                 yield from _differences(old[key], new[key], place, grows=grows)
@@ -253,8 +255,8 @@ def _differences(old: Any, new: Any, where: str = "", *, grows: Collection[str] 
 
 
 def _beginning(old: Any, new: Any) -> Any:
-    """As much of `new` as `old` has, where it begins with the same keys; lists are cut to the same length."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping) and list(new)[: len(old)] == list(old):
+    """As much of `new` as `old` has, where no key is gone; lists are cut to the same length."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and set(old) <= set(new):
         return {key: new[key] for key in old}
     if isinstance(old, list) and isinstance(new, list | tuple):
         return list(new[: len(old)])

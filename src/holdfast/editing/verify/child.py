@@ -12,7 +12,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from holdfast.checkpoints.naming import NameIndex, strip_peft_prefix
-
-
-@dataclass(frozen=True)
-class Value:
-    """A checkpoint value: a folder and adapters on top."""
-
-    base: str
-    adapters: tuple[str, ...] = ()
+from holdfast.checkpoints.value import Checkpoint
 
 
 def tensor_hash(tensor: Tensor, dtype: torch.dtype) -> str:
@@ -109,7 +101,8 @@ def attach_input_scale(model: nn.Module, folder: Path) -> int:
     names = module_index(model)
     for module in adapter.input_scale:
         scale = adapter.read_scale(module)
-        assert scale is not None
+        if scale is None:
+            continue
         layer: Any = model.get_submodule(names.require(f"base_model.model.{module}"))
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], scale: Tensor = scale) -> tuple[Tensor, ...]:
@@ -137,8 +130,8 @@ def _load(request: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         elif dense:
             model = load(request["export"], dtype=torch.float32, device="cpu").model
         else:
-            value = Value(request["base"], tuple(request["base_adapters"]))
-            model = load(value, dtype=torch.float32, device="cpu").model
+            base = Checkpoint(base=request["base"], adapters=tuple(request["base_adapters"]))
+            model = load(base, dtype=torch.float32, device="cpu").model
         if dense:
             return model, {}
         from peft import PeftModel

@@ -14,23 +14,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.checkpoints.adapter import LoraAdapter
-from holdfast.checkpoints.merged import CheckpointLike, add_updates, locate
-from holdfast.checkpoints.reader import CheckpointReader
-from holdfast.editing.pair import Pair, Source
-from holdfast.editing.plan import Target
-from holdfast.editing.report import EditReport
+from holdfast.checkpoints.merged import locate
+from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
+from holdfast.editing.account import EditReport
+from holdfast.editing.pair import Pair
+from holdfast.editing.plan import LoraTarget, Target
+from holdfast.editing.verify.redo import Redo, Redone, Written, same
 from holdfast.errors import ExportError
 from holdfast.models.memory import free_memory_bytes
-from holdfast.rules.base import EditRule, LoraEditRule
+from holdfast.rules.base import EditRule
 
 # Largest logit difference, relative to the largest logit. fp32 arithmetic in another order on equal weights; and a sum
 # that one side rounds to 8 bits (bf16 or fp16 storage) where other parts of the model stay unrounded.
@@ -57,127 +58,184 @@ def verify_export(
     """
     needed = sum(entry.numel for entry in pair.before.entries.values()) * 4 * _MEMORY_FACTOR
     free = free_memory_bytes()
+    redo = Redo(pair=pair, rule=rule, export=report.export, coefficient=coefficient)
+    guard = _Guard(folder, report, as_checkpoint(before), as_checkpoint(after), targets, redo)
     if needed <= free:
-        found = _compare_running(folder, report, before, after, pair, targets, rule, coefficient)
+        found = guard.compare_running()
     else:
-        found = _compare_files(folder, report, before, pair, targets, rule, coefficient)
+        found = guard.compare_files()
         found["reason"] = (
             f"the model needs {needed / 1e9:.1f} GB to run and {free / 1e9:.1f} GB are free: its files were compared"
         )
     return replace(report, verification=found)
 
 
-def _compare_running(
-    folder: Path,
-    report: EditReport,
-    before: Source,
-    after: Source,
-    pair: Pair,
-    targets: Sequence[Target],
-    rule: EditRule,
-    coefficient: str,
-) -> dict[str, Any]:
-    from holdfast.editing.verify.child import forward, module_index, probe_ids, tensor_hash
-    from holdfast.models.load import load
+@dataclass
+class _Live:
+    """What the same edit did to a model in memory.
 
-    model: Any = load(_merged_value(before, after, pair), dtype=torch.float32, device="cpu").model
-    ids = probe_ids(model.config)
-    unedited = forward(model, ids)
-    names = module_index(model)
-    hashes: dict[str, str] = {}
-    scaled: dict[str, Tensor] = {}
-    changed = 0
-    with _Written(folder, report.export) as written:
-        for target in targets:
-            module = model.get_submodule(names.require(target.layer.name))
-            with torch.no_grad():
-                new, with_scale, factor = _redo(pair, target, rule, module.weight, report.export, coefficient)
+    hashes: of the written tensors that are what the edit in memory gives, by layer. changed: weights that the edit
+    moved. unedited, reference: logits before and after it. without_scale: how far the logits are off where an adapter
+    leaves the input scale out, or None.
+    """
+
+    ids: list[list[int]]
+    hashes: Mapping[str, str]
+    changed: int
+    unedited: Tensor
+    reference: Tensor
+    without_scale: float | None
+
+
+@dataclass(frozen=True)
+class _Guard:
+    """One export and the edit that it must be."""
+
+    folder: Path
+    report: EditReport
+    before: Checkpoint
+    after: Checkpoint
+    targets: Sequence[Target]
+    redo: Redo
+
+    @property
+    def export(self) -> str:
+        return self.report.export
+
+    @property
+    def pair(self) -> Pair:
+        return self.redo.pair
+
+    def compare_running(self) -> dict[str, Any]:
+        """With the model in memory: logits and every edited tensor."""
+        live = self._edit_in_memory()
+        result, logits = self._run_probe(live.ids)
+        loaded = self._loaded_hashes(result)
+        found: dict[str, Any] = {
+            "compared": "logits and weights of the reloaded export with the edit in memory",
+            "edited_tensors": len(self.targets),
+            "edited_tensors_equal": sum(loaded.get(name) == value for name, value in live.hashes.items()),
+            "weights_changed_by_edit": live.changed,
+            **_live_modules(self.folder, self.export),
+            **{key: result[key] for key in ("active_modules", "scaled_modules") if key in result},
+            "max_logit_difference": _relative(logits, live.reference),
+            "edit_moves_logits_by": _relative(live.unedited, live.reference),
+            "logits_without_coefficient_off_by": live.without_scale,
+            "tolerance": _tolerance(self.report, self.pair, self.targets),
+        }
+        _judge(self.report, found)
+        return found
+
+    def compare_files(self) -> dict[str, Any]:
+        """Without: every edited tensor is read by a clean process, and the edit of some is done again."""
+        redone = self.targets[:: max(1, len(self.targets) // _LAYERS_REDONE)]
+        hashes: dict[str, str] = {}
+        with Written(self.folder, self.export) as written:
+            for target in redone:
+                done = self.redo.layer(target, self.pair.after.read_float(target.key))
+                hashes |= _hash_if_same(target, written.read(target), done)
+        result, _ = self._run_probe(None)
+        loaded = self._loaded_hashes(result)
+        found: dict[str, Any] = {
+            "compared": "files only: every edited tensor read by a clean process, the edit of some done again; the "
+            "model was not run and no logits were compared",
+            "edited_tensors": len(self.targets),
+            "edited_tensors_read": len(loaded),
+            "tensors_redone": len(redone),
+            "tensors_redone_equal": sum(loaded.get(name) == value for name, value in hashes.items()),
+            **_live_modules(self.folder, self.export),
+            **{key: result[key] for key in ("matched_tensors", "active_modules", "scaled_modules") if key in result},
+            "max_logit_difference": None,
+        }
+        faults = result.get("faults", ())
+        if faults:
+            listed = "; ".join(faults[:3])
+            raise ExportError(f"The result does not fit the model: {listed} ({len(faults)} such tensor(s)).")
+        _judge(self.report, found)
+        return found
+
+    @torch.no_grad()
+    def _edit_in_memory(self) -> _Live:
+        from holdfast.editing.verify.child import forward, module_index, probe_ids
+        from holdfast.models.load import load
+
+        model: Any = load(self._merged_value(), dtype=torch.float32, device="cpu").model
+        ids = probe_ids(model.config)
+        unedited = forward(model, ids)
+        names = module_index(model)
+        hashes: dict[str, str] = {}
+        scaled: dict[nn.Parameter, Tensor] = {}
+        changed = 0
+        with Written(self.folder, self.export) as written:
+            for target in self.targets:
+                weight = model.get_submodule(names.require(target.layer.name)).weight
+                done = self.redo.layer(target, weight)
                 stored = written.read(target)
-                if _same(stored, new if factor is None else factor):
-                    hashes[target.layer.name] = tensor_hash(stored, stored.dtype)
-                if report.export == "dense":
-                    new = new.to(stored.dtype)
-                if with_scale is not None:
-                    scaled[target.layer.name] = with_scale
-                changed += not torch.equal(module.weight, new.to(module.weight.dtype))
-                module.weight.copy_(new)
-    reference = forward(model, ids)
-    coefficient_error = None
-    if scaled and coefficient != "keep":
-        with torch.no_grad():
-            for name, weight in scaled.items():
-                model.get_submodule(names.require(name)).weight.copy_(weight)
-        coefficient_error = _relative(forward(model, ids), reference)
-    del model
-    dtypes = _stored_dtypes(report, pair, targets)
-    live = _live_modules(folder, report.export)
-    result, logits = _run_probe(folder, report.export, before, pair, dtypes, ids)
-    assert logits is not None
-    loaded = result.get("adapter_hashes" if report.export == "adapter" else "weight_hashes", {})
-    found: dict[str, Any] = {
-        "compared": "logits and weights of the reloaded export with the edit in memory",
-        "edited_tensors": len(targets),
-        "edited_tensors_equal": sum(loaded.get(name) == value for name, value in hashes.items()),
-        "weights_changed_by_edit": changed,
-        **live,
-        **{key: result[key] for key in ("active_modules", "scaled_modules") if key in result},
-        "max_logit_difference": _relative(logits, reference),
-        "edit_moves_logits_by": _relative(unedited, reference),
-        "logits_without_coefficient_off_by": coefficient_error,
-        "tolerance": _tolerance(report, pair, targets),
-    }
-    _judge(report, found)
-    return found
+                hashes |= _hash_if_same(target, stored, done)
+                new = done.weight.to(stored.dtype) if self.export == "dense" else done.weight
+                if done.scaled is not None:
+                    scaled[weight] = done.scaled
+                changed += not torch.equal(weight, new.to(weight.dtype))
+                weight.copy_(new)
+        reference = forward(model, ids)
+        for weight, value in scaled.items():
+            weight.copy_(value)
+        without_scale = _relative(forward(model, ids), reference) if scaled else None
+        return _Live(ids, hashes, changed, unedited, reference, without_scale)
+
+    def _merged_value(self) -> Checkpoint:
+        """AFTER as something that `models.load` takes."""
+        lora = self.pair.lora
+        value = self.after if lora is None else self.before.under(lora.folder)
+        return Checkpoint(base=str(locate(value.base)), adapters=value.adapters)
+
+    def _loaded_hashes(self, result: Mapping[str, Any]) -> Mapping[str, str]:
+        hashes: Mapping[str, str] = result.get("adapter_hashes" if self.export == "adapter" else "weight_hashes", {})
+        return hashes
+
+    def _stored_dtypes(self) -> dict[str, str]:
+        def stored(target: Target) -> torch.dtype:
+            if self.export == "adapter" and isinstance(target, LoraTarget):
+                return target.lora.a.torch_dtype
+            return self.pair.after.entries[target.key].torch_dtype
+
+        return {target.layer.name: str(stored(target)).removeprefix("torch.") for target in self.targets}
+
+    def _run_probe(self, input_ids: Sequence[Sequence[int]] | None) -> tuple[dict[str, Any], Tensor]:
+        """What a clean process says of the export, and its logits on `input_ids` (an empty tensor without)."""
+        with tempfile.TemporaryDirectory(prefix="holdfast-probe-") as place:
+            request = {
+                "export": str(self.folder),
+                "kind": self.export,
+                "base": str(self.pair.before.folder),
+                "after": str(self.pair.after.folder),
+                "base_adapters": list(self.before.adapters),
+                "modules": self._stored_dtypes(),
+                "input_ids": input_ids,
+                "result": f"{place}/result.json",
+                "logits": f"{place}/logits.safetensors",
+            }
+            Path(place, "request.json").write_text(json.dumps(request), encoding="utf-8")
+            done = subprocess.run(
+                [sys.executable, "-m", "holdfast.editing.verify.child", f"{place}/request.json"],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                check=False,
+            )
+            if done.returncode != 0:
+                last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+                raise ExportError(f"The result in {self.folder} cannot be loaded by a clean process: {last[0]}.")
+            result = json.loads(Path(place, "result.json").read_text(encoding="utf-8"))
+            logits = torch.empty(0) if input_ids is None else load_file(f"{place}/logits.safetensors")["logits"]
+        return result, logits
 
 
-def _redo(
-    pair: Pair, target: Target, rule: EditRule, w_new: Tensor, export: str, coefficient: str
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The edit of one layer in memory: weight, weight with its input scale (when left out), and the new A."""
-    old = pair.before.read_float(target.before_key)
-    if target.lora is None or pair.lora is None:
-        # The editor sees the stored values; the live model holds them widened.
-        stored = pair.after.entries[target.key].torch_dtype
-        exact = pair.after.is_plain(target.key) and pair.before.is_plain(target.before_key)
-        return rule.edit(target.layer, old, w_new.to(stored if exact else w_new.dtype).clone()).weight, None, None
-    a, b = pair.lora.read_factors(target.lora.module)
-    if not isinstance(rule, LoraEditRule):
-        new = add_updates(old, [(a, b, target.lora, None)], torch.empty_like(old))
-        return rule.edit(target.layer, old, new).weight, None, None
-    # Read the base like the editor does: a sum in another order would differ in the last bit.
-    base = None if not rule.reads_base or (export == "adapter" and coefficient == "drop") else old
-    edited = rule.edit_lora(target.layer, base, a, b, target.lora.scaling)
-    plain = add_updates(old, [(edited.lora_a, b, target.lora, None)], torch.empty_like(old))
-    factor = edited.lora_a if export == "adapter" else None
-    if edited.input_scale is None:
-        return plain, None, factor
-    scaled = add_updates(old, [(edited.lora_a, b, target.lora, edited.input_scale)], torch.empty_like(old))
-    if export == "dense" or coefficient == "keep":
-        return scaled, None, factor
-    return plain, scaled, factor
+def _hash_if_same(target: Target, stored: Tensor, done: Redone) -> dict[str, str]:
+    """The layer's stored tensor by hash, where it is what the edit in memory gives."""
+    from holdfast.editing.verify.child import tensor_hash
 
-
-class _Written:
-    """The edited tensors of an export, as they lie on disk."""
-
-    def __init__(self, folder: Path, export: str) -> None:
-        self._adapter = LoraAdapter(folder) if export == "adapter" else None
-        self._dense = CheckpointReader(folder) if export == "dense" else None
-
-    def read(self, target: Target) -> Tensor:
-        if self._adapter is not None:
-            assert target.lora is not None
-            return self._adapter.raw(self._adapter.modules[target.lora.module].a)
-        assert self._dense is not None
-        return self._dense.read(target.key)
-
-    def __enter__(self) -> _Written:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for opened in (self._adapter, self._dense):
-            if opened is not None:
-                opened.close()
+    return {target.layer.name: tensor_hash(stored, stored.dtype)} if same(stored, done.written) else {}
 
 
 def _live_modules(folder: Path, export: str) -> dict[str, int]:
@@ -189,109 +247,6 @@ def _live_modules(folder: Path, export: str) -> dict[str, int]:
         return {"nonzero_modules": sum(bool(adapter.raw(entry.b).any()) for entry in adapter.modules.values())}
     finally:
         adapter.close()
-
-
-def _same(stored: Tensor, redone: Tensor) -> bool:
-    """Equal up to one rounding: a matrix product in other memory may differ in its last bit before the cast."""
-    eps = torch.finfo(stored.dtype).eps
-    return torch.allclose(stored.double(), redone.double(), rtol=2 * eps, atol=1e-5 * float(redone.abs().max()))
-
-
-def _stored_dtypes(report: EditReport, pair: Pair, targets: Sequence[Target]) -> dict[str, str]:
-    def stored(target: Target) -> torch.dtype:
-        if report.export == "adapter":
-            assert target.lora is not None
-            return target.lora.a.torch_dtype
-        return pair.after.entries[target.key].torch_dtype
-
-    return {target.layer.name: str(stored(target)).removeprefix("torch.") for target in targets}
-
-
-def _merged_value(before: Source, after: Source, pair: Pair) -> Any:
-    """AFTER as something that `models.load` takes."""
-    from holdfast.editing.verify.child import Value
-
-    if pair.lora is None:
-        return after if isinstance(after, CheckpointLike) else str(locate(after))
-    base, adapters = (before.base, before.adapters) if isinstance(before, CheckpointLike) else (str(before), ())
-    return Value(str(locate(base)), (*adapters, str(pair.lora.folder)))
-
-
-def _run_probe(
-    folder: Path,
-    export: str,
-    before: Source,
-    pair: Pair,
-    dtypes: Mapping[str, str],
-    input_ids: Sequence[Sequence[int]] | None,
-) -> tuple[dict[str, Any], Tensor | None]:
-    with tempfile.TemporaryDirectory(prefix="holdfast-probe-") as place:
-        request = {
-            "export": str(folder),
-            "kind": export,
-            "base": str(pair.before.folder),
-            "after": str(pair.after.folder),
-            "base_adapters": list(before.adapters) if isinstance(before, CheckpointLike) else [],
-            "modules": dict(dtypes),
-            "input_ids": input_ids,
-            "result": f"{place}/result.json",
-            "logits": f"{place}/logits.safetensors",
-        }
-        Path(place, "request.json").write_text(json.dumps(request), encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-m", "holdfast.editing.verify.child", f"{place}/request.json"],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            check=False,
-        )
-        if done.returncode != 0:
-            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise ExportError(f"The result in {folder} cannot be loaded by a clean process: {last[0]}.")
-        result = json.loads(Path(place, "result.json").read_text(encoding="utf-8"))
-        logits = None if input_ids is None else load_file(f"{place}/logits.safetensors")["logits"]
-    return result, logits
-
-
-def _compare_files(
-    folder: Path,
-    report: EditReport,
-    before: Source,
-    pair: Pair,
-    targets: Sequence[Target],
-    rule: EditRule,
-    coefficient: str,
-) -> dict[str, Any]:
-    from holdfast.editing.verify.child import tensor_hash
-
-    dtypes = _stored_dtypes(report, pair, targets)
-    redone = targets[:: max(1, len(targets) // _LAYERS_REDONE)]
-    hashes: dict[str, str] = {}
-    with _Written(folder, report.export) as written:
-        for target in redone:
-            merged = pair.after.read_float(target.key)
-            new, _, factor = _redo(pair, target, rule, merged, report.export, coefficient)
-            stored = written.read(target)
-            if _same(stored, new if factor is None else factor):
-                hashes[target.layer.name] = tensor_hash(stored, stored.dtype)
-    result, _ = _run_probe(folder, report.export, before, pair, dtypes, None)
-    loaded = result.get("adapter_hashes" if report.export == "adapter" else "weight_hashes", {})
-    found: dict[str, Any] = {
-        "compared": "files only: every edited tensor read by a clean process, the edit of some done again; the model "
-        "was not run and no logits were compared",
-        "edited_tensors": len(targets),
-        "edited_tensors_read": len(loaded),
-        "tensors_redone": len(redone),
-        "tensors_redone_equal": sum(loaded.get(name) == value for name, value in hashes.items()),
-        **_live_modules(folder, report.export),
-        **{key: result[key] for key in ("matched_tensors", "active_modules", "scaled_modules") if key in result},
-        "max_logit_difference": None,
-    }
-    faults = result.get("faults", ())
-    if faults:
-        raise ExportError(f"The result does not fit the model: {'; '.join(faults[:3])} ({len(faults)} such tensor(s)).")
-    _judge(report, found)
-    return found
 
 
 def _judge(report: EditReport, found: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from holdfast.models.load import LoadedModel
+    from holdfast.models.loaded import LoadedModel
     from holdfast.tuners.cram.model import Cram
 
 

@@ -27,11 +27,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from holdfast.checkpoints.adapter import WEIGHTS_FILE, LoraAdapter, is_adapter
+from holdfast.checkpoints.value import Checkpoint
 from holdfast.config import decode, encode
 from holdfast.errors import AdapterError, ConfigError, StorageError
 from holdfast.files import fsync_folder, storage_error, write_json
 from holdfast.models.families import decoder_blocks
-from holdfast.models.load import LoadedModel, load
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 from holdfast.models.tuner import MARKER, is_tuner_folder
 from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.model import Cram, Factors, find_targets
@@ -244,18 +246,10 @@ def open_folder(folder: Path, *, base: str | None = None, encoder: str | None = 
     Raises: as `from_pretrained` and `holdfast.models.load.load`.
     """
     stored = read_router(folder)
-    source = BaseCheckpoint(base, ()) if base else BaseCheckpoint(stored.base["base"], tuple(stored.base["adapters"]))
+    source = Checkpoint(base=base) if base else Checkpoint.from_json(stored.base)
     loaded = load(source)
     moved = make_encoder(encoder, loaded) if encoder else None
     return from_pretrained(folder, loaded, encoder=moved)
-
-
-@dataclass(frozen=True)
-class BaseCheckpoint:
-    """What experts sit on (a `CheckpointLike` of `holdfast.checkpoints`)."""
-
-    base: str
-    adapters: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -439,10 +433,10 @@ def block_weights(loaded: LoadedModel) -> dict[str, Tensor]:
 def base_of(loaded: LoadedModel) -> dict[str, Any]:
     """The checkpoint that experts sit on, as plain data: {"base": folder or hub id, "adapters": [folders]}."""
     source = loaded.source
-    if source is None or isinstance(source, str):
-        return {"base": source or loaded.name, "adapters": []}
+    if source is None:
+        return Checkpoint(base=loaded.name).to_json()
     # A tuner's folder on top is what is being saved, not what it sits on.
-    return {"base": source.base, "adapters": [str(a) for a in source.adapters if not is_tuner_folder(a)]}
+    return {"base": source.base, "adapters": [a for a in source.adapters if not is_tuner_folder(a)]}
 
 
 def _folder_name(index: int, name: str) -> str:

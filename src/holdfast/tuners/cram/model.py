@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, DataError, unknown_name
 from holdfast.models.families import decoder_blocks
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.layer import Active, ExpertPass
 from holdfast.tuners.cram.router import Features, Router, Routing, describe
