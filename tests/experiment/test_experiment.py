@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import pico
 from holdfast import experiment
@@ -225,3 +226,60 @@ def test_presets_stand_over_defaults_and_under_own_options(run_file):
     made = experiment.build_methods(config)
     assert (made["hpa_eps"].config.edit.saliency, made["hpa_eps"].config.edit.keep_bounds) == ("eps", (1.0, 2.0))
     assert made["mine"].config.edit.saliency == "phi" and made["mine"].name == "mine"
+
+
+@pytest.mark.parametrize("method", ["hpa", "anchor", "interpolation", "cram_anchor", "cram_hpa", "seqft"])
+def test_a_default_of_a_group_reaches_the_methods_whose_group_has_it(run_file, method):
+    """HPA and the anchored edit both have `edit`, with other options in it."""
+    config = experiment.read_run(run_file())
+    shared = {"edit": {"keep_bounds": [1, 2], "past_weight": 0.5}}
+    config = dataclasses.replace(config, methods={method: {}}, defaults={**config.defaults, **shared})
+    edit = getattr(experiment.build_methods(config)[method].config, "edit", None)
+    for option, value in (("keep_bounds", (1.0, 2.0)), ("past_weight", 0.5)):
+        assert getattr(edit, option, value) == value
+
+
+def test_a_member_of_a_group_that_no_method_has_is_named(run_file):
+    config = experiment.read_run(run_file())
+    config = dataclasses.replace(config, methods={"anchor": {}}, defaults={"edit": {"past_wieght": 0.5}})
+    with pytest.raises(UnknownNameError, match=r"edit\.past_wieght: unknown key\. Did you mean 'past_weight'\?"):
+        experiment.build_methods(config)
+
+
+@pytest.mark.parametrize("refused", [0, 2, 3])
+def test_benign_prompts_are_answered_by_theta_0_once(tmp_path, pico_folder, monkeypatch, refused):
+    from holdfast.calibration import own_answers
+
+    prompts = "".join(json.dumps({"id": f"twin-{i}", "prompt": f"Allowed too {i}"}) + "\n" for i in range(5))
+    (tmp_path / "twins.jsonl").write_text(prompts)
+    file = pico.run_file(tmp_path, pico_folder)
+    data = yaml.safe_load(file.read_text())
+    data["stream"]["benign_calibration"] = {"format": "qa", "file": "twins.jsonl", "limit": 4}
+    file.write_text(yaml.safe_dump(data))
+    made = experiment.resolve(experiment.read_run(file), tmp_path / "run", methods=["seqft"])
+    asked = []
+
+    def generate(loaded, samples, **options):
+        asked.append([s.id for s in samples])
+        return ["I'm sorry, I can't help with that." if i < refused else "Here it is." for i in range(len(samples))]
+
+    monkeypatch.setattr(own_answers, "generate", generate)
+    monkeypatch.setattr(type(made), "_safe_answers", lambda self, prompts: {"answers": {}})
+    if refused == 3:
+        with pytest.raises(DataError, match="helped with 1 of 4 benign calibration prompts"):
+            made.with_own_answers()
+        return
+    for _ in range(2):
+        stream = made.with_own_answers()
+        assert [s.answer for s in stream.benign_calibration] == ["Here it is."] * (4 - refused)
+    assert asked == [["twin-0", "twin-1", "twin-2", "twin-3"]]
+
+
+@pytest.mark.parametrize("shared", ["benign", "unsafe", "prompts"])
+def test_benign_prompts_that_are_tested_or_forbidden_are_refused(tmp_path, pico_folder, shared):
+    file = pico.run_file(tmp_path, pico_folder)
+    data = yaml.safe_load(file.read_text())
+    data["stream"]["benign_calibration"] = {"format": "qa", "file": f"{shared}.jsonl"}
+    file.write_text(yaml.safe_dump(data))
+    with pytest.raises(DataError, match=r"are part of the test set"):
+        experiment.resolve(experiment.read_run(file), tmp_path / "run", methods=["seqft"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +116,33 @@ def build_methods(config: RunConfig, names: Sequence[str] | None = None) -> dict
 def _build_method(config: RunConfig, label: str) -> Method:
     name = config.method_of(label)
     own = {key: value for key, value in config.methods[label].items() if key != "method"}
-    shared = {key: value for key, value in config.defaults.items() if key in _options(name)}
+    shared = {key: _members(name, key, value) for key, value in config.defaults.items() if key in _options(name)}
     return method_registry.get(name, label=label, defaults=shared, **own)
 
 
 def _options(name: str) -> set[str]:
     return set(method_registry.config_of(name).__dataclass_fields__)
+
+
+def _members(name: str, key: str, value: Any) -> Any:
+    """Of a group of defaults (`edit`) those that the method's own kind of the group has.
+
+    What no method has stays, so that it is refused by its name.
+    """
+    own = _group(name, key)
+    others = set(value) - own if isinstance(value, Mapping) and own else set()
+    if others:
+        everywhere = {member for method in method_registry.METHODS for member in _group(method, key)}
+        return {member: v for member, v in value.items() if member not in others & everywhere}
+    return value
+
+
+def _group(name: str, key: str) -> set[str]:
+    """Names inside the group `key` of a method's options, old ones too; none where it is no group."""
+    hint = typing.get_type_hints(method_registry.config_of(name)).get(key)
+    if not (isinstance(hint, type) and is_dataclass(hint)):
+        return set()
+    return {f.name for f in fields(hint)} | set(getattr(hint, "__old_names__", {}))
 
 
 def _option_names(name: str) -> set[str]:

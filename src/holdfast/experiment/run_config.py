@@ -69,7 +69,7 @@ class OwnBenignConfig:
     """
 
     prompts: SafetySpec | None = None
-    limit: int | None = 12
+    limit: int | None = 48
     max_new_tokens: int = 256
     judge: str | None = None
 
