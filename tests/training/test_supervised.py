@@ -123,6 +123,33 @@ def test_penalty_is_part_of_the_loss_whatever_the_micro_batch(loaded, samples, t
     assert first > 100 and second == pytest.approx(first, rel=1e-4)
 
 
+@pytest.mark.parametrize("mean", ["tokens", "samples"])
+def test_a_penalty_that_is_a_mean_is_one_over_the_whole_step(loaded, samples, tmp_path, mean):
+    said = ["red", "it is the red one", "no", "a square, and a red one at that", "yes"]  # the last batch is smaller
+    unlike = [Sample.single(f"s{i}", "<image>\nWhich?", t, images=samples[i].images) for i, t in enumerate(said)]
+
+    def of_tokens(model, inputs, outputs):
+        return 3.0 * outputs.loss
+
+    def of_samples(model, inputs, outputs):
+        return outputs.logits[:, -1].float().pow(2).mean()
+
+    def of(micro):
+        config = {"dropout": 0.0, "epochs": 1.0, "max_steps": None, "micro_batch_size": micro, "max_grad_norm": 0.0}
+        penalty = of_tokens if mean == "tokens" else of_samples
+        equal = (
+            unlike
+            if mean == "tokens"
+            else [replace(s, turns=(s.turns[0], replace(s.turns[1], text="red"))) for s in unlike]
+        )
+        return run(loaded, equal, tmp_path / str(micro), config=config, penalty=penalty, penalty_mean=mean)
+
+    whole, split = of(4), of(2 if mean == "samples" else 1)
+    assert [row["loss"] for row in split.history] == pytest.approx([row["loss"] for row in whole.history], rel=1e-4)
+    for name, value in factors(whole).items():
+        torch.testing.assert_close(factors(split)[name], value, rtol=2e-3, atol=2e-5)
+
+
 def test_epochs_count_the_last_smaller_batch(loaded, samples, tmp_path):
     config = {"max_steps": None, "epochs": 2.0, "batch_size": 3}
     assert len(samples) == 8

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -33,11 +33,15 @@ _COMPLETE = "complete"  # mark in a trainer's state folder: written last, so a h
 
 
 class Penalty(Protocol):
-    """A term added to the loss of each forward pass: the model being trained, its inputs and its outputs -> scalar."""
+    """A term added to the loss of each forward pass: the model being trained, its inputs and its outputs -> scalar.
+
+    The scalar is a mean over the pass's samples or its target tokens (`PenaltyMean`), or depends on neither.
+    """
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor: ...
 
 
+PenaltyMean = Literal["samples", "tokens"]
 AdapterFactory = Callable[[LoadedModel, TrainingConfig], PeftModel]
 # Tensors that travel to the model with a batch's encoded samples, by the names that its forward pass takes.
 Extras = Callable[[Sequence[Sample]], Mapping[str, Tensor]]
@@ -80,6 +84,7 @@ def train(
     seed: int,
     out: Path | None = None,
     penalty: Penalty | None = None,
+    penalty_mean: PenaltyMean = "samples",
     adapter: AdapterFactory = lora_adapter,
     extras: Extras | None = None,
     progress: Callable[..., None] | None = None,
@@ -88,6 +93,7 @@ def train(
 
     work_dir: the trainer's state lives here while the task runs; called again after a kill, training goes on from it.
     seed: decides initial factors, order and dropout.
+    penalty_mean: what the penalty's value of one forward pass is a mean over; decides its share in an optimizer step.
     adapter: makes what is trained (anything with PEFT's `save_pretrained` and `unload`). extras: see `Extras`.
     progress: called with ("train", done=, total=, loss=) after each optimizer step.
 
@@ -119,6 +125,7 @@ def train(
                 data_collator=encode,
                 callbacks=[_Watch(total, progress, fp16=precision == "fp16")],
                 penalty=penalty,
+                penalty_mean=penalty_mean,
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train(resume_from_checkpoint=_last_state(work_dir / "trainer"))
@@ -185,20 +192,42 @@ class _Encode:
 
 
 class _Trainer(Trainer):
-    """Adds the penalty, stops at a loss that is not finite, and skips the trainer's own book-keeping of operations."""
+    """One loss for every family, the penalty, a stop at a loss that is not finite, no book-keeping of operations.
 
-    def __init__(self, *args: Any, penalty: Penalty | None, **kwargs: Any) -> None:
+    The loss of an optimizer step is the mean over all its target tokens, however they fall into forward passes and
+    processes. The trainer leaves that to models whose class takes its token count, and gives the others (Qwen2.5-VL,
+    Qwen3-VL, GLM-4V, ...) the mean of the passes' means: short answers would count for more.
+    """
+
+    def __init__(self, *args: Any, penalty: Penalty | None, penalty_mean: PenaltyMean, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._penalty = penalty
+        self._penalty, self._penalty_mean = penalty, penalty_mean
+        self._samples = 0  # of the optimizer step, in this process
+        # The trainer then counts the step's targets over its passes and processes, and divides the loss no further.
+        self.model_accepts_loss_kwargs = True
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        self._samples = sum(len(batch["labels"]) for batch in batches)
+        return batches, count
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        outputs = model(**inputs)
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+        of_tokens = of_samples = 1.0  # this pass's share of the optimizer step
+        if num_items_in_batch is not None:
+            targets = (inputs["labels"][..., 1:] != IGNORED_LABEL).sum()
+            # Processes average their gradients, and the count is over all of them.
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            of_tokens = targets * processes / num_items_in_batch
+            of_samples = len(inputs["labels"]) / self._samples
+        # Stock models give the mean over a pass's own targets.
+        loss = loss * of_tokens
         if self._penalty is not None:
-            # The loss is already divided by all tokens of the optimizer step; the penalty is one number per pass.
-            passes = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self._penalty(model, inputs, outputs) / passes
+            share = of_tokens if self._penalty_mean == "tokens" else of_samples
+            loss = loss + self._penalty(model, inputs, outputs) * share
         if not torch.isfinite(loss):
             raise _not_finite("loss", float(loss.detach()), self.state.global_step + 1, self.state.max_steps, self.args)
         return (loss, outputs) if return_outputs else loss
