@@ -225,3 +225,22 @@ def test_presets_stand_over_defaults_and_under_own_options(run_file):
     made = experiment.build_methods(config)
     assert (made["hpa_eps"].config.edit.saliency, made["hpa_eps"].config.edit.keep_bounds) == ("eps", (1.0, 2.0))
     assert made["mine"].config.edit.saliency == "phi" and made["mine"].name == "mine"
+
+
+def test_pictures_are_opened_as_the_run_file_says_and_the_directory_keeps_to_it(run_file, tmp_path, monkeypatch):
+    from holdfast.data.images import current_pictures
+    from holdfast.models import encode
+
+    seen = set()
+    plain = encode.open_image
+    monkeypatch.setattr(encode, "open_image", lambda path: (seen.add(current_pictures()), plain(path))[1])
+    config = experiment.read_run(run_file(images="published", max_pixels=900, tasks=["colour"]))
+    experiment.run(config, tmp_path / "out")
+    assert {(p.images, p.max_pixels) for p in seen} == {("published", 900)}
+    assert current_pictures().images == "upright"
+    with pytest.raises(RunError, match="images: 'published' -> 'upright'"):
+        experiment.run(dataclasses.replace(config, images="upright"), tmp_path / "out")
+    with pytest.raises(ConfigError, match="images: found 'sideways'"):
+        experiment.read_run(run_file(images="sideways"))
+    with pytest.raises(ConfigError, match="max_pixels is 0"):
+        experiment.read_run(run_file(max_pixels=0))

@@ -28,6 +28,7 @@ from typing import Any, Literal
 from holdfast import methods as method_registry
 from holdfast.checkpoints.storage import write_json
 from holdfast.config import decode, encode
+from holdfast.data.images import ImageMode, PictureConfig, pictures
 from holdfast.data.streams import (
     CalibrationSpec,
     SafetySpec,
@@ -95,6 +96,7 @@ class RunConfig:
     store_dtype: type of the checkpoints that the run writes. float32 keeps a stream of small edits from being rounded
         after each task (the model is converted once, at twice the disk space of a 16-bit one); null keeps the model's.
     tasks: only these tasks, in the stream's order. threads: CPU threads of a process; null leaves torch's choice.
+    images, max_pixels: how pictures are opened, in training as in evaluation (see `PictureConfig`).
     """
 
     model: str
@@ -108,6 +110,8 @@ class RunConfig:
     tasks: tuple[str, ...] | None = None
     seed: int = 0
     threads: int | None = None
+    images: ImageMode = "upright"
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -116,6 +120,12 @@ class RunConfig:
             raise ConfigError(f"threads is {self.threads}; expected 1 or more, or null.")
         if not 0 <= self.seed <= MAX_SEED:
             raise ConfigError(f"seed is {self.seed}; expected 0..{MAX_SEED}.")
+        _ = self.pictures  # checks its values
+
+    @property
+    def pictures(self) -> PictureConfig:
+        """How pictures are opened."""
+        return PictureConfig(images=self.images, max_pixels=self.max_pixels)
 
 
 def read_run(path: Path | str) -> RunConfig:
@@ -235,6 +245,8 @@ class Experiment:
                 "store_dtype": config.store_dtype,
                 "seed": config.seed,
                 "threads": config.threads,
+                "images": config.images,
+                "max_pixels": config.max_pixels,
             }
         )
 
@@ -254,7 +266,7 @@ class Experiment:
     def held(self) -> Iterator[None]:
         """Hold the directory, and do once what all methods share: log what was injected, evaluate theta_0."""
         run = self.stream_run()
-        with run.claimed():
+        with run.claimed(), pictures(self.config.pictures):
             if self.injected:
                 write_json(self.out / "injected.json", [log.to_json() for log in self.injected])
             self._convert_theta_0()
@@ -273,8 +285,9 @@ class Experiment:
 
     def run_method(self, name: str) -> None:
         """Every task with one method, within `held` (of this process or of the one that started it)."""
-        run = self.stream_run(self.with_own_answers())
-        run.run_method(self.methods[name], self.evaluator())
+        with pictures(self.config.pictures):
+            run = self.stream_run(self.with_own_answers())
+            run.run_method(self.methods[name], self.evaluator())
 
     def with_own_answers(self) -> Stream:
         """The stream with answered safety calibration samples: made by theta_0 once, then read from theta_0/."""

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoProcessor
 
 import model_zoo
 from holdfast.checkpoints.curvature import Curvature
 from holdfast.checkpoints.merged import open_checkpoint
+from holdfast.data.images import PictureConfig, shrunk
+from holdfast.data.images import pictures as pictures_opened
 from holdfast.data.types import Sample, Turn
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.functional.hpa import HpaConfig, edit_weight
@@ -156,6 +160,27 @@ def test_it_can_be_trained_on(case: Case) -> None:
     name, linear = next(iter(editable_linears(model).items()))
     assert torch.isfinite(loss), name
     assert float(linear.weight.grad.abs().max()) > 0
+
+
+def test_a_pixel_budget_is_the_processors_own_or_shrinks_the_picture(case: Case, tmp_path: Path) -> None:
+    """Qwen-VL and GLM-4V have a budget of their own, asked as stock code sets it; the others are shown less."""
+    bound = 56 * 28
+    large = model_zoo.picture(tmp_path / "large.png", size=(120, 90))
+    sample = replace(case.samples[0], images=(large,))
+    usual = encode_request(case.loaded, [sample])
+    with pictures_opened(PictureConfig(max_pixels=bound)):
+        found = encode_request(case.loaded, [sample])
+    own = case.name.startswith(("qwen", "glm"))
+    if own:
+        stock = AutoProcessor.from_pretrained(case.folder, backend="pil")
+        stock.image_processor.size["longest_edge"] = bound
+        stock.image_processor.size["shortest_edge"] = min(stock.image_processor.size["shortest_edge"], bound)
+        picture = Image.open(large).convert("RGB")
+    else:
+        stock, picture = case.loaded.processor, shrunk(Image.open(large).convert("RGB"), bound)
+    expected = stock.image_processor(images=[picture], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(found["pixel_values"].reshape(expected.shape), expected)
+    assert not own or found["input_ids"].shape[1] < usual["input_ids"].shape[1]
 
 
 def answers_of_unlike_length(case: Case) -> list[Sample]:

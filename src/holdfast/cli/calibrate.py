@@ -37,6 +37,13 @@ def command(
         bool, typer.Option("--every-linear", help="Also the layers that an adapter given as --after leaves alone.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out where it exists.")] = False,
+    image_mode: Annotated[
+        str,
+        typer.Option(
+            "--images", "--image-mode", help="upright (EXIF applied, white below), or published (opened plainly)."
+        ),
+    ] = "upright",
+    max_pixels: Annotated[int | None, typer.Option(help="Show at most so many pixels of each picture.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
 ) -> None:
@@ -53,6 +60,7 @@ def command(
     from holdfast.cli.progress import bars
     from holdfast.cli.samples import read_calibration_sets
     from holdfast.config import decode
+    from holdfast.data.images import PictureConfig, pictures
     from holdfast.models.calibrate import CalibrationConfig, collect_curvature
     from holdfast.stream.protocol import Checkpoint
 
@@ -82,7 +90,8 @@ def command(
     state = PartialState(cpu=device == "cpu") if several else None
     chief = state is None or state.is_main_process
     seconds: dict[str, float] = {}
-    with bars("calibrating") if chief else nullcontext() as progress:
+    opened = PictureConfig(images=image_mode, max_pixels=max_pixels)  # type: ignore[arg-type]  # checked there
+    with bars("calibrating") if chief else nullcontext() as progress, pictures(opened):
         curvature = collect_curvature(
             before,
             tuned,

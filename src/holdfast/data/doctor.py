@@ -6,13 +6,14 @@ Reads files and picture headers only. What it finds is a list of Findings; an `e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from holdfast.data.files import missing
-from holdfast.data.images import image_size, open_image
+from holdfast.data.images import image_size, open_image, opening_differs
 from holdfast.data.items import duplicate_ids
 from holdfast.data.readers import Source, Split, task_reader
 from holdfast.data.streams import (
@@ -28,6 +29,7 @@ from holdfast.errors import ConfigError, DataError, HoldfastError
 
 Level = Literal["error", "warning", "info"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+_OPENED_APART = {"turned": "turned by an EXIF tag", "transparent": "with transparency"}
 NAMED = 5  # how many of a kind a finding names
 
 
@@ -232,11 +234,13 @@ def _report(
     there = [path for path in paths if path not in set(absent)] if absent else paths
     chosen = there if open_images is None else _spread(there, open_images)
     broken, sizes = [], []
+    differs: Counter[str] = Counter()
     for path in chosen:
         try:
             if path not in diagnosis.sizes:
                 diagnosis.sizes[path] = image_size(path)
                 open_image(path)  # a truncated file shows its size and fails here
+            differs.update(opening_differs(path))
         except DataError as error:
             diagnosis.sizes.pop(path, None)
             broken.append(str(error))
@@ -244,6 +248,14 @@ def _report(
             sizes.append(diagnosis.sizes[path])
     if broken:
         diagnosis.add("error", where, f"{len(broken)} of {len(chosen)} opened images cannot be read", broken[0])
+    if differs:
+        kinds = ", ".join(f"{differs[kind]} {word}" for kind, word in _OPENED_APART.items() if differs[kind])
+        diagnosis.add(
+            "warning",
+            where,
+            f"of {len(chosen)} opened images the published pipelines see some differently: {kinds}",
+            "They open pictures plainly; `images: published` in the run file does so too.",
+        )
     diagnosis.samples[name, split] = samples
     diagnosis.splits.append(
         SplitReport(

@@ -20,6 +20,7 @@ from holdfast.checkpoints.curvature import Curvature
 from holdfast.checkpoints.fingerprint import fingerprint
 from holdfast.checkpoints.merged import CheckpointLike, open_checkpoint
 from holdfast.config import encode
+from holdfast.data.images import current_pictures
 from holdfast.data.types import Sample
 from holdfast.errors import CalibrationError, ConfigError, NumericalError
 from holdfast.functional.hessian import Normalization
@@ -170,6 +171,7 @@ def collect_curvature(
         "inputs": one.inputs,
         "weight_keys": _weight_keys(before, list(one.diagonals)),
         "config": encode(config),
+        "pictures": encode(current_pictures()),
         "sets": {name: side.describe() for name, side in sides.items()},
         "model": {"before": _identity(before), "after": _identity(after)},
         "versions": _versions(),

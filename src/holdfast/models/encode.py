@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from holdfast.data.images import open_image
+from holdfast.data.images import current_pictures, open_image, shrunk
 from holdfast.data.types import Sample, Turn
 from holdfast.errors import DataError, ModelError
 from holdfast.models.load import LoadedModel, quiet_transformers
@@ -123,6 +123,9 @@ def _process(
     if loaded.family.needs_image and (bare := next((s for s in samples if not s.images), None)) is not None:
         raise DataError(f"Sample {bare.id!r} has no image, and {loaded.name} answers only requests that show one.")
     image_token = getattr(loaded.processor, "image_token", None)
+    budget = _pixel_budget(loaded)
+    if budget and any(sample.images for sample in samples):
+        extra["images_kwargs"] = {"size": budget}
     shown = [_shown_images(loaded, sample, text, image_token) for sample, text in zip(samples, texts, strict=True)]
     try:
         with quiet_transformers(), warnings.catch_warnings():
@@ -152,7 +155,18 @@ def _shown_images(loaded: LoadedModel, sample: Sample, text: str, image_token: s
             f"Sample {sample.id!r}: the prompt made by the chat template of {loaded.name} holds {image_token} {count} "
             f"time(s) for {len(sample.images)} image(s). The template drops images, or a text spells the image token."
         )
-    return [open_image(path) for path in sample.images]
+    bound = None if _pixel_budget(loaded) else current_pictures().max_pixels
+    return [shrunk(open_image(path), bound) if bound else open_image(path) for path in sample.images]
+
+
+def _pixel_budget(loaded: LoadedModel) -> dict[str, int] | None:
+    """`size` of a processor that itself shrinks pictures to a number of pixels (Qwen-VL, GLM-4V), where one is set."""
+    bound = current_pictures().max_pixels
+    usual, size = getattr(type(loaded.processor.image_processor), "size", None), loaded.processor.image_processor.size
+    # Under these names others keep lengths, which stay far below any number of pixels.
+    if bound is None or not isinstance(usual, dict) or usual.get("longest_edge", 0) < 10_000:
+        return None
+    return {"shortest_edge": min(size["shortest_edge"], bound), "longest_edge": bound}
 
 
 @dataclass(frozen=True, kw_only=True)

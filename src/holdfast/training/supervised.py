@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from holdfast.data.images import current_pictures, pictures
 from holdfast.data.types import Sample
 from holdfast.errors import DataError, TrainingError
 from holdfast.models.encode import IGNORED_LABEL, encode_training
@@ -166,9 +167,11 @@ class _Encode:
 
     def __init__(self, loaded: LoadedModel, max_length: int | None, extras: Extras | None = None) -> None:
         self.loaded, self.max_length, self.extras, self.cut = loaded, max_length, extras, 0
+        self._pictures = current_pictures()  # a loader's worker starts without it where processes are not forked
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        return {**self._encoded(samples), **(self.extras(samples) if self.extras else {})}
+        with pictures(self._pictures):
+            return {**self._encoded(samples), **(self.extras(samples) if self.extras else {})}
 
     def _encoded(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         inputs = encode_training(self.loaded, samples, cut_at=self.max_length)
