@@ -185,6 +185,25 @@ def answers_of(labels: torch.Tensor) -> list[list[int]]:
     return runs
 
 
+def test_an_answer_that_is_no_target_is_shown_and_not_learned(loaded: LoadedModel) -> None:
+    turns = tuple(
+        Turn(role=role, text=text, loss=loss)
+        for role, text, loss in [
+            ("user", "One?", True),
+            ("assistant", "first", False),
+            ("user", "Two?", True),
+            ("assistant", "second", True),
+            ("user", "Three?", True),
+            ("assistant", "third", False),
+        ]
+    )
+    inputs = encode_training(loaded, [Sample(id="some", turns=turns)])
+    assert targets(loaded, inputs, 0) == " second</s>"
+    assert "first" in loaded.tokenizer.decode(inputs["input_ids"][0])
+    with pytest.raises(DataError, match="'none' has `loss` off in every answer"):
+        encode_training(loaded, [Sample(id="none", turns=turns[:2])])
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(loaded: LoadedModel, samples: list[Sample]) -> None:
     from copy import copy
 

@@ -57,9 +57,14 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, where: Path | str) -> Any:
-    """JSON value of `text`; a fault is named with its line and column."""
+    """JSON value of `text`; a fault is named with its line and column. NaN, as pandas writes null, is read as null."""
+
+    def constant(word: str) -> None:
+        if word != "NaN":
+            raise DataError(f"{where} holds the number {word}, which is no JSON; write a finite number or null.")
+
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=constant)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}. "

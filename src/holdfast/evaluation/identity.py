@@ -60,7 +60,7 @@ def samples_digest(samples: Iterable[Sample], picture: Callable[[Path], str]) ->
     """Of ids, words, references and what else a file says of a sample. picture: what an image counts as."""
     digest = hashlib.sha256()
     for s in samples:
-        turns, pictures = [(t.role, t.text) for t in s.turns], [picture(path) for path in s.images]
+        turns, pictures = [t.said for t in s.turns], [picture(path) for path in s.images]
         digest.update(repr((s.id, turns, pictures, s.references, dict(s.meta))).encode())
     return digest.hexdigest()[:16]
 

@@ -312,7 +312,7 @@ def samples_sha256(samples: Sequence[Sample]) -> str:
     """Content hash of samples: ids, turns and image bytes, in order; paths do not count."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(repr((sample.id, [(t.role, t.text) for t in sample.turns], sample.references)).encode())
+        digest.update(repr((sample.id, [t.said for t in sample.turns], sample.references)).encode())
         for path in sample.images:
             digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
     return digest.hexdigest()

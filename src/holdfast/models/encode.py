@@ -53,6 +53,10 @@ def encode_training(loaded: LoadedModel, samples: Sequence[Sample], *, cut_at: i
     for sample in samples:
         if not any(turn.role == "assistant" for turn in sample.turns):
             raise DataError(f"Sample {sample.id!r} has no assistant turn, so there is nothing to learn from it.")
+        if not any(turn.role == "assistant" and turn.loss for turn in sample.turns):
+            raise DataError(
+                f"Sample {sample.id!r} has `loss` off in every answer, so there is nothing to learn from it."
+            )
     if loaded.family.answers_as_suffix:
         inputs = _encode_suffix(loaded, samples)
     else:
@@ -209,7 +213,7 @@ def _conversation(loaded: LoadedModel, sample: Sample) -> _Conversation:
     over when asked; it stops behind the token at which generation stops. Where the template writes no such token behind
     an answer, one is put there (as LLaVA's own training code does between turns), in place of the template's blanks.
     """
-    last = max(i for i, turn in enumerate(sample.turns) if turn.role == "assistant")
+    last = max(i for i, turn in enumerate(sample.turns) if turn.role == "assistant" and turn.loss)
     whole = _render(loaded, sample, sample.turns[: last + 1], ask=False)
     text, read = "", 0  # what is made, and how much of `whole` is in it
     answers: list[tuple[int, int]] = []
@@ -218,6 +222,8 @@ def _conversation(loaded: LoadedModel, sample: Sample) -> _Conversation:
         if turn.role != "assistant":
             continue
         if not turn.text.strip():
+            if not turn.loss:
+                continue
             raise DataError(f"Sample {sample.id!r} has an empty answer; every assistant turn needs at least one token.")
         before = _render(loaded, sample, sample.turns[:index], ask=True)
         upto = whole if index == last else _render(loaded, sample, sample.turns[: index + 1], ask=False)
@@ -234,8 +240,9 @@ def _conversation(loaded: LoadedModel, sample: Sample) -> _Conversation:
             stop = len(upto.rstrip())
             text = text + whole[read:stop] + _end_token(loaded)
             read = len(upto) if whole.startswith(upto) else stop
-        answers.append((start, len(text)))
-        shown.append(_images_before(sample, index))
+        if turn.loss:
+            answers.append((start, len(text)))
+            shown.append(_images_before(sample, index))
     return _Conversation(text=text + whole[read:], answers=tuple(answers), shown=tuple(shown))
 
 
