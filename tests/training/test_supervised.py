@@ -172,6 +172,49 @@ def test_a_long_sample_is_cut_and_counted_never_into_its_images(loaded, samples,
         run(loaded, [long], tmp_path, config={"max_length": 5})
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cuts_are_counted_in_every_process_and_through_a_kill(loaded, samples, tmp_path, workers):
+    long = [
+        Sample.single(f"long{i}", "<image>\nWhat?", "red " * (30 if i % 2 else 1), images=samples[0].images)
+        for i in range(8)
+    ]
+    killed = []
+
+    def kill_once(event, *, done, total):
+        if done == 3 and not killed:
+            killed.append(done)
+            raise KeyboardInterrupt
+
+    config = {
+        "max_length": 100,
+        "max_cut_share": 0.5,
+        "max_steps": None,
+        "epochs": 2.0,
+        "workers": workers,
+        "save_steps": 2,
+    }
+    assert run(loaded, long, tmp_path / "whole", config=config).cut == 8
+    with pytest.raises(KeyboardInterrupt):
+        run(loaded, long, tmp_path / "killed", config=config, progress=kill_once)
+    assert run(loaded, long, tmp_path / "killed", config=config, progress=kill_once).cut == 8
+
+
+def test_training_stops_before_its_first_step_where_many_samples_would_be_cut(loaded, samples, tmp_path):
+    words = [30 if i < 35 else 1 for i in range(40)]
+    long = [Sample.single(f"s{i}", "<image>\nWhat?", "red " * n, images=samples[0].images) for i, n in enumerate(words)]
+    steps = []
+    with pytest.raises(
+        DataError, match=r"max_length 100 would cut 35 of 40 samples \(88 %.*allow it with max_cut_share"
+    ):
+        run(loaded, long, tmp_path, config={"max_length": 100}, progress=lambda event, **_: steps.append(event))
+    assert not steps and not (tmp_path / "adapter").exists()
+    assert run(loaded, long, tmp_path, config={"max_length": 100, "max_cut_share": 0.9, "max_steps": 1}).cut > 0
+    few = [*long[:2], *long[35:], *long[35:], *long[35:], *long[35:]]
+    assert run(loaded, few, tmp_path, config={"max_length": 100, "max_steps": 1}).steps == 1
+    with pytest.raises(ConfigError, match=r"max_cut_share is 1\.5"):
+        TrainingConfig(max_cut_share=1.5)
+
+
 def test_a_loss_that_is_not_finite_names_step_and_last_good_state(loaded, samples, tmp_path):
     passes = []
 

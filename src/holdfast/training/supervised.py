@@ -33,6 +33,10 @@ from holdfast.training.config import TrainingConfig
 _COMPLETE = "complete"  # mark in a trainer's state folder: written last, so a half-written state is never resumed
 
 
+_CUT = "holdfast_cut"  # in a batch: how many of its samples were cut
+MEASURED = 256  # samples whose length is measured before a task
+
+
 class Penalty(Protocol):
     """A term added to the loss of each forward pass: the model being trained, its inputs and its outputs -> scalar.
 
@@ -105,12 +109,15 @@ def train(
         raise DataError("The training split is empty; expected at least one sample.")
     out = out or work_dir / "adapter"
     started = time.perf_counter()
+    if config.max_length is not None and _last_state(work_dir / "trainer") is None:
+        refuse_cuts(loaded, samples, config.max_length, config.max_cut_share)
     total = total_steps(len(samples), config)
     precision = resolve_precision(loaded.device, config.precision)
     # Before the adapter: its initial factors are drawn from the global generator.
     set_seed(seed)
     wrapped = adapter(loaded, config)
     encode = _Encode(loaded, config.max_length, extras)
+    watch = _Watch(total, progress, fp16=precision == "fp16")
     try:
         if not any(p.requires_grad for p in wrapped.parameters()):
             raise TrainingError(f"The adapter of {loaded.name} has no trainable parameter; nothing would be learned.")
@@ -124,12 +131,15 @@ def train(
                 args=_arguments(loaded, config, work_dir / "trainer", seed, total, precision),
                 train_dataset=_Samples(samples),
                 data_collator=encode,
-                callbacks=[_Watch(total, progress, fp16=precision == "fp16")],
+                callbacks=[watch],
                 penalty=penalty,
                 penalty_mean=penalty_mean,
+                watch=watch,
             )
             trainer.remove_callback(PrinterCallback)
-            trainer.train(resume_from_checkpoint=_last_state(work_dir / "trainer"))
+            state = _last_state(work_dir / "trainer")
+            watch.cut = 0 if state is None else int((Path(state) / _COMPLETE).read_text() or 0)
+            trainer.train(resume_from_checkpoint=state)
             _check_finite(wrapped, total)
         _publish(wrapped, out)
         history = tuple({k: float(v) for k, v in row.items()} for row in trainer.state.log_history if "loss" in row)
@@ -144,7 +154,7 @@ def train(
         adapter=out,
         steps=total,
         samples=len(samples),
-        cut=encode.cut,
+        cut=watch.cut,
         precision=precision,
         seconds=time.perf_counter() - started,
         history=history,
@@ -166,32 +176,60 @@ class _Encode:
     """Collator: samples -> padded inputs with labels, cut at `max_length` tokens."""
 
     def __init__(self, loaded: LoadedModel, max_length: int | None, extras: Extras | None = None) -> None:
-        self.loaded, self.max_length, self.extras, self.cut = loaded, max_length, extras, 0
+        self.loaded, self.max_length, self.extras = loaded, max_length, extras
         self._pictures = current_pictures()  # a loader's worker starts without it where processes are not forked
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         with pictures(self._pictures):
-            return {**self._encoded(samples), **(self.extras(samples) if self.extras else {})}
+            inputs, cut = self._encoded(samples)
+            # With the batch, because this object is a copy in each of a loader's workers.
+            return {**inputs, **(self.extras(samples) if self.extras else {}), _CUT: torch.tensor([cut])}
 
-    def _encoded(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def _encoded(self, samples: Sequence[Sample]) -> tuple[dict[str, Tensor], int]:
         inputs = encode_training(self.loaded, samples, cut_at=self.max_length)
         length = inputs["input_ids"].shape[1]
         if self.max_length is None or length <= self.max_length:
-            return inputs
+            return inputs, 0
         kept = {
             k: v[:, : self.max_length] if v.shape[:2] == inputs["input_ids"].shape else v for k, v in inputs.items()
         }
-        images = torch.tensor(sorted(self.loaded.image_token_ids))
+        images, cut = torch.tensor(sorted(self.loaded.image_token_ids)), 0
         for row, sample in enumerate(samples):
             lost = inputs["input_ids"][row, self.max_length :]
             tokens = int(inputs["attention_mask"][row].sum())
-            self.cut += int(tokens > self.max_length)
+            cut += int(tokens > self.max_length)
             if torch.isin(lost, images).any() or not (kept["labels"][row] != IGNORED_LABEL).any():
                 raise DataError(
                     f"Sample {sample.id!r} is {tokens} tokens long and max_length {self.max_length} would cut into its "
                     "images or remove its whole answer. Raise max_length, or drop the sample."
                 )
-        return kept
+        return kept, cut
+
+
+def refuse_cuts(loaded: LoadedModel, samples: Sequence[Sample], max_length: int, max_share: float) -> None:
+    """Raises DataError where more than `max_share` of the samples, and more than one, are longer than `max_length`."""
+    some = evenly(samples, MEASURED)
+    lengths = [encode_training(loaded, [s], cut_at=max_length)["input_ids"].shape[1] for s in some]
+    long = sorted(length for length in lengths if length > max_length)
+    if len(long) > 1 and len(long) > max_share * len(some):
+        drawn = "" if len(some) == len(samples) else f" of an even draw from {len(samples)}"
+        raise DataError(
+            f"max_length {max_length} would cut {len(long)} of {len(some)} samples{drawn} ({_percent(long, some)}; "
+            f"half of the cut ones are longer than {long[len(long) // 2]} tokens, the longest is {long[-1]}): the ends "
+            f"of their answers would not be learned. Raise max_length, drop the long samples, or allow it with "
+            f"max_cut_share (now {max_share:g})."
+        )
+
+
+def evenly(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """At most `count` samples, evenly spread, the first and the last among them."""
+    if len(samples) <= count:
+        return list(samples)
+    return [samples[round(i * (len(samples) - 1) / (count - 1))] for i in range(count)]
+
+
+def _percent(part: Sequence[Any], whole: Sequence[Any]) -> str:
+    return f"{100 * len(part) / len(whole):.0f} %"
 
 
 class _Trainer(Trainer):
@@ -202,9 +240,11 @@ class _Trainer(Trainer):
     Qwen3-VL, GLM-4V, ...) the mean of the passes' means: short answers would count for more.
     """
 
-    def __init__(self, *args: Any, penalty: Penalty | None, penalty_mean: PenaltyMean, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, penalty: Penalty | None, penalty_mean: PenaltyMean, watch: _Watch, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._penalty, self._penalty_mean = penalty, penalty_mean
+        self._penalty, self._penalty_mean, self._watch = penalty, penalty_mean, watch
         self._samples = 0  # of the optimizer step, in this process
         # The trainer then counts the step's targets over its passes and processes, and divides the loss no further.
         self.model_accepts_loss_kwargs = True
@@ -212,6 +252,7 @@ class _Trainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, count = super().get_batch_samples(*args, **kwargs)
         self._samples = sum(len(batch["labels"]) for batch in batches)
+        self._watch.cut += sum(int(batch.pop(_CUT)) for batch in batches)
         return batches, count
 
     def compute_loss(
@@ -246,6 +287,7 @@ class _Watch(TrainerCallback):
 
     def __init__(self, total: int, progress: Callable[..., None] | None, *, fp16: bool) -> None:
         self.total, self.progress, self.fp16 = total, progress, fp16
+        self.cut = 0  # samples that were cut, over all passes
         self.trained: list[nn.Parameter] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -265,7 +307,7 @@ class _Watch(TrainerCallback):
             self.progress("train", done=state.global_step, total=self.total)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).write_text(str(self.cut))
 
 
 def resolve_precision(device: torch.device, precision: str) -> str:
