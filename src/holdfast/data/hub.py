@@ -10,6 +10,7 @@ content hash, so that samples stay lazy.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def read(source: Source) -> list[Sample]:
     image_columns = [options["image"]] if options["image"] else [c for c in IMAGE_KEYS if c in columns]
     samples = []
     classes = _named_classes(rows)
-    for index, row in enumerate(rows):
+    for index, row in enumerate(islice(rows, source.limit)):
         try:
             samples.append(_sample(_with_names(row, classes), index, source, options, image_columns))
         except DataError as error:

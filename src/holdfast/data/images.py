@@ -18,7 +18,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from holdfast.data.files import inside, missing
+from holdfast.data.embedded import embedded_text, is_embedded
+from holdfast.data.files import inside, is_plain_path, missing, plain_start
 from holdfast.errors import ConfigError, DataError
 
 # Above this Pillow itself refuses (a decompression bomb); documents of real benchmarks stay far below.
@@ -197,6 +198,57 @@ def choose_image_root(root: Path, folders: Sequence[str], relative: str | None) 
             if inside(root, relative, start=candidate, what="image").exists():
                 return candidate
     return candidates[0]
+
+
+class ImageFinder:
+    """Path of an image from its name as an item writes it; each name is looked at once.
+
+    folders: absolute, each name below the first that holds it (and below the first of all where none does). Pictures
+    that are written out in the text (data URIs, Base64) are put on disk. Raises DataError: a URL, a path that leaves
+    `root`, or what no path can be.
+    """
+
+    def __init__(self, root: Path, folders: Sequence[Path], index: ImageIndex | None = None) -> None:
+        self.root, self.folders, self._index = root, list(folders), index
+        self._found: dict[str, Path] = {}
+        # Where an ordinary path of a single folder starts from: no more is asked of it (see `inside`).
+        self._start = plain_start(root, self.folders[0]) if index is None and len(self.folders) == 1 else None
+
+    @classmethod
+    def choose(cls, root: Path, folders: Sequence[str], probed: Sequence[str], *, search: bool) -> ImageFinder:
+        """With the folder first that holds most of `probed`: forks of one benchmark disagree on where paths start."""
+        candidates = [inside(root, folder, what="image folder") for folder in folders or (".",)]
+        if len(candidates) > 1:
+            held = [sum((folder / name).is_file() for name in probed if len(name) < 1024) for folder in candidates]
+            order = sorted(range(len(candidates)), key=lambda i: -held[i])
+            candidates = [candidates[i] for i in order]
+        return cls(root, candidates, ImageIndex(root, candidates[0]) if search else None)
+
+    def __call__(self, written: str) -> Path:
+        path = self._found.get(written)
+        if path is None:
+            if self._start is not None and len(written) < 64 and is_plain_path(written):
+                path = self._start / written
+            else:
+                path = self._path(written)
+            if not is_embedded(written):  # a picture's text is as large as the picture
+                self._found[written] = path
+        return path
+
+    def _path(self, written: str) -> Path:
+        if is_embedded(written):
+            return embedded_text(written, what="image")
+        if written.startswith(("http://", "https://", "s3://", "gs://")):
+            raise DataError(f"image {written!r:.100} is a URL; fetch it, and name the file below {self.root}")
+        if len(written) > 63 and any(len(os.fsencode(part)) > 255 for part in written.replace("\\", "/").split("/")):
+            raise DataError(f"image {written!r:.60} is longer than a file name can be; expected a path")
+        place = inside(self.root, written, start=self.folders[0], what="image")
+        if len(self.folders) > 1 and not place.exists():
+            others = (inside(self.root, written, start=folder, what="image") for folder in self.folders[1:])
+            found = next((other for other in others if other.exists()), None)
+            if found is not None:
+                return found
+        return self._index.find(written) if self._index is not None else place
 
 
 class ImageIndex:

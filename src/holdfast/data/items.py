@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.files import inside
-from holdfast.data.images import ImageIndex, choose_image_root
+from holdfast.data.embedded import is_embedded
+from holdfast.data.images import ImageFinder
 from holdfast.data.types import Role, Sample, Turn
 from holdfast.errors import DataError
 
@@ -32,6 +34,7 @@ ANSWER_KEYS = ("answer", "answers", "response", "output", "target", "label", "gr
 TURN_KEYS = ("conversations", "messages")
 SYSTEM_KEYS = ("system", "system_prompt")
 HISTORY_KEY = "history"
+PROBED = 64  # items whose picture decides which image folder is tried first
 CHOICE_KEYS = ("choices", "options")
 # What an item says to the model beside the above, and holdfast does not show to it.
 REFUSED_KEYS = {
@@ -49,8 +52,11 @@ REFUSED_KEYS = {
 WORD_KEYS = ("context", "passage", "chosen", "rejected", "rejected_response")
 _REFUSED_TURN_KEYS = ("image", "images", "video", "videos", "audio", "audios", "tool_calls", "function_call",
                       "reasoning_content", "thinking")  # fmt: skip
+# Keys that make an item more than its conversation.
+_UNUSUAL_KEYS = frozenset((*REFUSED_KEYS, *PROMPT_KEYS, INPUT_KEY, HISTORY_KEY, *SYSTEM_KEYS))
 # Every key of an item that words for the model are read from.
 SPOKEN_KEYS = (*PROMPT_KEYS, INPUT_KEY, *ANSWER_KEYS, *TURN_KEYS, *SYSTEM_KEYS, HISTORY_KEY)
+_USED_KEYS = frozenset((*ID_KEYS, *IMAGE_KEYS, *TURN_KEYS, *SYSTEM_KEYS, HISTORY_KEY, INPUT_KEY, *ANSWER_KEYS))
 
 _ROLES: dict[str, Role] = {
     "human": "user",
@@ -64,7 +70,10 @@ _ROLES: dict[str, Role] = {
 
 def first(item: Mapping[str, Any], keys: Sequence[str]) -> Any:
     """The value of the first of `keys` that is there and not null (nor NaN, as pandas writes null)."""
-    return next((item[key] for key in keys if not _is_null(item.get(key))), None)
+    for key in keys:
+        if key in item and not _is_null(item[key]):
+            return item[key]
+    return None
 
 
 def _is_null(value: Any) -> bool:
@@ -93,15 +102,14 @@ def image_names(item: Mapping[str, Any], keys: Sequence[str] = IMAGE_KEYS) -> tu
     """
     found: dict[str, tuple[str, ...]] = {}
     for key in keys:
-        value = item.get(key)
-        if is_blank(value):
+        if key not in item or is_blank(value := item[key]):
             continue
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
             raise DataError(f"image {value!r:.80} is neither a path nor a list of paths")
         found[key] = tuple(names)
-    if not found:
-        return ()
+    if len(found) < 2:
+        return next(iter(found.values()), ())
     most = max(found, key=lambda key: len(found[key]))
     for key, names in found.items():
         if not set(names) <= set(found[most]):
@@ -142,6 +150,12 @@ def _turns(raw: Any, what: str) -> tuple[Turn, ...]:
         raise DataError(f"its {what} is {raw!r:.60}; expected a non-empty list of turns")
     turns = []
     for position, turn in enumerate(raw):
+        if isinstance(turn, dict) and len(turn) == 2:  # nearly every turn there is: nothing but a speaker and a text
+            text = turn.get("value", turn.get("content"))
+            usual = _ROLES.get(str(turn.get("from", turn.get("role"))))
+            if usual is not None and isinstance(text, str):
+                turns.append(Turn(role=usual, text=text))
+                continue
         speaker = first(turn, ("from", "role")) if isinstance(turn, Mapping) else None
         text = first(turn, ("value", "content")) if isinstance(turn, Mapping) else None
         role = _ROLES.get(str(speaker).lower())
@@ -180,6 +194,8 @@ def dialogue(
     too (it is left out where gold answers come from another file).
     Raises DataError: no request, or a key with words for the model that has no place.
     """
+    if not item.keys() & _UNUSUAL_KEYS and (plain := turns_of(item)) is not None and plain[-1].role == "assistant":
+        return plain, (plain[-1].text,)
     chosen = prompt_key is not None  # the author knows what is asked; pictures' rivals are refused all the same
     for key, remedy in REFUSED_KEYS.items():
         if key not in (prompt_key, answer_key) and not is_blank(item.get(key)) and not (chosen and key in WORD_KEYS):
@@ -301,9 +317,15 @@ def place_marks(turns: tuple[Turn, ...], images: int) -> tuple[Turn, ...]:
 
     The move is LLaVA's own preprocessing, so a prompt reads the same whether its author wrote the mark first or last.
     """
-    marks = sum(turn.text.count(MARK) for turn in turns)
+    marks = sum([turn.text.count(MARK) for turn in turns])
     if marks == 0:
         return turns
+    if (
+        marks == images == 1
+        and turns[0].text.startswith(f"{MARK}\n")
+        and turns[0].text[8:] == turns[0].text[8:].strip()
+    ):
+        return turns  # as nearly every file has it
     if marks != images:
         raise DataError(f"{marks} {MARK} mark(s) for {images} image(s); expected as many marks as images, or none")
     if marks > 1:
@@ -322,7 +344,7 @@ def to_sample(
     image_root: Path,
     *,
     root: Path | None = None,
-    index_of_images: ImageIndex | None = None,
+    find: Callable[[str], Path] | None = None,
     references: Sequence[str] | None = None,
     prompt_suffix: str = "",
     keep_meta: bool = True,
@@ -333,25 +355,22 @@ def to_sample(
     Args:
         item: the JSON object. index: its position, which names it where it has no id.
         image_root: absolute folder that image paths start from. root: the folder that they may not leave (image_root).
-        index_of_images: looks an image up by its base name when it is not at its place.
+        find: path of an image from its name as written; by default the name starts from `image_root`.
         references: gold answers that replace the item's own (from a separate annotation file).
         prompt_suffix: appended to the last user turn. keep_meta: carry the item's remaining keys in `meta`.
     Raises DataError without the file's name (the caller knows it).
     """
     name = item_id(item, index)
-    images = tuple(
-        index_of_images.find(relative)
-        if index_of_images
-        else inside(root or image_root, relative, start=image_root, what="image")
-        for relative in image_names(item)
-    )
+    find = find or ImageFinder(root or image_root, [image_root])
+    images = tuple(find(written) for written in image_names(item))
     turns, gold = dialogue(item, with_answer=references is None)
-    prompt_keys = [key for key in PROMPT_KEYS if not is_blank(item.get(key))][:1]
-    used = {*ID_KEYS, *IMAGE_KEYS, *TURN_KEYS, *SYSTEM_KEYS, HISTORY_KEY, INPUT_KEY, *ANSWER_KEYS, *prompt_keys}
     if not any(turn.role == "user" for turn in turns):
         raise DataError("no turn of the user")
     turns = with_suffix(turns, prompt_suffix)
-    extra = {key: value for key, value in item.items() if key not in used} if keep_meta else {}
+    extra = {}
+    if keep_meta:
+        shown = next((key for key in PROMPT_KEYS if not is_blank(item.get(key))), None)
+        extra = {key: value for key, value in item.items() if key not in _USED_KEYS and key != shown}
     return Sample(
         id=name,
         turns=place_marks(turns, len(images)),
@@ -368,26 +387,30 @@ def to_samples(
     root: Path,
     folders: Sequence[str] = (".",),
     image_search: bool = False,
+    limit: int | None = None,
     each: Callable[[Mapping[str, Any], int], Mapping[str, Any]] | None = None,
     **how: Any,
 ) -> list[Sample]:
-    """Samples of `items` in order, image paths starting from the first of `folders` that holds the first image.
+    """Samples of `items` in order, each image below the first of `folders` that holds it.
 
-    image_search: find images by base name below that folder where their path leads nowhere. each: further arguments of
-    `to_sample` for one item; `how`: for all. Raises DataError that names `where`, the item and its id.
+    image_search: find images by base name below that folder where their path leads nowhere. limit: only so many, from
+    the front. each: further arguments of `to_sample` for one item; `how`: for all.
+    Raises DataError that names `where`, the item and its id.
     """
-    listed = list(items)
-    probe = next((value for item in listed if isinstance(value := first(item, IMAGE_KEYS), str) and value), None)
+    listed = list(islice(items, limit))
+    probed: list[str] = []
+    for item in listed[:: max(1, len(listed) // PROBED)]:
+        with suppress(DataError):  # raised again below, with the item's place
+            probed += [name for name in image_names(item)[:1] if not is_embedded(name)]
     try:
-        image_root = choose_image_root(root, folders, probe)
+        finder = ImageFinder.choose(root, folders, probed, search=image_search)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
-    finder = ImageIndex(root, image_root) if image_search else None
     samples = []
     for index, item in enumerate(listed):
         try:
             own = each(item, index) if each else {}
-            samples.append(to_sample(item, index, image_root, root=root, index_of_images=finder, **{**how, **own}))
+            samples.append(to_sample(item, index, finder.folders[0], find=finder, **{**how, **own}))
         except DataError as error:
             raise DataError(f"{where}, item {index} (id {first(item, ID_KEYS)!r}): {str(error).rstrip('.')}.") from None
     return samples
