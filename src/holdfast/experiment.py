@@ -29,6 +29,7 @@ from holdfast import methods as method_registry
 from holdfast.checkpoints.storage import write_json
 from holdfast.config import decode, encode
 from holdfast.data.images import ImageMode, PictureConfig, pictures
+from holdfast.data.inventory import check_pictures
 from holdfast.data.streams import (
     CalibrationSpec,
     SafetySpec,
@@ -225,15 +226,18 @@ class Experiment:
         """What config.json holds beside the methods: settings, and what identifies model and data."""
         from holdfast.checkpoints.fingerprint import fingerprint
         from holdfast.checkpoints.merged import open_checkpoint
+        from holdfast.evaluation.identity import settings_digests
 
         with open_checkpoint(self.config.model) as checkpoint:
             identity = fingerprint(checkpoint.base)
+            settings = settings_digests(checkpoint.folder)
         config = self.config
         return encode(
             {
                 "name": self.stream.name,
                 "model": config.model,
                 "model_fingerprint": identity,
+                "model_settings": settings,
                 "stream": config.stream,
                 "tasks": config.tasks,
                 "data_sha256": {task.name: self._digest([*task.train, *task.test]) for task in self.stream.tasks},
@@ -257,6 +261,15 @@ class Experiment:
         root = self.stream.root
         return samples_digest(samples, lambda p: p.relative_to(root).as_posix() if p.is_relative_to(root) else p.name)
 
+    def _pictures(self) -> Iterator[Path]:
+        """Every picture that the run shows to a model."""
+        stream = self.stream
+        sets = [task_part for task in stream.tasks for task_part in (task.train, task.validation, task.test)]
+        sets += [side for s in stream.safety for side in (s.unsafe, s.benign)]
+        for samples in (*sets, stream.safety_calibration):
+            for sample in samples:
+                yield from sample.images
+
     def evaluator(self) -> Any:
         from holdfast.evaluation import CheckpointEvaluator
 
@@ -267,6 +280,7 @@ class Experiment:
         """Hold the directory, and do once what all methods share: log what was injected, evaluate theta_0."""
         run = self.stream_run()
         with run.claimed(), pictures(self.config.pictures):
+            check_pictures(self.out / "pictures.json", self._pictures(), self.stream.root)
             if self.injected:
                 write_json(self.out / "injected.json", [log.to_json() for log in self.injected])
             self._convert_theta_0()

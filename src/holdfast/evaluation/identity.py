@@ -38,6 +38,15 @@ def checkpoint_digests(checkpoint: CheckpointLike) -> dict[str, Any]:
     }
 
 
+def settings_digests(folder: Path) -> dict[str, str]:
+    """File name -> digest of the small files beside the weights: configuration, tokenizer, processor, chat template."""
+    found = {
+        path for pattern in _SETTINGS for path in folder.glob(pattern) if path.name not in (INDEX_FILE, "README.md")
+    }
+    prose = ("license", "notice", "requirements")
+    return {p.name: _of_file(p)[:16] for p in sorted(found) if not p.name.lower().startswith(prose)}
+
+
 def data_digests(stream: Stream, limit: int | None = None) -> dict[str, dict[str, Any]]:
     """{"tasks": {name: digest}, "safety": {name: {side: digest}}} of the test samples and requests that are asked.
 

@@ -395,10 +395,9 @@ def _publish(wrapped: PeftModel, out: Path) -> None:
     temporary.replace(out)
 
 
-# A run directory belongs to one configuration, so the same command would meet the same end.
 _WAY_OUT = (
-    "A lower learning_rate or a longer warm-up goes under another label of `methods` (`gentle: {method: ..., training: "
-    "{...}}`), or into another --out."
+    "Lower learning_rate in the run file and repeat the command: the task starts again with it. A longer warm-up goes "
+    "under another label of `methods` (`gentle: {method: ..., training: {...}}`), or into another --out."
 )
 
 
