@@ -27,7 +27,7 @@ from holdfast.data.types import Sample
 from holdfast.errors import DataError, TrainingError
 from holdfast.models.encode import IGNORED_LABEL, encode_training
 from holdfast.models.families import editable_linears
-from holdfast.models.load import LoadedModel, quiet_transformers
+from holdfast.models.load import LoadedModel, cpu_has_bf16, quiet_transformers
 from holdfast.training.config import TrainingConfig
 
 _COMPLETE = "complete"  # mark in a trainer's state folder: written last, so a half-written state is never resumed
@@ -316,10 +316,8 @@ def resolve_precision(device: torch.device, precision: str) -> str:
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    # Without such instructions a CPU emulates bf16, several times slower than fp32. Torch 2.11 cannot be asked.
-    ask = getattr(torch.cpu, "get_capabilities", None)
-    known = ask() if ask is not None and device.type == "cpu" else {}
-    return "bf16" if known.get("avx512_bf16") or known.get("amx_bf16") else "fp32"
+    # Without such instructions a CPU emulates bf16, many times slower than fp32.
+    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
 
 
 @contextmanager
@@ -340,7 +338,7 @@ def _arguments(
     loaded: LoadedModel, config: TrainingConfig, folder: Path, seed: int, total: int, precision: str
 ) -> TrainingArguments:
     on_accelerator = loaded.device.type != "cpu"
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(folder),
         max_steps=total,
         per_device_train_batch_size=config.forward_size,
@@ -368,6 +366,10 @@ def _arguments(
         dataloader_num_workers=config.workers,
         dataloader_pin_memory=on_accelerator,
     )
+    # One process, one device: with several in sight the trainer would deal every batch out over all of them in silence.
+    if made.n_gpu > 1:
+        made._n_gpu = 1
+    return made
 
 
 def total_steps(count: int, config: TrainingConfig) -> int:
