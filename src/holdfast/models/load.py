@@ -318,8 +318,8 @@ def parse_dtype(name: torch.dtype | str) -> torch.dtype:
 def resolve_dtype(dtype: torch.dtype | str | None, config: Any, device: torch.device) -> torch.dtype:
     """The dtype to compute in: the one asked for, else the checkpoint's.
 
-    On a CPU fp16 becomes fp32, and so does a checkpoint's bf16 where the CPU has no instructions for it and nobody asked
-    for bf16: a matrix product is emulated there, tens of times slower (`benchmarks/bf16_on_cpu.py`).
+    On a CPU fp16 becomes fp32, and so does a checkpoint's bf16 where the CPU has no instructions for it and nobody
+    asked for it: a matrix product is emulated there, tens of times slower (`benchmarks/bf16_on_cpu.py`).
     """
     wanted = dtype if dtype is not None else config.dtype or config.get_text_config().dtype or torch.float32
     resolved = parse_dtype(wanted)
