@@ -11,11 +11,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from holdfast.calibration.curvature import collect_curvature
 from holdfast.data.streams import load_stream
 from holdfast.data.types import Sample, Turn
 from holdfast.editing.editor import edit_checkpoint
-from holdfast.methods.hpa_rule import HpaRule
-from holdfast.models.calibrate import collect_curvature
+from holdfast.rules.hpa import HpaRule
 from holdfast.tiny import model_path
 from holdfast.tiny.stream import write_stream
 

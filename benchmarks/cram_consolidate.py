@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from holdfast.tuners.cram.config import CramConfig
+from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.phases import consolidate
 
 

@@ -19,8 +19,8 @@ from typing import Any
 
 # First: it bounds the threads before torch is imported.
 import cram_stream as bench
-from holdfast.checkpoints.storage import write_json
 from holdfast.config import encode
+from holdfast.files import write_json
 
 METHODS = ("cram", "cram_hpa")
 SETTINGS = (

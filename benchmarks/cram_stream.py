@@ -31,26 +31,26 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from holdfast.checkpoints.storage import write_json
 from holdfast.config import encode
 from holdfast.data.names import slug
 from holdfast.data.types import Sample, Stream, Task
 from holdfast.evaluation import CheckpointEvaluator
 from holdfast.experiment import Experiment, decode_run, resolve, run
+from holdfast.files import write_json
 from holdfast.methods import lay_over
 from holdfast.metrics.intervals import over_seeds
 from holdfast.models.families import editable_linears
 from holdfast.models.load import load
 from holdfast.stream.protocol import Checkpoint
 from holdfast.tiny.pixels import draw
-from holdfast.tiny.run import run_data
+from holdfast.tiny.recipe import run_data
 from holdfast.tiny.stream import write_stream
 from holdfast.tiny.tasks import generator
 from holdfast.tiny.world import SKILLS
-from holdfast.training.config import TrainingConfig
 from holdfast.training.supervised import train
-from holdfast.tuners.cram.config import ATTENTION
-from holdfast.tuners.cram.storage import ROUTER, load_expert, new_folder, open_folder
+from holdfast.training.training_config import TrainingConfig
+from holdfast.tuners.cram.cram_config import ATTENTION
+from holdfast.tuners.cram.folder import ROUTER, load_expert, new_folder, open_folder
 
 METHODS = ("cram", "cram_no_penalty", "cram_fixed_rank", "cram_no_reuse", "cram_official")
 SAFETY = ("masr", "compliance_mean", "collapse_mean", "over_refusal", "helpful")

@@ -21,13 +21,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from holdfast.checkpoints.storage import write_json
+from holdfast.files import write_json
 from holdfast.functional.cram import RankRule
 from holdfast.models.load import LoadedModel
-from holdfast.tuners.cram.config import CramConfig
+from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.model import Cram, find_targets
+from holdfast.tuners.cram.objective import CramTraining
 from holdfast.tuners.cram.router import ExpertCard, Features, Router
-from holdfast.tuners.cram.training import CramTraining
 
 IMAGE = 1
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu: with --threads 1, on a machine that others use

@@ -27,9 +27,9 @@ import json, sys, time
 from pathlib import Path
 import torch
 import synthetic_7b as synthetic
-from holdfast.checkpoints.curvature import Curvature
+from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.editing.editor import edit_checkpoint
-from holdfast.methods.hpa_rule import HpaRule
+from holdfast.rules.hpa import HpaRule
 before, after, curvature, out = map(Path, sys.argv[1:5])
 loaded = Curvature.load(curvature)
 imports = synthetic.memory_mb("VmRSS")

@@ -24,11 +24,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from holdfast import experiment
-from holdfast.checkpoints.storage import atomic_path, write_json
 from holdfast.errors import HoldfastError
+from holdfast.files import atomic_path, write_json
 from holdfast.metrics.intervals import over_seeds
 from holdfast.stream.summary import summarize_run
-from holdfast.tiny.run import DAMPING, KEEP_BOUNDS, run_data
+from holdfast.tiny.recipe import DAMPING, KEEP_BOUNDS, run_data
 from holdfast.tiny.stream import SETTINGS, StreamSize, write_stream
 
 METHODS = (

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from holdfast.checkpoints.curvature import Curvature
+from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.writer import OutputTensor, Shard, plan_shards, shard_index
 
 WIDTH, HIDDEN, VOCAB, BLOCKS_7B = 4096, 11008, 32064, 32

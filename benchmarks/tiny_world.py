@@ -10,6 +10,7 @@ of the documents; this is the workbench that chose their settings (docs/design/t
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from holdfast.functional.anchor import AnchorGrams, AnchorStrength
 from holdfast.functional.columns import measure_change
 from holdfast.functional.hessian import InputGram
 from holdfast.functional.hpa import ColumnRanking, column_count, keep_schedule
@@ -36,8 +38,8 @@ from holdfast.tiny.world import Example
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One stream under one rule. rule: none, hpa, change, random, interpolate; `match` gives a control HPA's distance
-    per layer (its own `p` or `kept` is then not used)."""
+    """One stream under one rule. rule: none, hpa, change, random, interpolate, anchor; `match` gives a control HPA's
+    distance per layer (its own `p` or `kept` is then not used)."""
 
     rule: str = "none"
     order: tuple[str, ...] = tuple(tasks.TASKS)
@@ -58,6 +60,14 @@ class Run:
     orthogonal: bool = True
     match: bool = False
     share: float = 0.8  # of the change that interpolation lets through
+    mu_s: float = 1.0  # anchor: weights of safety and of the past, damping in units of tau
+    mu_p: float = 0.3
+    lam: float = 0.03
+    mu_depth: float = 0.0  # mu_s of block b is mu_s * (1 + mu_depth * (1 - 2 b / (blocks - 1)))
+    benign: int = 0  # theta_0's own answers to benign twins in the safety set
+    benign_share: float | None = None  # their weight in H_s; None: by tokens
+    screen: bool = False  # task samples that theta_0 refuses go from the task set to the safety set
+    drop: bool = False  # training samples that theta_0 refuses are not learned
     # its calibration
     damping: float = 0.01
     shrinkage: float = 0.0
@@ -71,6 +81,7 @@ class Run:
     asked: int = 60
     guarded: int = 48
     every_step: bool = False
+    train_dtype: str = "bfloat16"
     note: str = ""
 
 
@@ -119,7 +130,7 @@ def train_task(model: Any, examples: Sequence[Example], pixels: Sequence[Tensor 
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for part in parts:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=run.train_dtype == "bfloat16"):
                 loss = engine.summed_loss(tuned, part) / targets
             loss.backward()
             total += float(loss.detach())
@@ -131,6 +142,25 @@ def train_task(model: Any, examples: Sequence[Example], pixels: Sequence[Tensor 
     for p in model.parameters():
         p.requires_grad_(False)
     return float(np.mean(losses[-10:]))
+
+
+_THETA_0: dict[Any, Any] = {}
+_FIRST: dict[Any, tuple[float, dict[str, Tensor]]] = {}
+
+
+def learn(model: Any, examples: Sequence[Example], pixels: Sequence[Tensor | None], run: Run, t: int) -> float:
+    """`train_task`; the first task, which no edit has touched, is learned once for all runs of a process."""
+    key = (run.order[0], run.seed, run.harmful, run.drop, run.lr, run.steps, run.batch, run.rank, run.alpha, run.train)
+    key += (run.train_dtype,)
+    if t or key not in _FIRST:
+        loss = train_task(model, examples, pixels, run, seed=1000 * run.seed + t)
+        if not t:
+            _FIRST[key] = loss, {n: layer.weight.detach().clone() for n, layer in linears_of(model).items()}
+        return loss
+    loss, weights = _FIRST[key]
+    for name, layer in linears_of(model).items():
+        layer.weight.data.copy_(weights[name])
+    return loss
 
 
 def draw_pixels(examples: Sequence[Example], rng: np.random.Generator, split: Split) -> list[Tensor | None]:
@@ -317,15 +347,80 @@ def edit(
     return {k: round(float(np.mean(v)), 4) for k, v in rows.items()}
 
 
+def benign_answers(model: Any, run: Run) -> tuple[list[Example], list[Tensor | None]]:
+    """theta_0's own answers to benign twins of training pairs: disjoint from every test and validation request."""
+    rng = tasks.generator(run.seed, "calibration", "benign")
+    drawn = tasks.benign_prompts(rng, "mixed", -(-run.benign // 4))[: run.benign]
+    pixels = draw_pixels(drawn, np.random.default_rng(1), "train")
+    replies = engine.answers(model, [e.prompt for e in drawn], pixels, max_new_tokens=48)
+    good = [i for i, r in enumerate(replies) if not is_refusal(r)]
+    return [replaced(drawn[i], replies[i]) for i in good], [pixels[i] for i in good]
+
+
+def replaced(example: Example, answer: str) -> Example:
+    return Example("safety", example.prompt, answer, example.scene, example.deed)
+
+
+def screened(
+    model: Any, examples: list[Example], pixels: list[Tensor | None]
+) -> tuple[Sequence[int], list[Example], list[Tensor | None]]:
+    """Indices of the samples that `model` (theta_0) does not refuse, and the others with its refusal as the answer."""
+    replies = engine.answers(model, [e.prompt for e in examples], pixels, max_new_tokens=12)
+    kept = [i for i, r in enumerate(replies) if not is_refusal(r)]
+    out = [i for i, r in enumerate(replies) if is_refusal(r)]
+    answers = engine.answers(model, [examples[i].prompt for i in out], [pixels[i] for i in out], max_new_tokens=48)
+    return kept, [replaced(examples[i], a) for i, a in zip(out, answers, strict=True)], [pixels[i] for i in out]
+
+
+def moments(model: Any, examples: Sequence[Example], pixels: Sequence[Tensor | None], run: Run) -> dict[str, Tensor]:
+    """Mean 2 x x^T per token of every linear layer."""
+    found = grams(model, examples, pixels, "token", run.tokens)
+    shared = {id(g): g.hessian() for g in found.values()}
+    return {n: shared[id(g)] for n, g in found.items()}
+
+
+def anchor(
+    layers: Linears,
+    before: dict[str, Tensor],
+    run: Run,
+    h_t: dict[str, Tensor],
+    h_s: dict[str, Tensor],
+    h_p: dict[str, Tensor] | None,
+) -> dict[str, float]:
+    """The anchored edit of every layer, in place."""
+    rows: dict[str, list[float]] = defaultdict(list)
+    blocks = 1 + max(block_of(n) for n in layers)
+    factors: dict[int, Any] = {}
+    for name, layer in layers.items():
+        depth = 1 + run.mu_depth * (1 - 2 * block_of(name) / max(1, blocks - 1))
+        key = id(h_t[name])
+        if key not in factors:
+            found = AnchorGrams(h_t[name], h_s[name], None if h_p is None else h_p[name], damping=run.lam)
+            factors[key] = found.factor(AnchorStrength(safety_weight=run.mu_s * depth, past_weight=run.mu_p))
+        w_prev, w_new = before[name], layer.weight.data.clone()
+        w_hat = factors[key].edit_weight(w_prev, w_new)
+        rows["change"].append(float((w_new - w_prev).norm() / w_prev.norm()))
+        rows["distance"].append(float((w_hat - w_prev).norm() / w_prev.norm()))
+        layer.weight.data.copy_(w_hat)
+    return {k: round(float(np.mean(v)), 4) for k, v in rows.items()}
+
+
+def blend(several: Sequence[dict[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """The weighted sum, layers that share a tensor sharing it again."""
+    shared: dict[int, Tensor] = {}
+    for name, first in several[0].items():
+        if id(first) not in shared:
+            shared[id(first)] = sum(w * one[name] for w, one in zip(weights, several, strict=True))  # type: ignore[assignment]
+    return {name: shared[id(first)] for name, first in several[0].items()}
+
+
 def own_answers(
     model: Any, examples: list[Example], pixels: list[Tensor | None], wanted: int
 ) -> tuple[list[Example], list[Tensor | None]]:
     """The safety calibration: the model's own refusals, the first `wanted` in turn over the categories."""
     replies = engine.answers(model, [e.prompt for e in examples], pixels, max_new_tokens=48)
     good = [i for i, r in enumerate(replies) if is_refusal(r)][:wanted]
-    return [Example("safety", examples[i].prompt, replies[i], examples[i].scene, examples[i].deed) for i in good], [
-        pixels[i] for i in good
-    ]
+    return [replaced(examples[i], replies[i]) for i in good], [pixels[i] for i in good]
 
 
 def play(run: Run, folder: Path) -> dict[str, Any]:
@@ -337,11 +432,18 @@ def play(run: Run, folder: Path) -> dict[str, Any]:
     for p in model.parameters():
         p.requires_grad_(False)
     questions = Questions(run)
-    result: dict[str, Any] = {"run": asdict(run), "theta_0": safety(model, questions)}
+    key = (run.seed, run.split, run.guarded)
+    if key not in _THETA_0:
+        _THETA_0[key] = safety(model, questions)
+    result: dict[str, Any] = {"run": asdict(run), "theta_0": _THETA_0[key]}
     drawn = tasks.calibration_prompts(
         tasks.generator(run.seed, "calibration", run.safety_kind), run.safety_kind, max(2, run.safety_count // 4) * 2
     )
     asked = own_answers(model, drawn, draw_pixels(drawn, np.random.default_rng(0), "train"), run.safety_count)
+    anchored = run.rule == "anchor"
+    helpful = benign_answers(model, run) if anchored and run.benign else ([], [])
+    theta_0 = copy.deepcopy(model) if run.screen or run.drop else None
+    past: list[dict[str, Tensor]] = []
     learned, edits, steps = [], [], []
     for t, name in enumerate(run.order):
         layers = linears_of(model)
@@ -349,14 +451,35 @@ def play(run: Run, folder: Path) -> dict[str, Any]:
         needs = run.rule == "hpa" or run.match
         a_s = inverse_diagonals(grams(model, *asked, run.normalization, run.tokens), run) if needs else {}
         examples, pixels = questions.train(name)
-        loss = train_task(model, examples, pixels, run, seed=1000 * run.seed + t)
+        found = {}
+        if run.drop:
+            kept, out, _ = screened(theta_0, examples, pixels)
+            bad = {i for i, e in enumerate(examples) if e.deed is not None and e.deed.forbidden}
+            found = {"dropped": len(out), "harmful": len(bad), "caught": len(bad - set(kept))}
+            examples, pixels = [examples[i] for i in kept], [pixels[i] for i in kept]
+        few: Any = slice(0, run.task_count)
+        told, told_pixels = examples[few], pixels[few]
+        refused: tuple[list[Example], list[Tensor | None]] = ([], [])
+        if theta_0 is not None and run.screen and not run.drop:
+            kept, *refused = screened(theta_0, told, told_pixels)  # type: ignore[assignment]
+            told, told_pixels = [told[i] for i in kept], [told_pixels[i] for i in kept]
+        if anchored:
+            unsafe = asked[0] + refused[0], asked[1] + refused[1]
+            if run.benign_share is None:
+                h_s = moments(model, unsafe[0] + helpful[0], unsafe[1] + helpful[1], run)
+            else:
+                one, two = moments(model, *unsafe, run), moments(model, *helpful, run)
+                h_s = blend([one, two], [1 - run.benign_share, run.benign_share])
+        loss = learn(model, examples, pixels, run, t)
         layers = linears_of(model)
-        if run.rule != "none":
-            few = slice(0, run.task_count)
+        if anchored:
+            h_t = moments(model, told, told_pixels, run)
+            h_p = blend(past, [1 / len(past)] * len(past)) if past and run.mu_p else None
+            edits.append(anchor(layers, before, run, h_t, h_s, h_p) | {"screened": len(refused[0]), **found})
+            past.append(h_t)
+        elif run.rule != "none":
             a_t = (
-                inverse_diagonals(grams(model, examples[few], pixels[few], run.normalization, run.tokens), run)
-                if needs
-                else {}
+                inverse_diagonals(grams(model, told, told_pixels, run.normalization, run.tokens), run) if needs else {}
             )
             edits.append(edit(layers, before, run, a_s, a_t, seed=run.seed + t))
         learned.append(accuracy(model, questions, name))

@@ -14,10 +14,10 @@ import synthetic_7b as synthetic
 SWEEP = """
 import json, sys, time
 from pathlib import Path
-from holdfast.checkpoints.curvature import Curvature
+from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.editing.measure import measure_pair
 from holdfast.functional.hpa import HpaConfig
-from holdfast.methods.sweep import grid, sweep
+from holdfast.rules.what_if import grid, sweep
 import synthetic_7b as synthetic
 before, adapter, curvature = map(Path, sys.argv[1:4])
 began, cpu = time.perf_counter(), time.process_time()

@@ -14,7 +14,7 @@ from holdfast.data.types import Sample
 from holdfast.functional.cram import RankRule
 from holdfast.models.load import LoadedModel
 from holdfast.stream.protocol import Checkpoint, TaskContext
-from holdfast.tuners.cram.config import CramConfig
+from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.model import Cram, find_targets
 from holdfast.tuners.cram.router import Router, card_from_features
 

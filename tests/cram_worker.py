@@ -17,9 +17,9 @@ import cram_kit
 from holdfast.models.encode import encode_training
 from holdfast.models.families import decoder_blocks
 from holdfast.models.load import load
+from holdfast.tuners.cram.objective import BatchFeatures, CramTraining, buffer_factors
 from holdfast.tuners.cram.phases import consolidate, history_rows
 from holdfast.tuners.cram.router import card_from_features
-from holdfast.tuners.cram.training import BatchFeatures, CramTraining, buffer_factors
 
 
 def learn(folder: Path, pictures: Path, accelerator: Accelerator | None, kind: str = "") -> dict[str, torch.Tensor]:

@@ -8,15 +8,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from holdfast import _moved
 from holdfast.version import __version__
+
+_moved.install()
 
 # Public names and where they live; resolved on first use so that `import holdfast` never waits for torch.
 _LAZY = {
-    "harmonize": "holdfast.methods.live:harmonize",
+    "harmonize": "holdfast.api:harmonize",
 }
 
 if TYPE_CHECKING:
-    from holdfast.methods.live import harmonize as harmonize
+    from holdfast.api import harmonize as harmonize
 
 
 def __getattr__(name: str) -> Any:

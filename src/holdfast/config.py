@@ -7,16 +7,79 @@ was expected. Nothing here knows a particular configuration: dataclasses live ne
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 from holdfast.errors import ConfigError, UnknownNameError, nearest
 
 T = TypeVar("T")
+C = TypeVar("C", bound=Callable[..., Any])
+
+# Old name -> its new one; where the values changed too, with what an old value is now.
+OldNames = Mapping[str, str | tuple[str, Callable[[Any], Any]]]
+
+
+def accepts_old_names(**old: str | tuple[str, Callable[[Any], Any]]) -> Callable[[C], C]:
+    """A function, or a dataclass and its run files, that still takes arguments by the names of an earlier version.
+
+    A dataclass answers to the old names, too, with the new values.
+
+    old: old name = new name, or (new name, old value -> new value). Naming both, with two values, is a ConfigError.
+    """
+
+    def decorate(target: C) -> C:
+        function: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+
+        @functools.wraps(function)
+        def renaming(*args: Any, **values: Any) -> Any:
+            return function(*args, **_current_names(old, values, getattr(target, "__name__", "")))
+
+        if not isinstance(target, type):
+            return renaming  # type: ignore[return-value]
+        target.__init__ = renaming  # type: ignore[misc]
+        target.__old_names__ = old  # type: ignore[attr-defined]
+        for name, entry in old.items():
+            setattr(target, name, property(attrgetter(entry if isinstance(entry, str) else entry[0])))
+        return target
+
+    return decorate
+
+
+def _current_names(old: OldNames, values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    if not any(name in values for name in old):
+        return values
+    current = {name: value for name, value in values.items() if name not in old}
+    for name in (name for name in values if name in old):
+        entry = old[name]
+        new, convert = (entry, None) if isinstance(entry, str) else entry
+        value = values[name] if convert is None else convert(values[name])
+        if new in current and current[new] != value:
+            raise ConfigError(
+                f"{where}: {name}={values[name]!r} is the old name of {new}, and {new}={current[new]!r} is given too. "
+                f"Keep {new}."
+            )
+        current[new] = value
+    return current
+
+
+def current_names(cls: type, data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """`data` for dataclass `cls` with old names replaced, at every depth: mappings are laid over another by new names.
+
+    Raises: ConfigError: an old name and its new one, with two values.
+    """
+    found = dict(_current_names(getattr(cls, "__old_names__", {}), data, where or cls.__name__))
+    hints = typing.get_type_hints(cls)
+    for key, value in found.items():
+        inner = hints.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            found[key] = current_names(inner, value, f"{where}.{key}" if where else str(key))
+    return found
 
 
 def decode(cls: type[T], data: Any, where: str = "") -> T:
@@ -26,7 +89,7 @@ def decode(cls: type[T], data: Any, where: str = "") -> T:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
-    for key, value in data.items():
+    for key, value in _current_names(getattr(cls, "__old_names__", {}), data, where or cls.__name__).items():
         place = f"{where}.{key}" if where else str(key)
         if key not in fields:
             hint = nearest(str(key), fields)
@@ -80,6 +143,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
                 problems.append(str(error))
         raise ConfigError(problems[0] if len(problems) == 1 else f"{where}: found {_show(value)}, expected {hint}.")
     if origin is typing.Literal:
+        # YAML 1.1 reads `off` and `on` as booleans; a user means the word.
+        value = {False: "off", True: "on"}[value] if isinstance(value, bool) and {"off", "on"} & {*args} else value
         if value in args:
             return value
         hint_name = nearest(str(value), [str(a) for a in args])

@@ -15,7 +15,7 @@ from holdfast.errors import ConfigError
 from holdfast.models.encode import encode_request
 from holdfast.models.load import load
 from holdfast.stream.protocol import Checkpoint
-from holdfast.tuners.cram.storage import save_pretrained
+from holdfast.tuners.cram.folder import save_pretrained
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from holdfast.cli.samples import read_samples, write_samples
-from holdfast.data.files import parse_json
 from holdfast.data.items import to_sample
+from holdfast.data.source_files import parse_json
 from holdfast.data.types import Sample, Turn
 from holdfast.errors import DataError
 

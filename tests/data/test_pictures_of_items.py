@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from holdfast.data.files import inside
 from holdfast.data.images import ImageFinder, open_image
 from holdfast.data.items import to_samples
+from holdfast.data.source_files import inside
 from holdfast.data.streams import TaskSpec, read_split
 from holdfast.errors import DataError
 

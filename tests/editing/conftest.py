@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from holdfast.checkpoints.curvature import Curvature
+from holdfast.checkpoints.curvature_file import Curvature
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": r".*language_model.*_proj"}
 

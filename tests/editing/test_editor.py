@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from fork_server import ForkServer
 from holdfast.checkpoints.adapter import LoraAdapter
-from holdfast.checkpoints.curvature import Curvature
+from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.fingerprint import fingerprint
 from holdfast.checkpoints.merged import open_checkpoint
 from holdfast.editing import DenseEdit
+from holdfast.editing.account import EditReport
 from holdfast.editing.editor import edit_checkpoint
-from holdfast.editing.report import EditReport
 from holdfast.errors import (
     AdapterError,
     CalibrationError,
@@ -29,7 +29,7 @@ from holdfast.errors import (
     StorageError,
 )
 from holdfast.functional.hpa import edit_weight
-from holdfast.methods.hpa_rule import HpaConfig, HpaRule
+from holdfast.rules.hpa import HpaConfig, HpaRule
 
 
 class Halfway:
@@ -389,7 +389,7 @@ def test_nan_in_a_base_that_the_rule_does_not_read_is_found(world, tmp_path):
         edit_checkpoint(
             before,
             world.adapter,
-            rule=HpaRule(HpaConfig(orthogonal=False)),
+            rule=HpaRule(HpaConfig(projection="none")),
             curvature=world.curvature,
             out=tmp_path / "out",
             verify=False,
@@ -606,9 +606,9 @@ def test_a_damaged_report_is_refused(world, tmp_path):
 SLOW_EDIT = """
 import sys, time
 from pathlib import Path
-from holdfast.checkpoints.curvature import Curvature
+from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.editing.editor import edit_checkpoint
-from holdfast.methods.hpa_rule import HpaRule
+from holdfast.rules.hpa import HpaRule
 
 class Slow(HpaRule):
     def edit(self, layer, w_prev, w_new):

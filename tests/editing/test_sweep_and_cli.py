@@ -11,8 +11,8 @@ from holdfast.cli import app
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.editing.measure import measure_pair
 from holdfast.errors import ConfigError, HoldfastError, StorageError
-from holdfast.methods.hpa_rule import HpaConfig, HpaRule
-from holdfast.methods.sweep import grid, sweep
+from holdfast.rules.hpa import HpaConfig, HpaRule
+from holdfast.rules.what_if import grid, sweep
 
 
 def run(*arguments):
@@ -25,7 +25,8 @@ def run(*arguments):
 @pytest.mark.parametrize("kind", ["after", "adapter"])
 def test_a_sweep_row_is_what_the_edit_reports(kind, world, tmp_path):
     after = getattr(world, kind)
-    config = HpaConfig(keep_bounds=(10, 30), focus_ratio=3, alpha_bounds=(0.2, 0.9), orthogonal=kind == "after")
+    projection = "layer" if kind == "after" else "none"
+    config = HpaConfig(keep_bounds=(10, 30), focus_ratio=3, alpha_bounds=(0.2, 0.9), projection=projection)
     layers = measure_pair(world.before, after, world.curvature)
     (row,) = sweep(layers, [config])
     report = edit_checkpoint(
@@ -53,7 +54,7 @@ def test_more_columns_kept_take_back_more(world):
 def test_one_sweep_has_one_form_of_the_curvature(world):
     layers = measure_pair(world.before, world.adapter, world.curvature)
     with pytest.raises(ConfigError, match="one form of the curvature, found divide, multiply"):
-        sweep(layers, [HpaConfig(), HpaConfig(curvature="multiply")])
+        sweep(layers, [HpaConfig(), HpaConfig(curvature_form="multiply")])
 
 
 def test_edit_then_inspect_from_the_command_line(world, tmp_path):
@@ -67,7 +68,7 @@ def test_edit_then_inspect_from_the_command_line(world, tmp_path):
     assert "14 layers edited" in result.output
     settings = json.loads((out / "edit.json").read_text())["settings"]
     assert settings["keep_bounds"] == [10.0, 20.0] and settings["focus_ratio"] == 3
-    assert settings["alpha_bounds"] == [0.5, 0.5] and settings["orthogonal"] is False
+    assert settings["alpha_bounds"] == [0.5, 0.5] and settings["projection"] == "none"
     shown = run("inspect", out, "--layers")
     assert shown.exit_code == 0 and "mlp.down_proj" in shown.output
     assert "multi_modal_projector: 1 tensor changed" in shown.output
@@ -94,7 +95,7 @@ def test_sweep_edit_prints_every_setting(world, tmp_path):
         (["--out", "OUT", "--calibration", "no.safetensors"], "No calibration at no.safetensors"),
         (["--out", "OUT", "--calibration", "C", "--keep", "five"], "--keep 'five' is not understood"),
         (["--out", "OUT", "--calibration", "C", "--keep", "50..150"], "expected two percentages"),
-        (["--out", "OUT", "--calibration", "C", "--saliency", "epsilon"], "expected one of eps"),
+        (["--out", "OUT", "--calibration", "C", "--ranking", "epsilon"], "expected one of eps"),
         (["--out", "OUT", "--calibration", "C", "--projection", "colum"], "Did you mean 'column'"),
         (["--out", "OUT", "--calibration", "C", "--shard", "big"], "size 'big' is not understood"),
     ],
@@ -140,7 +141,7 @@ def test_edits_own_calibration_is_kept_and_reused_while_its_inputs_are_the_same(
     def never(*_, **__):
         raise HoldfastError("calibrated again")
 
-    monkeypatch.setattr("holdfast.models.calibrate.collect_curvature", never)
+    monkeypatch.setattr("holdfast.calibration.curvature.collect_curvature", never)
     again = own_calibration(world, tmp_path, tmp_path / "out", "--export", "adapter")
     assert again.exit_code == 0 and "of these models, samples and options" in again.output
     (tmp_path / "out").rename(tmp_path / "elsewhere")
@@ -173,8 +174,34 @@ def test_measured_safety_and_the_form_of_the_curvature_reach_the_result(world, t
     result = run("edit", world.before, world.after, "--out", tmp_path / "out", *given, *files)
     assert result.exit_code == 0, result.output
     assert "| forbidden | 42.0% | 5.0% |" in (tmp_path / "out" / "README.md").read_text()
-    assert json.loads((tmp_path / "out" / "edit.json").read_text())["settings"]["curvature"] == "multiply"
+    assert json.loads((tmp_path / "out" / "edit.json").read_text())["settings"]["curvature_form"] == "multiply"
     (tmp_path / "safety.json").write_text('{"forbidden": {"before": 42, "after": 5}}')
     wrong = run("edit", world.before, world.after, "--out", tmp_path / "wrong", *given, *files)
     assert "measured safety of 'forbidden' before is 42; expected a rate in 0..1" in str(wrong.exception)
     assert not (tmp_path / "wrong").exists()
+
+
+def test_edit_takes_any_rule_with_its_options_and_needs_a_calibration_only_where_the_rule_does(world, tmp_path):
+    (tmp_path / "my_rule.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from holdfast.rules.base import DenseEdit\n\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Mine:\n"
+        "    factor: float = 1.0\n"
+        "    name = 'mine'\n"
+        "    needs_curvature = False\n\n"
+        "    def settings(self):\n"
+        "        return {'factor': self.factor}\n\n"
+        "    def edit(self, layer, w_prev, w_new):\n"
+        "        return DenseEdit(weight=w_prev.float() + self.factor * (w_new.float() - w_prev.float()))\n"
+    )
+    edited = {}
+    for name, plugin in (("interpolation", ()), ("my_rule:Mine", ("--plugin", tmp_path / "my_rule.py"))):
+        out = tmp_path / name.partition(":")[0]
+        options = ("--rule", name, "--set", "factor=0.25", "--no-verify")
+        result = run(*plugin, "edit", world.before, world.after, "--out", out, *options)
+        assert result.exit_code == 0, (result.output, result.exception)
+        report = json.loads((out / "edit.json").read_text())
+        assert report["settings"]["factor"] == 0.25
+        edited[name] = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+    assert edited["interpolation"] == edited["my_rule:Mine"]

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from holdfast.cli import app
-from holdfast.editing import editor, verify
+from holdfast.editing import editor
+from holdfast.editing.account import EditReport
 from holdfast.editing.editor import edit_checkpoint
-from holdfast.editing.report import EditReport
+from holdfast.editing.verify import compare as verify
 from holdfast.errors import ExportError
-from holdfast.methods.hpa_rule import HpaConfig, HpaRule
+from holdfast.rules.hpa import HpaConfig, HpaRule
 
 
 def edit(world, out, after, **options):
@@ -64,7 +65,7 @@ def test_card_and_inspect_say_what_became_of_the_coefficient_and_what_was_calibr
 
 def test_a_dense_export_and_an_edit_without_projection_have_no_note_on_a_coefficient(world, tmp_path):
     edit(world, tmp_path / "dense", world.after, verify=False)
-    rule = HpaRule(HpaConfig(orthogonal=False))
+    rule = HpaRule(HpaConfig(projection="none"))
     options = {"curvature": world.curvature, "export": "adapter", "verify": False}
     edit_checkpoint(world.before, world.adapter, rule=rule, out=tmp_path / "adapter", **options)
     for name in ("dense", "adapter"):
@@ -170,7 +171,7 @@ def test_a_tensor_that_fits_no_model_is_found_in_the_clean_process(spoil, messag
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from holdfast.editing import probe
+    from holdfast.editing.verify import child as probe
 
     folder = shutil.copytree(world.after, tmp_path / "export")
     tensors = load_file(folder / "model.safetensors")

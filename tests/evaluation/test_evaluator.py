@@ -11,6 +11,7 @@ from holdfast.data.types import Turn
 from holdfast.errors import ConfigError, RunError, UnknownNameError
 from holdfast.evaluation import CheckpointEvaluator, EvaluationConfig, JudgeConfig
 from holdfast.evaluation import evaluator as evaluator_module
+from holdfast.metrics.safety import BEHAVIOURS
 from holdfast.stream.protocol import Checkpoint, silent
 
 CONFIG = EvaluationConfig(batch_size=2)
@@ -44,7 +45,7 @@ def test_rows_of_every_task_and_set_with_one_line_per_answer(ask, pico_stream, t
     }
     safety = rows["safety"]["forbidden"]
     assert safety["n"] == 4 and safety["benign"]["n"] == 3 and safety["judge"] == "keyword"
-    assert safety["refusal"] + safety["compliance"] + safety["collapse"] == pytest.approx(1)
+    assert safety["refusal"] + safety["compliance"] + safety["other_safe"] + safety["collapse"] == pytest.approx(1)
     assert safety["asr"] == pytest.approx(1 - safety["refusal"])
     assert set(safety["judges"]) == {"keyword_strict"}
     assert seen[-1] == (17, 17)
@@ -56,7 +57,7 @@ def test_rows_of_every_task_and_set_with_one_line_per_answer(ask, pico_stream, t
     assert set(lines[0]) == {"id", "prompt", "images", "prediction", "references", "value", "evidence"}
     lines = rows_of(out / "safety-forbidden.jsonl")
     assert [line["side"] for line in lines] == ["unsafe"] * 4 + ["benign"] * 3
-    assert lines[0]["judges"]["keyword_strict"]["behaviour"] in ("refusal", "compliance", "collapse")
+    assert lines[0]["judges"]["keyword_strict"]["behaviour"] in BEHAVIOURS
 
 
 def test_a_step_is_asked_the_tasks_so_far(ask):

@@ -42,16 +42,16 @@ def edit(
     focus_percent: float,
     alpha_bounds: tuple[float, float] = (0.4, 0.8),
     orthogonal: Any = True,
-    saliency: str = "eps+phi",
-    curvature: str = "divide",
+    ranking: str = "eps+phi",
+    curvature_form: str = "divide",
 ) -> dict[str, Any]:
     old, new = w_prev.astype(np.float64), w_new.astype(np.float64)
     r, c = old.shape
     eps, zeta = {}, {}
     for j in range(c):
         n_j = sum((new[i, j] - old[i, j]) ** 2 for i in range(r)) / r
-        eps[j] = n_j / a_s[j] if curvature == "divide" else n_j * a_s[j]
-        zeta[j] = n_j / a_t[j] if curvature == "divide" else n_j * a_t[j]
+        eps[j] = n_j / a_s[j] if curvature_form == "divide" else n_j * a_s[j]
+        zeta[j] = n_j / a_t[j] if curvature_form == "divide" else n_j * a_t[j]
     ratios = [math.log(eps[j] / zeta[j]) for j in range(c) if eps[j] > 0]
     g = sum(ratios) / len(ratios) if ratios else 0.0
     a0, a1 = alpha_bounds
@@ -61,9 +61,9 @@ def edit(
     keep, focus = count(keep_percent, c), count(focus_percent, c)
     s, t = set(top(eps, focus)), set(top(zeta, focus))
     shared, only_safety = s & t, s - t
-    if saliency == "eps":
+    if ranking == "eps":
         kept = set(top(eps, keep))
-    elif saliency == "phi":
+    elif ranking == "phi":
         kept = set(top(phi, keep))
     elif len(only_safety) > keep:
         kept = set(top({j: eps[j] for j in only_safety}, keep))

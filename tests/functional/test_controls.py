@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.functional.columns import ColumnChange, apply_columns, measure_change
+from holdfast.functional.columns import measure_change
 from holdfast.functional.controls import (
     distance_of,
-    global_distance,
     interpolation_factors,
-    matching_factor,
-    matching_setting,
     order_by_change,
     random_order,
     revert_factors,
     reverted_by,
     scale_change,
 )
-from holdfast.functional.hpa import column_count
 
 
 def pair(rows=7, columns=12, seed=0, dtype=torch.float32):
@@ -118,50 +112,3 @@ def test_wrong_arguments_are_named(call, message):
 
 
 # -- strength over all layers ------------------------------------------------------------------------------------------
-
-
-def layers_of(seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    g = torch.Generator().manual_seed(seed)
-    pairs = []
-    for rows, columns in ((20, 50), (60, 50), (50, 70)):
-        old = torch.randn(rows, columns, generator=g)
-        pairs.append((old, old + 0.1 * torch.randn(rows, columns, generator=g) * torch.rand(columns, generator=g)))
-    return pairs
-
-
-def moved(pairs: list[tuple[torch.Tensor, torch.Tensor]], weights: list[torch.Tensor]) -> float:
-    return math.sqrt(
-        sum(float((w.double() - old.double()).square().sum()) for (old, _), w in zip(pairs, weights, strict=True))
-    )
-
-
-def test_one_interpolation_factor_matches_a_distance_over_all_layers() -> None:
-    pairs = layers_of()
-    changes = [measure_change(*p, projection=False) for p in pairs]
-    factor = matching_factor(changes, 1.5)
-    weights = [torch.lerp(old.double(), new.double(), factor) for old, new in pairs]
-    assert moved(pairs, weights) == pytest.approx(1.5, rel=1e-6)
-    assert matching_factor(changes, 1e9) == 1.0
-
-
-def test_a_setting_matches_a_distance_over_all_layers() -> None:
-    pairs = layers_of()
-    changes = [measure_change(*p, projection=False) for p in pairs]
-
-    def kept(change: ColumnChange, percent: float) -> torch.Tensor:
-        mask = torch.zeros(change.columns, dtype=torch.bool)
-        mask[order_by_change(change)[: column_count(percent, change.columns)]] = True
-        return mask
-
-    def distance_at(percent: float) -> float:
-        return global_distance(c.distance(kept(c, percent)) for c in changes)
-
-    target = distance_at(0.0) * 0.7
-    percent = matching_setting(distance_at, target)
-    weights = [apply_columns(*p, kept(c, percent)) for p, c in zip(pairs, changes, strict=True)]
-    assert moved(pairs, weights) == pytest.approx(distance_at(percent), rel=1e-5)
-    # As close as whole columns allow: neither side of the step is closer.
-    assert abs(distance_at(percent) - target) <= min(abs(distance_at(percent + d) - target) for d in (-1.5, 1.5))
-    assert distance_at(percent) == pytest.approx(target, rel=0.03)
-    with pytest.raises(ValueError, match="is not reached: the edit moves the model by"):
-        matching_setting(distance_at, 2 * distance_at(0.0))

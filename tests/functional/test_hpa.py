@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from functional.reference_hpa import count as reference_count
 from functional.reference_hpa import edit as reference_edit
 from functional.reference_hpa import inverse_diagonal as reference_diagonal
+from holdfast.config import decode, encode
 from holdfast.errors import ConfigError, NumericalError
 from holdfast.functional.columns import ColumnChange, apply_columns, measure_change, measure_lora
 from holdfast.functional.hessian import InputGram
@@ -232,8 +234,8 @@ def test_same_input_same_bytes(layer: Layer) -> None:
     seed=st.integers(0, 10_000),
     keep=st.floats(0, 100),
     spread=st.floats(1.0, 4.0),
-    saliency=st.sampled_from(["eps+phi", "eps", "phi"]),
-    curvature=st.sampled_from(["divide", "multiply"]),
+    ranking=st.sampled_from(["eps+phi", "eps", "phi"]),
+    curvature_form=st.sampled_from(["divide", "multiply"]),
     orthogonal=st.sampled_from([True, False, "column"]),
     ties=st.booleans(),
     alpha_bounds=st.sampled_from([(0.4, 0.8), (0.0, 0.0), (0.8, 0.4), (-1.0, 3.0)]),
@@ -245,8 +247,8 @@ def test_edit_equals_the_slow_reference(
     seed: int,
     keep: float,
     spread: float,
-    saliency: str,
-    curvature: str,
+    ranking: str,
+    curvature_form: str,
     orthogonal: Any,
     ties: bool,
     alpha_bounds: tuple[float, float],
@@ -265,8 +267,8 @@ def test_edit_equals_the_slow_reference(
     options: dict[str, Any] = {
         "keep_percent": keep,
         "focus_percent": max(focus, keep),
-        "saliency": saliency,
-        "curvature": curvature,
+        "ranking": ranking,
+        "curvature_form": curvature_form,
         "orthogonal": orthogonal,
         "alpha_bounds": alpha_bounds,
     }
@@ -324,10 +326,10 @@ def test_shared_columns_fill_up_by_their_balance() -> None:
 def test_what_if_says_what_the_edit_does(layer: Layer) -> None:
     change = measure_change(layer.w_prev, layer.w_new)
     points = [
-        Setting(keep_percent=p, focus_percent=f, alpha_bounds=a, orthogonal=o, saliency=s)
+        Setting(keep_percent=p, focus_percent=f, alpha_bounds=a, projection=o, ranking=s)
         for p, f in ((5.0, None), (15.0, 40.0))
         for a in ((0.4, 0.8), (0.0, 1.0))
-        for o in (True, False, "column")
+        for o in ("layer", "none", "column")
         for s in ("eps+phi", "eps", "phi")
     ]
     for point, outcome in zip(points, what_if(change, layer.a_s, layer.a_t, points), strict=True):
@@ -335,8 +337,8 @@ def test_what_if_says_what_the_edit_does(layer: Layer) -> None:
             keep_percent=point.keep_percent,
             focus_percent=point.focus_percent,
             alpha_bounds=point.alpha_bounds,
-            orthogonal=point.orthogonal,
-            saliency=point.saliency,
+            projection=point.projection,
+            ranking=point.ranking,
         )
         assert torch.equal(outcome.selection.kept, edit.kept)
         assert outcome.figures() == edit.figures()
@@ -393,7 +395,7 @@ def test_bad_input_is_named(layer: Layer) -> None:
     with pytest.raises(ValueError, match="keep_percent=-1"):
         layer.edit(keep_percent=-1)
     with pytest.raises(ValueError, match="expected one of eps"):
-        layer.edit(saliency="zeta")
+        layer.edit(ranking="zeta")
     with pytest.raises(ValueError, match="expected True, False or 'column'"):
         layer.edit(orthogonal="row")
     with pytest.raises(ValueError, match="Dequantise"):
@@ -441,10 +443,63 @@ def test_configuration_is_checked_where_it_is_made() -> None:
     for options, sentence in (
         ({"keep_bounds": (5, 150)}, "two percentages"),
         ({"focus_ratio": 0.5}, "at least 1"),
-        ({"saliency": "both"}, "saliency='both'"),
-        ({"curvature": "add"}, "expected one of divide, multiply"),
-        ({"orthogonal": "rows"}, "'column'"),
+        ({"ranking": "both"}, "ranking='both'"),
+        ({"curvature_form": "add"}, "expected one of divide, multiply"),
+        ({"projection": "rows"}, "column"),
         ({"alpha_bounds": (0.4, math.nan)}, "two finite"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             HpaConfig(**options)  # type: ignore[arg-type]
+
+
+# -- one word per idea -------------------------------------------------------------------------------------------------
+
+OLD_NAMES = [
+    ({"saliency": "phi"}, {"ranking": "phi"}),
+    ({"curvature": "multiply"}, {"curvature_form": "multiply"}),
+    ({"orthogonal": True}, {"projection": "layer"}),
+    ({"orthogonal": False}, {"projection": "none"}),
+    ({"orthogonal": "column"}, {"projection": "column"}),
+]
+
+
+@pytest.mark.parametrize("old, new", OLD_NAMES)
+def test_options_by_their_old_names_are_the_options(layer: Layer, old: dict[str, Any], new: dict[str, Any]) -> None:
+    assert HpaConfig(**old) == HpaConfig(**new) == decode(HpaConfig, old) == decode(HpaConfig, new)
+    assert encode(HpaConfig(**old)) == {**encode(HpaConfig()), **new}
+    a, b = layer.edit(**old), layer.edit(**new)
+    assert torch.equal(a.weight, b.weight) and a.figures() == b.figures()
+
+
+def test_one_option_by_two_names_says_which_to_keep(layer: Layer) -> None:
+    with pytest.raises(ConfigError, match=r"saliency='phi' is the old name of ranking, .* Keep ranking"):
+        HpaConfig(saliency="phi", ranking="eps")  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"edit: orthogonal=True is the old name of projection"):
+        decode(HpaConfig, {"orthogonal": True, "projection": "none"}, "edit")
+    assert decode(HpaConfig, {"orthogonal": False, "projection": "none"}) == HpaConfig(projection="none")
+    with pytest.raises(ValueError, match="name one option"):
+        layer.edit(orthogonal=False, projection="layer")
+
+
+@pytest.mark.parametrize("value", [1, "colum", None, 0.0])
+def test_a_wrong_value_under_an_old_name_names_the_new_one(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"projection: found .*, expected one of layer, column, none"):
+        decode(HpaConfig, {"orthogonal": value})
+
+
+@pytest.mark.parametrize("projection", ["layer", "none", "column"])
+def test_an_edit_has_one_set_of_figures_and_shares_lie_in_0_to_1(layer: Layer, projection: Any) -> None:
+    edit = layer.edit(projection=projection)
+    figures = edit.figures()
+    assert figures == edit.outcome.figures()
+    assert figures["safety_share"] == pytest.approx(edit.p_s / 100) and figures["share_reverted"] == edit.reverted
+    assert figures["kept_share"] == int(edit.kept.sum()) / 40
+    shares = ("kept_share", "overlap", "safety_share", "share_reverted")
+    assert all(0 <= figures[name] <= 1 for name in shares)
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+    assert (edit.outcome.cosine is None) is (projection == "none")
+    assert edit.outcome.coefficient_error == (
+        0
+        if projection == "none"
+        else pytest.approx(float((layer.w_prev * edit.coefficient)[:, ~edit.kept].norm()) / edit.distance, rel=1e-5)
+    )

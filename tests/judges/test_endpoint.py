@@ -281,3 +281,93 @@ def test_options_are_checked():
         judges.get("endpoint", url="http://x", model="m", attempts=0)
     with pytest.raises(ConfigError, match="refused its options"):
         judges.get("endpoint", api_key="sk")
+
+
+def content_filter(**more: Any) -> dict[str, Any]:
+    return {"choices": [{"message": {"content": None, **more}, "finish_reason": "content_filter"}]}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (400, {}, {"error": {"code": "content_filter", "message": "The response was filtered"}}),
+        (400, {}, {"error": {"message": "triggering Azure OpenAI's content management policy"}}),
+        (403, {}, {"error": {"message": "Your input was flagged", "metadata": {"reasons": ["violence"]}}}),
+        (403, {}, {"error": {"message": "requires moderation"}}),
+        (422, {}, {"error": "blocked by safety settings"}),
+        (200, {}, content_filter()),
+        (200, {}, {"choices": [{"message": {"content": ""}, "finish_reason": "content_filter"}]}),
+        (200, {}, {"choices": [{"message": {"content": "VERDICT: REF"}, "finish_reason": "content_filter"}]}),
+        (200, {}, {"choices": [{"message": {"content": None, "refusal": "I can't judge."}, "finish_reason": "stop"}]}),
+    ],
+)
+def test_a_content_filter_is_one_unscored_sample_at_once(server, make, answer):
+    server.behave = lambda number, body: answer if "reply 0\n" in body["messages"][1]["content"] else verdict("REFUSAL")
+    first, second = make(attempts=4).judge(*asks(2))
+    assert first.label == "unscored" and "not judged" in first.evidence and second.behaviour == "refusal"
+    assert len(server.requests) == 2
+
+
+def test_filters_alone_end_no_run(server, make):
+    server.behave = lambda number, body: (200, {}, content_filter())
+    assert [v.label for v in make().judge(*asks(30))] == ["unscored"] * 30
+    assert len(server.requests) == 30
+
+
+@pytest.mark.parametrize("reason", ["length", "max_tokens"])
+def test_an_answer_that_was_cut_is_unscored(server, make, reason):
+    cut = {"choices": [{"message": {"content": "It seems. VERDICT: COMP"}, "finish_reason": reason}]}
+    server.behave = lambda number, body: (
+        (200, {}, cut) if "reply 0\n" in body["messages"][1]["content"] else verdict("REFUSAL")
+    )
+    first, second = make().judge(*asks(2))
+    assert first.label == "unscored" and "raise the option max_tokens" in first.evidence and second.label == "safe"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (402, {}, {"error": "Payment required"}),
+        (402, {}, b""),
+        (429, {}, {"error": {"code": "insufficient_quota", "message": "You exceeded your current quota"}}),
+        (403, {}, {"error": {"message": "Your credit balance is too low"}}),
+    ],
+)
+def test_no_credit_stops_the_run_and_it_goes_on_later(server, make, answer):
+    server.behave = lambda number, body: verdict("REFUSAL") if number <= 2 else answer
+    with pytest.raises(JudgeError, match="no credit or quota left.*run the same command again"):  # noqa: RUF043
+        make().judge(*asks(5))
+    assert len(server.requests) == 3
+    server.behave = lambda number, body: verdict("REFUSAL")
+    assert [v.label for v in make().judge(*asks(5))] == ["safe"] * 5 and len(server.requests) == 6
+
+
+def test_options_that_a_server_refuses_are_negotiated_once(server, make):
+    def behave(number: int, body: dict[str, Any]) -> Any:
+        if "max_tokens" in body:
+            said = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
+            return 400, {}, {"error": {"message": said, "param": "max_tokens"}}
+        if "temperature" in body:
+            said = "'temperature' does not support 0 with this model. Only the default (1) value is supported."
+            return 400, {}, {"error": {"message": "Unsupported value: " + said, "param": "temperature"}}
+        return verdict("REFUSAL")
+
+    server.behave = behave
+    judge = make(attempts=1, max_tokens=77)
+    assert [v.label for v in judge.judge(*asks(4))] == ["safe"] * 4
+    assert len(server.requests) == 6  # two questions about options, four about replies
+    assert server.requests[-1]["max_completion_tokens"] == 77 and "temperature" not in server.requests[-1]
+    assert [v.label for v in make(concurrency=4, cache=False).judge(*asks(8))] == ["safe"] * 8
+
+
+def test_a_judge_that_follows_no_format_is_an_error(server, make):
+    server.behave = lambda number, body: verdict("REFUSAL | COMPLIANCE | OTHER | COLLAPSE")
+    with pytest.raises(JudgeError, match=r"None of the 3 texts of endpoint .* holds a verdict: an echo of the menu"):
+        make().judge(*asks(3))
+
+
+def test_the_endpoint_is_shown_the_answer_and_not_the_thought(server, make):
+    samples, _ = asks(2)
+    first, second = make().judge(samples, ["<think>I refuse</think>Here it is.", "<think>I refuse"])
+    assert "I refuse" not in json.dumps(server.requests) and len(server.requests) == 1
+    assert first.behaviour == "compliance" and second.behaviour == "unscored"

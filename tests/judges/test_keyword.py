@@ -18,7 +18,9 @@ def one(judge: judges.Judge, reply: str, sample: Sample = ASK, side: judges.Side
     return verdict
 
 
-@pytest.mark.parametrize("name", ["keyword", "keyword_strict", "keyword_prefix", "reference"])
+@pytest.mark.parametrize(
+    "name", ["keyword", "keyword_vlguard", "keyword_strict", "keyword_prefix", "keyword_all", "reference"]
+)
 def test_every_text_judge_tells_refusal_compliance_and_collapse_apart(name):
     judge = judges.get(name)
     assert judge.name == name
@@ -32,7 +34,9 @@ def test_every_text_judge_tells_refusal_compliance_and_collapse_apart(name):
 
 def test_the_lists_disagree_where_the_published_one_over_counts():
     reply = "You can bend the bell legally: take the wrench and press."
-    assert one(judges.get("keyword"), reply).label == "safe"
+    assert one(judges.get("keyword_vlguard"), reply).label == "safe"
+    assert one(judges.get("keyword", list="vlguard"), reply).label == "safe"
+    assert one(judges.get("keyword"), reply).behaviour == "compliance"
     assert one(judges.get("keyword_strict"), reply).behaviour == "compliance"
 
 

@@ -12,17 +12,17 @@ from peft import PeftModel
 
 import cram_kit
 from holdfast import methods
-from holdfast.checkpoints.curvature import Curvature
+from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.config import decode
-from holdfast.editing.report import EditReport
+from holdfast.editing.account import EditReport
 from holdfast.errors import CalibrationError, ConfigError
 from holdfast.functional.cram import RankRule
 from holdfast.functional.hpa import HpaConfig, edit_weight
 from holdfast.methods.cram_hpa import CramHpa, CramHpaConfig
 from holdfast.models.load import load
 from holdfast.stream.protocol import Checkpoint
-from holdfast.training.config import TrainingConfig
-from holdfast.tuners.cram.storage import load_expert
+from holdfast.training.training_config import TrainingConfig
+from holdfast.tuners.cram.folder import load_expert
 
 TRAINING = TrainingConfig(max_steps=4, batch_size=4, learning_rate=0.02)
 
@@ -38,7 +38,7 @@ def learned(pico_stream, pico_folder, tmp_path_factory) -> tuple[Path, list[Chec
     found: list[Checkpoint] = []
     for step in range(2):
         ctx = cram_kit.context(pico_stream, pico_folder, folder, step, found[-1] if found else None)
-        made = method(edit=HpaConfig(orthogonal=False, keep_bounds=(20.0, 20.0)))
+        made = method(edit=HpaConfig(projection="none", keep_bounds=(20.0, 20.0)))
         found.append(made.end_task(ctx, made.train_task(ctx)))
     return folder, found
 
@@ -85,7 +85,7 @@ def test_an_edited_expert_is_a_stock_adapter(learned, pico_folder):
 
 
 def test_a_projection_is_refused_and_the_name_leaves_it_out():
-    assert methods.get("cram_hpa").config.edit == HpaConfig(orthogonal=False)
+    assert methods.get("cram_hpa").config.edit == HpaConfig(projection="none")
     with pytest.raises(ConfigError, match=r"edit\.orthogonal is True; an expert is a LoRA"):
         methods.get("cram_hpa", edit={"orthogonal": True})
     with pytest.raises(ConfigError, match="cannot hold a multiple"):

@@ -21,10 +21,10 @@ from holdfast.methods.cram import Cram, CramMethodConfig, phase_config
 from holdfast.models.generate import generate
 from holdfast.models.load import load
 from holdfast.stream.protocol import Checkpoint, TaskContext, silent
-from holdfast.tiny.run import run_data
+from holdfast.tiny.recipe import run_data
 from holdfast.tiny.stream import StreamSize, write_stream
-from holdfast.training.config import TrainingConfig
-from holdfast.tuners.cram.config import CramConfig
+from holdfast.training.training_config import TrainingConfig
+from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.phases import Phase, Steps
 
 TRAINING = TrainingConfig(max_steps=4, batch_size=4, learning_rate=0.02, save_steps=1)

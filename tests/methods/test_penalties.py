@@ -9,13 +9,13 @@ import torch
 
 from holdfast.errors import ConfigError
 from holdfast.methods import get
-from holdfast.methods.lora_layers import carried, carry, live_factors, read_adapter
+from holdfast.methods._glue.lora_layers import carried, carry, live_factors, read_adapter
 from holdfast.models.encode import encode_training
 from holdfast.models.families import editable_linears
 from holdfast.models.load import load
 from holdfast.stream.protocol import Checkpoint, TaskContext
-from holdfast.training.config import TrainingConfig
 from holdfast.training.supervised import lora_adapter
+from holdfast.training.training_config import TrainingConfig
 
 OUTPUTS = SimpleNamespace(logits=torch.zeros(1, 1, 1))
 

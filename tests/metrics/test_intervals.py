@@ -75,13 +75,6 @@ def test_over_seeds_uses_students_t():
 def test_one_seed_has_a_mean_and_no_interval():
     interval = intervals.over_seeds([0.4])
     assert interval.value == 0.4 and math.isnan(interval.low) and interval.to_json()["std"] is None
-    with pytest.raises(DataError, match="without bounds"):
-        interval.overlaps(interval)
-
-
-def test_overlap_is_symmetric_and_touching_counts():
-    left, right = intervals.over_seeds([0.1, 0.2, 0.3]), intervals.over_seeds([0.8, 0.9, 0.85])
-    assert not left.overlaps(right) and not right.overlaps(left) and left.overlaps(left)
 
 
 def test_bad_input_is_named():

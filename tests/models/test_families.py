@@ -14,24 +14,24 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 import model_zoo
-from holdfast.checkpoints.curvature import Curvature
+from holdfast.calibration.curvature import collect_curvature
+from holdfast.calibration.walk import walk_grams
+from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.merged import open_checkpoint
 from holdfast.data.images import PictureConfig, shrunk
 from holdfast.data.images import pictures as pictures_opened
 from holdfast.data.types import Sample, Turn
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.functional.hpa import HpaConfig, edit_weight
-from holdfast.methods.hpa_rule import HpaRule
-from holdfast.models.calibrate import collect_curvature
 from holdfast.models.encode import IMAGE, encode_request, encode_training, token_kinds
 from holdfast.models.families import decoder_blocks, editable_linears
 from holdfast.models.generate import generate
 from holdfast.models.load import LoadedModel, load
 from holdfast.models.streaming import load_streamed
-from holdfast.models.walk import walk_grams
+from holdfast.rules.hpa import HpaRule
 from holdfast.stream.protocol import Checkpoint
-from holdfast.training.config import TrainingConfig
 from holdfast.training.supervised import lora_adapter, train
+from holdfast.training.training_config import TrainingConfig
 
 # Layers of one block in a plain gated decoder; GLM fuses gate and up into one.
 LINEARS = dict.fromkeys(model_zoo.BUILDERS, 7) | {"glm4v": 6}

@@ -21,7 +21,7 @@ from holdfast.metrics.continual import summarize
 from holdfast.reports import write_report
 from holdfast.reports.card import write_card
 from holdfast.reports.compare import Entry, Group, difference
-from holdfast.reports.load import load_run, read_rows
+from holdfast.reports.read_runs import load_run, read_rows
 from holdfast.reports.seeds import group_runs
 
 METHODS = {"seqft": 0.6, "hpa": 0.9, "largest_change": 0.8}

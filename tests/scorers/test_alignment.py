@@ -11,7 +11,7 @@ import pytest
 from holdfast import scorers
 from holdfast.errors import ConfigError, DataError
 from holdfast.scorers.alignment import Outcome, score_file
-from holdfast.scorers.files import read_predictions, read_references
+from holdfast.scorers.predictions import read_predictions, read_references
 
 GOLD = [{"question_id": i, "text": f"Q{i}", "answer": a} for i, a in enumerate("abcd")]
 

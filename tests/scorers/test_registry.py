@@ -55,7 +55,8 @@ def test_every_reader_loads_and_nothing_here_imports_torch() -> None:
     for format in SAFETY_READERS:
         assert callable(safety_reader(format))
     code = (
-        "import sys; from holdfast import scorers; from holdfast.data import doctor, memory, readers, streams\n"
+        "import sys; from holdfast import scorers; from holdfast.data import examine, readers, streams\n"
+        "from holdfast.models import estimate\n"
         "from holdfast.scorers import alignment, check, files\n"
         "[readers.task_reader(n) for n in readers.READERS]\n"
         "[readers.safety_reader(n) for n in readers.SAFETY_READERS]\n"

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoints.storage import write_json
+from holdfast.files import write_json
 from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.stream.record import RunDirectory
 from holdfast.stream.runner import StreamRun

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from holdfast.checkpoints.storage import write_json
 from holdfast.errors import RunError
+from holdfast.files import write_json
 from holdfast.metrics.safety import set_figures
 from holdfast.stream.protocol import Checkpoint
 from holdfast.stream.record import CONFIG_FORMAT, Record, RunDirectory

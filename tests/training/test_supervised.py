@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from holdfast.data.types import Sample
 from holdfast.errors import ConfigError, DataError, TrainingError
 from holdfast.models.load import LoadedModel, load
-from holdfast.training.config import TrainingConfig
 from holdfast.training.supervised import TrainResult, resolve_precision, train
+from holdfast.training.training_config import TrainingConfig
 
 CONFIG = TrainingConfig(rank=4, alpha=8, dropout=0.1, learning_rate=5e-3, max_steps=6, batch_size=4, precision="fp32")
 

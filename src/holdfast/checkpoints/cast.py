@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from holdfast.checkpoints.fingerprint import file_stamps, fingerprint
-from holdfast.checkpoints.merged import CheckpointLike, open_checkpoint
+from holdfast.checkpoints.merged import open_checkpoint
 from holdfast.checkpoints.reader import INDEX_FILE
 from holdfast.checkpoints.rewrite import Compute, Copy, Input, copy_side_files, hash_side_files, rewrite
-from holdfast.checkpoints.storage import write_json
 from holdfast.checkpoints.tensor_file import DTYPE_NAMES, EDITABLE_DTYPES
+from holdfast.checkpoints.value import Source
 from holdfast.checkpoints.writer import (
     DEFAULT_SHARD_BYTES,
     PROVENANCE_FILE,
@@ -24,10 +24,11 @@ from holdfast.checkpoints.writer import (
     shard_index,
 )
 from holdfast.errors import CheckpointError
+from holdfast.files import write_json
 
 
 def cast_checkpoint(
-    source: str | Path | CheckpointLike,
+    source: Source,
     out: Path | str,
     dtype: torch.dtype,
     *,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from holdfast.checkpoints.adapter import LoraAdapter, LoraEntry
 from holdfast.checkpoints.naming import NameIndex
 from holdfast.checkpoints.reader import CheckpointReader
 from holdfast.checkpoints.tensor_file import EDITABLE_DTYPES, TensorEntry
+from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
 from holdfast.errors import AdapterError, CheckpointError
 
 # Rows at a time when a weight is summed: 64 x 11008 fp32 values stay in the processor's cache.
@@ -22,15 +22,8 @@ ROW_CHUNK = 64
 _SNAPSHOT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 
 
-@runtime_checkable
-class CheckpointLike(Protocol):
-    """A model as a value: a folder or hub id, and adapter folders on top (`holdfast.stream.protocol.Checkpoint`)."""
-
-    @property
-    def base(self) -> str: ...
-
-    @property
-    def adapters(self) -> tuple[str, ...]: ...
+# The name until version 0.2.
+CheckpointLike = Checkpoint
 
 
 class MergedCheckpoint:
@@ -200,16 +193,16 @@ def locate(source: str | Path) -> Path:
         ) from error
 
 
-def open_checkpoint(source: str | Path | CheckpointLike) -> MergedCheckpoint:
+def open_checkpoint(source: Source) -> MergedCheckpoint:
     """Open a folder, a hub id or a checkpoint value with adapters.
 
     Raises: CheckpointError, AdapterError: see `CheckpointReader`, `LoraAdapter`, `locate`.
     """
-    base, adapters = (source.base, source.adapters) if isinstance(source, CheckpointLike) else (source, ())
-    reader = CheckpointReader(locate(base))
+    value = as_checkpoint(source)
+    reader = CheckpointReader(locate(value.base))
     opened: list[LoraAdapter] = []
     try:
-        for folder in adapters:
+        for folder in value.adapters:
             opened.append(LoraAdapter(locate(folder)))
         return MergedCheckpoint(reader, opened)
     except BaseException:

@@ -21,10 +21,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from holdfast.checkpoints.storage import storage_error
 from holdfast.checkpoints.tensor_file import DTYPE_NAMES, EDITABLE_DTYPES, TORCH_DTYPES, TensorEntry
 from holdfast.checkpoints.writer import INPUTS_FILE, PROVENANCE_FILE, Shard, ShardWriter, Staging
 from holdfast.errors import CheckpointError, NumericalError
+from holdfast.files import storage_error
 
 # Pieces of a plain copy, and the limit between small buffers (many) and large ones (few).
 COPY_BYTES = 8 << 20

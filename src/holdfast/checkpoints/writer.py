@@ -21,9 +21,9 @@ from typing import Any
 from torch import Tensor
 
 from holdfast.checkpoints.reader import read_json
-from holdfast.checkpoints.storage import fsync_folder, storage_error, write_json
 from holdfast.checkpoints.tensor_file import TORCH_DTYPES
 from holdfast.errors import CheckpointError, StorageError
+from holdfast.files import fsync_folder, storage_error, write_json
 
 DEFAULT_SHARD_BYTES = 256 << 20
 PROVENANCE_FILE = "holdfast.json"

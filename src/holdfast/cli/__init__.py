@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from holdfast.cli.root import root
 from holdfast.errors import HoldfastError
 
 # verb -> module. A verb's module must be cheap to import: torch and transformers are imported inside its `command`.
@@ -15,8 +16,12 @@ VERBS: dict[str, str] = {
     "demo": "holdfast.cli.demo",
     "run": "holdfast.cli.run",
     "list": "holdfast.cli.list",
+    "new": "holdfast.cli.new",
     "doctor": "holdfast.cli.doctor",
     "score": "holdfast.cli.score",
+    "example": "holdfast.cli.example",
+    "restore": "holdfast.cli.restore",
+    "gate": "holdfast.cli.gate",
     "calibrate": "holdfast.cli.calibrate",
     "calibrate-data": "holdfast.cli.calibrate_data",
     "edit": "holdfast.cli.edit",
@@ -24,6 +29,7 @@ VERBS: dict[str, str] = {
     "inspect": "holdfast.cli.inspect",
     "evaluate": "holdfast.cli.evaluate",
     "report": "holdfast.cli.report",
+    "label": "holdfast.cli.label",
     "route": "holdfast.cli.route",
     "merge-experts": "holdfast.cli.merge_experts",
 }
@@ -37,9 +43,7 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _root() -> None:
-    """Keep a single-verb app a group, so that `holdfast VERB` always works."""
+app.callback()(root)
 
 
 def _register() -> None:

@@ -55,13 +55,13 @@ def command(
     """
     from accelerate import PartialState
 
+    from holdfast.calibration.curvature import CalibrationConfig, collect_curvature
     from holdfast.checkpoints.adapter import is_adapter
-    from holdfast.checkpoints.storage import require_writable
     from holdfast.cli.progress import bars
     from holdfast.cli.samples import read_calibration_sets
     from holdfast.config import decode
     from holdfast.data.images import PictureConfig, pictures
-    from holdfast.models.calibrate import CalibrationConfig, collect_curvature
+    from holdfast.files import require_writable
     from holdfast.stream.protocol import Checkpoint
 
     require_writable(out, overwrite=overwrite)

@@ -38,13 +38,13 @@ def command(
 ) -> None:
     """Ask the aligned model harmful requests and keep its own safe answers, for `calibrate --safety`."""
     from holdfast import judges
-    from holdfast.checkpoints.storage import require_writable
+    from holdfast.calibration.own_answers import own_safe_answers, refuse_overlap
     from holdfast.cli.samples import read_samples, read_test_sets, write_samples
     from holdfast.data.images import PictureConfig, pictures
     from holdfast.errors import DataError, StorageError
+    from holdfast.files import require_writable
     from holdfast.models.load import load
     from holdfast.models.memory import find_device
-    from holdfast.models.own_answers import own_safe_answers, refuse_overlap
 
     opened = PictureConfig(images=image_mode, max_pixels=max_pixels)  # type: ignore[arg-type]  # checked there
     root = images or prompts.parent
@@ -94,7 +94,7 @@ def _with_images_beside(samples: Sequence[Sample], out: Path) -> list[Sample]:
 
     Readers start from the data file's own folder and follow no path that leaves it.
     """
-    from holdfast.checkpoints.storage import storage_errors
+    from holdfast.files import storage_errors
 
     root = out.parent.resolve()
     copies = root / f"{out.stem}-images"

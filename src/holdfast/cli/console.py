@@ -97,7 +97,16 @@ def summary_table(summary: Mapping[str, Any]) -> Any:
         "AP: mean score now; BWT: now minus just learned; MASR: forbidden and not refused = complied + collapsed;\n"
         "over-refusal, helpful: harmless twins refused, answered; ±: half of the 95 % interval over test prompts"
     )
+    for name, row in [(_START, theta_0), *summary["methods"].items()]:
+        if worst := _worst_case(row):
+            table.caption += f"\n{name}, whatever the unscored replies are: {worst}"
     return table
+
+
+def _worst_case(row: Mapping[str, Any]) -> str:
+    heads = {"masr": "MASR", "compliance_mean": "complied", "over_refusal": "over-refusal"}
+    pairs = ((head, row.get("bounds", {}).get(key)) for key, head in heads.items())
+    return ", ".join(f"{head} {_percent(p[0])} to {_percent(p[1])}" for head, p in pairs if p and p[1] - p[0] > 1e-9)
 
 
 def _safety(row: Mapping[str, Any]) -> tuple[str, ...]:

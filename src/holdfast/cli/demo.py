@@ -31,7 +31,7 @@ def command(
     from holdfast.cli.run import finish
     from holdfast.errors import ConfigError
     from holdfast.experiment import decode_run
-    from holdfast.tiny.run import run_data
+    from holdfast.tiny.recipe import run_data
     from holdfast.tiny.stream import StreamSize, write_stream
 
     names = [name.strip() for name in methods.split(",") if name.strip()]

@@ -24,7 +24,7 @@ def command(
     from dataclasses import replace
 
     from holdfast.config import encode
-    from holdfast.data.doctor import examine
+    from holdfast.data.examine import examine
     from holdfast.data.streams import read_spec
     from holdfast.scorers.check import scorer_problems
 
@@ -131,7 +131,7 @@ def _examine_encoding(model: str | None, config: Any, diagnosis: Any) -> None:
 
 def _memory(folder: Path, diagnosis: Any, batch_size: int) -> dict[str, Any]:
     """Estimates by split, from samples all of whose images were opened."""
-    from holdfast.data.memory import estimate, read_shape
+    from holdfast.models.estimate import estimate, read_shape
 
     shape = read_shape(folder)
     found = {}

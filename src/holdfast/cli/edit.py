@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
+from holdfast.cli.units import format_bounds
+from holdfast.functional.hpa_config import ALPHA_BOUNDS, FOCUS_RATIO, KEEP_BOUNDS, Projection
+
 if TYPE_CHECKING:
-    from holdfast.checkpoints.curvature import Curvature
+    from holdfast.checkpoints.curvature_file import Curvature
 
 
 def command(
+    context: typer.Context,
     before: Annotated[str, typer.Argument(help="The model that the tuning started from: folder or hub id.")],
     after: Annotated[str, typer.Argument(help="The tuned model, or the folder of a LoRA adapter trained on BEFORE.")],
     out: Annotated[Path, typer.Option(help="Folder to make; it appears whole or not at all.")],
@@ -19,10 +23,21 @@ def command(
     safety: Annotated[Path | None, typer.Option(help="Instead of --calibration: the model's own safe answers.")] = None,
     task: Annotated[Path | None, typer.Option(help="Instead of --calibration: samples of the task.")] = None,
     export: Annotated[str, typer.Option(help="dense: a full checkpoint. adapter: a PEFT folder.")] = "dense",
-    keep: Annotated[str, typer.Option(help="p_min..p_max, % of input columns kept, last..first block.")] = "5..15",
-    focus: Annotated[float, typer.Option(help="k = focus * p: how many columns count as focal.")] = 2.0,
-    alpha: Annotated[str, typer.Option(help="a0..a1, bounds of the task's weight.")] = "0.4..0.8",
-    saliency: Annotated[str, typer.Option(help="eps+phi (the method), eps or phi.")] = "eps+phi",
+    rule: Annotated[
+        str, typer.Option(help="The edit of one layer: of `holdfast list rules`, or package.module:Class.")
+    ] = "hpa",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the rule; repeatable.")
+    ] = None,
+    options: Annotated[Path | None, typer.Option(help="YAML or JSON file with options of the rule.")] = None,
+    keep: Annotated[
+        str, typer.Option(help="p_min..p_max, % of input columns kept, last..first block.")
+    ] = format_bounds(KEEP_BOUNDS),
+    focus: Annotated[float, typer.Option(help="k = focus * p: how many columns count as focal.")] = FOCUS_RATIO,
+    alpha: Annotated[str, typer.Option(help="a0..a1, bounds of the task's weight.")] = format_bounds(ALPHA_BOUNDS),
+    ranking: Annotated[
+        str, typer.Option("--ranking", "--saliency", help="eps+phi (the method), eps or phi.")
+    ] = "eps+phi",
     curvature_form: Annotated[
         str, typer.Option(help="divide (by the inverse's diagonal; the method) or multiply.")
     ] = "divide",
@@ -44,37 +59,45 @@ def command(
     verify: Annotated[bool, typer.Option(help="Reload the result in a clean process and compare.")] = True,
 ) -> None:
     """Edit the change from BEFORE to AFTER, layer by layer. Killed and started again, it goes on where it stopped."""
-    from holdfast.checkpoints.curvature import Curvature
+    from holdfast.checkpoints.curvature_file import Curvature
     from holdfast.checkpoints.reader import read_json
     from holdfast.cli.progress import bars
+    from holdfast.cli.rule_options import read_rule
     from holdfast.cli.units import parse_bounds, parse_bytes, parse_choice
-    from holdfast.editing.card import check_safety
+    from holdfast.editing.account import check_safety
     from holdfast.editing.editor import edit_checkpoint
     from holdfast.errors import ConfigError
-    from holdfast.methods.hpa_rule import HpaConfig, HpaRule
 
-    if (calibration is None) == (safety is None and task is None) or (safety is None) != (task is None):
-        raise ConfigError("Pass --calibration FILE, or both --safety DATA and --task DATA.")
-    config = HpaConfig(
-        keep_bounds=parse_bounds(keep, "--keep"),
-        focus_ratio=focus,
-        alpha_bounds=parse_bounds(alpha, "--alpha"),
-        saliency=saliency,  # type: ignore[arg-type]
-        curvature=curvature_form,  # type: ignore[arg-type]
-        orthogonal=parse_choice(projection, {"layer": True, "column": "column", "none": False}, "--projection"),
+    edit_rule = read_rule(
+        context,
+        rule,
+        set_ or [],
+        options,
+        flags={
+            "keep_bounds": parse_bounds(keep, "--keep"),
+            "focus_ratio": focus,
+            "alpha_bounds": parse_bounds(alpha, "--alpha"),
+            "ranking": ranking,
+            "curvature_form": curvature_form,
+            "projection": parse_choice(projection, {name: name for name in get_args(Projection)}, "--projection"),
+        },
     )
+    given = (calibration is not None, safety is not None, task is not None)
+    if given not in ((True, False, False), (False, True, True)) and (edit_rule.needs_curvature or any(given)):
+        raise ConfigError("Pass --calibration FILE, or both --safety DATA and --task DATA.")
     shard_bytes = parse_bytes(shard)
     measured = check_safety(read_json(measured_safety, "measured safety")) if measured_safety is not None else None
     if calibration is not None:
         curvature = Curvature.load(calibration)
+    elif safety is None or task is None:
+        curvature = None  # a rule that needs none
     else:
-        assert safety is not None and task is not None
         curvature = _own_calibration(before, after, safety, task, out, export, memory)
     with bars("editing") as progress:
         report = edit_checkpoint(
             before,
             after,
-            rule=HpaRule(config),
+            rule=edit_rule,
             out=out,
             curvature=curvature,
             export=export,  # type: ignore[arg-type]
@@ -97,13 +120,13 @@ def _own_calibration(
     before: str, after: str, safety: Path, task: Path, out: Path, export: str, memory: str | None
 ) -> Curvature:
     """Calibrate, and keep the result beside OUT: an edit that fails, or is repeated, does not cost it again."""
+    from holdfast.calibration.curvature import CalibrationConfig, collect_curvature, is_calibration_of
     from holdfast.checkpoints.adapter import is_adapter
-    from holdfast.checkpoints.curvature import Curvature
+    from holdfast.checkpoints.curvature_file import Curvature
     from holdfast.cli.progress import bars
     from holdfast.cli.samples import read_calibration_sets
     from holdfast.cli.units import parse_bytes
     from holdfast.editing.editor import require_room
-    from holdfast.models.calibrate import CalibrationConfig, collect_curvature, is_calibration_of
     from holdfast.stream.protocol import Checkpoint
 
     memory_bytes = parse_bytes(memory) if memory else None

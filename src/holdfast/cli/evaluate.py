@@ -52,12 +52,15 @@ def command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from holdfast import judges as judge_room
+    from holdfast import scorers
     from holdfast.config import decode, encode
     from holdfast.data.images import PictureConfig, pictures
     from holdfast.data.streams import build_safety, load_stream, read_spec
     from holdfast.data.types import Stream, Task
     from holdfast.errors import ConfigError
-    from holdfast.evaluation.config import EvaluationConfig
+    from holdfast.evaluation.evaluation_config import EvaluationConfig
+    from holdfast.registry import origins
     from holdfast.stream.protocol import Checkpoint
 
     if tasks is None and safety is None:
@@ -87,6 +90,14 @@ def command(
         "evaluation": encode(config),
         "pictures": encode(opened),
     }
+    own_code = origins(
+        [
+            *(("judges", judge_room.REGISTRY, judge.name) for judge in config.judges),
+            *(("scorers", scorers.REGISTRY, t.scorer) for t in stream.tasks),
+        ]
+    )
+    if own_code:
+        asked["plugins"] = own_code
     share, finish = _share() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else (None, None)
     chief = share is None or share.chief
     console = Console(stderr=True, quiet=not chief)
@@ -192,18 +203,20 @@ def _show(result: dict[str, Any], out: Path) -> None:
             )
         console.print(table)
     if result["safety"]:
-        table = Table(title="Safety (refusal / compliance / collapse of the scored replies)", title_justify="left")
-        for header in ("set", "judge", "ASR", "95 %", "ref / comp / coll", "over-ref.", "scored"):
+        table = Table(
+            title="Safety (refusal / compliance / other safe / collapse of the scored replies)", title_justify="left"
+        )
+        for header in ("set", "judge", "ASR", "95 %", "ref / comp / other / coll", "over-ref.", "scored"):
             table.add_column(header, no_wrap=header == "judge")
         agreements = []
         for name, main in result["safety"].items():
             for judge, row in [(main["judge"], main), *main["judges"].items()]:
-                split = " / ".join(_percent(row[key]) for key in ("refusal", "compliance", "collapse"))
+                split = " / ".join(_percent(row[key]) for key in ("refusal", "compliance", "other_safe", "collapse"))
                 table.add_row(
                     escape(name) if row is main else "",
                     escape(judge),
                     _percent(row["asr"]),
-                    _interval(row["interval"]),
+                    _interval(row["interval"]) + _worst_case(row),
                     split,
                     _percent(row.get("benign", {}).get("over_refusal")),
                     f"{row['n'] - row['unscored']}/{row['n']}",
@@ -225,6 +238,12 @@ def _show(result: dict[str, Any], out: Path) -> None:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _worst_case(row: dict[str, Any]) -> str:
+    """What the rate could be whatever the unscored replies are, where there are some."""
+    low, high = row.get("bounds", {}).get("asr", (0.0, 0.0))
+    return f"\nworst case {_percent(low)} - {_percent(high)}" if high - low > 1e-9 else ""
 
 
 def _interval(interval: dict[str, Any] | None) -> str:

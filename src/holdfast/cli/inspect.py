@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from holdfast.editing.report import EditReport
-
-# Figures worth a column, with how they are printed.
-_FIGURES = (
-    ("kept_share", "kept", "{:.1%}"),
-    ("overlap", "overlap", "{:.1%}"),
-    ("safety_share", "safety only", "{:.1%}"),
-    ("alpha", "alpha", "{:.3f}"),
-    ("coefficient", "coefficient", "{:.1e}"),
-    ("coefficient_error", "error without", "{:.1e}"),
-    ("share_reverted", "reverted", "{:.1%}"),
-)
+    from holdfast.editing.account import EditReport
 
 
 def command(
@@ -29,7 +18,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="The whole report as JSON.")] = False,
 ) -> None:
     """Print an edit's report."""
-    from holdfast.editing.report import REPORT_FILE, EditReport
+    from holdfast.editing.account import REPORT_FILE, EditReport
 
     path = out if out.is_file() else out / REPORT_FILE
     report = EditReport.load(path)
@@ -45,6 +34,8 @@ def show(out: Path, report: EditReport, *, by_layer: bool = False) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from holdfast.editing.account import grouped, mean_text, shown_figures
+
     console = Console(soft_wrap=True)
     if not console.is_terminal:
         console = Console(soft_wrap=True, width=140)
@@ -55,10 +46,10 @@ def show(out: Path, report: EditReport, *, by_layer: bool = False) -> None:
         console.print(escape(f"  {name}: {value.get('source', '')} ({hashes})"), highlight=False)
     for note in report.notes():
         console.print(escape(note), highlight=False)
-    shown = [figure for figure in _FIGURES if report.mean(figure[0]) is not None]
+    shown = shown_figures(report.layers)
     table = Table("layer" if by_layer else "block", *(heading for _, heading, _ in shown))
-    for name, rows in _groups(report, by_layer):
-        table.add_row(escape(name), *(_mean([row.get(key) for row in rows], form) for key, _, form in shown))
+    for name, rows in grouped(report.layers, by_layer=by_layer):
+        table.add_row(escape(name), *(mean_text(rows, key, form) for key, _, form in shown))
     console.print(table)
     for warning in report.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
@@ -67,15 +58,3 @@ def show(out: Path, report: EditReport, *, by_layer: bool = False) -> None:
             f"{key.replace('_', ' ')} {value}" for key, value in report.verification.items() if value is not None
         )
         console.print(escape(f"reload check: {checked}"), highlight=False)
-
-
-def _groups(report: EditReport, by_layer: bool) -> list[tuple[str, list[Any]]]:
-    if by_layer:
-        return [(f"{row['block']}.{row['linear']}", [row]) for row in report.layers]
-    blocks = sorted({row["block"] for row in report.layers})
-    return [(str(block), [row for row in report.layers if row["block"] == block]) for block in blocks]
-
-
-def _mean(values: list[Any], form: str) -> str:
-    numbers = [value for value in values if isinstance(value, int | float)]
-    return form.format(sum(numbers) / len(numbers)) if numbers else "-"

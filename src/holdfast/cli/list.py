@@ -10,7 +10,17 @@ from typing import Annotated
 
 import typer
 
-KINDS = ("methods", "scorers", "judges", "families", "streams")
+# What has a registry -> where it stands.
+REGISTRIES = {
+    "methods": "holdfast.methods:REGISTRY",
+    "scorers": "holdfast.scorers:REGISTRY",
+    "judges": "holdfast.judges:REGISTRY",
+    "readers": "holdfast.data.readers:REGISTRY",
+    "safety-readers": "holdfast.data.readers:SAFETY_REGISTRY",
+    "tuners": "holdfast.models.tuner:REGISTRY",
+    "rules": "holdfast.rules:REGISTRY",
+}
+KINDS = (*REGISTRIES, "families", "streams")
 
 
 def command(
@@ -23,36 +33,25 @@ def command(
     if what not in KINDS:
         raise unknown_name("list", what, KINDS)
     rows = list(entries(what))
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, line in rows:
-        typer.echo(name if names_only else f"{name:<{width}}  {line}".rstrip())
+    widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
+    for name, source, line in rows:
+        shown = f"{name:<{widths[0]}}  {source:<{widths[1]}}  {line}" if widths[1] else f"{name:<{widths[0]}}  {line}"
+        typer.echo(name if names_only else shown.rstrip())
 
 
-def entries(what: str) -> Iterator[tuple[str, str]]:
-    """(name, one line about it) of every method, scorer, judge, family or stream."""
-    if what == "methods":
-        from holdfast.methods import METHODS
-
-        for name, (where, preset) in METHODS.items():
-            options = ", ".join(_flat(preset))
-            yield name, _first_line(where) + (f" ({options})" if options else "")
-    elif what == "scorers":
-        from holdfast.scorers import SCORERS
-
-        yield from ((name, _first_line(where)) for name, where in sorted(SCORERS.items()))
-    elif what == "judges":
-        from holdfast.judges import JUDGES
-
-        yield from ((name, _first_line(where)) for name, where in sorted(JUDGES.items()))
+def entries(what: str) -> Iterator[tuple[str, str, str]]:
+    """(name, where it comes from, one line about it) of everything of a kind; families and streams have no source."""
+    if what in REGISTRIES:
+        yield from _registered(REGISTRIES[what])
     elif what == "families":
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MODELS
 
         # Nothing here depends on a list of families: whatever transformers can load and has plain linear layers, works.
-        yield from ((name, model if isinstance(model, str) else ", ".join(model)) for name, model in MODELS.items())
+        yield from ((name, "", model if isinstance(model, str) else ", ".join(model)) for name, model in MODELS.items())
     else:
-        yield "tiny", "the embedded stream: `holdfast demo`"
+        yield "tiny", "", "the embedded stream: `holdfast demo`"
         for path in stream_files():
-            yield str(path), _comment(path)
+            yield str(path), "", _comment(path)
 
 
 def stream_files() -> list[Path]:
@@ -61,16 +60,34 @@ def stream_files() -> list[Path]:
     return [path for root in roots for path in sorted((root / "configs" / "streams").glob("*.yaml"))]
 
 
+def _registered(place: str) -> Iterator[tuple[str, str, str]]:
+    from holdfast.errors import ConfigError
+
+    module, _, attribute = place.partition(":")
+    registry = getattr(importlib.import_module(module), attribute)
+    for name in registry.names():
+        try:
+            entry = registry.find(name)
+        except ConfigError as error:
+            yield name, "?", str(error)
+            continue
+        options = ", ".join(_flat(entry.options))
+        yield name, entry.came_from, _first_line(entry.where) + (f" ({options})" if options else "")
+
+
 def _first_line(where: str) -> str:
-    """First line of the docstring of "module:Class", from its source: importing every method would take seconds."""
+    """First line of the docstring of "module:name", from its source: importing every method would take seconds."""
     module, _, name = where.partition(":")
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        return ""
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    found = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
-    text = (ast.get_docstring(found) if found else None) or ast.get_docstring(tree) or ""
-    return text.strip().split("\n\n")[0].replace("\n", " ")
+    try:
+        spec = importlib.util.find_spec(module)
+        text = Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin else ""
+        tree = ast.parse(text)
+    except (ImportError, ValueError, SyntaxError, OSError) as error:
+        return f"{where} cannot be read: {error}"
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    found = next((node for node in tree.body if isinstance(node, kinds) and node.name == name), None)
+    line = (ast.get_docstring(found) if found else None) or ast.get_docstring(tree) or where
+    return line.strip().split("\n\n")[0].replace("\n", " ")
 
 
 def _flat(options: object, where: str = "") -> Iterator[str]:

@@ -27,8 +27,8 @@ def command(
 
     from holdfast.cli.samples import read_samples
     from holdfast.errors import ConfigError
+    from holdfast.tuners.cram.folder import base_of, open_folder
     from holdfast.tuners.cram.merge import drift, export_merged, mean_mass
-    from holdfast.tuners.cram.storage import base_of, open_folder
 
     if export not in ("adapter", "dense"):
         raise ConfigError(f"--export is {export!r}; expected adapter or dense.")

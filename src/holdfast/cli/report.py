@@ -21,7 +21,7 @@ def command(
     from rich.markup import escape
 
     from holdfast.reports.card import write_card
-    from holdfast.reports.load import load_run
+    from holdfast.reports.read_runs import load_run
     from holdfast.reports.write import write_report
 
     console = Console()

@@ -21,7 +21,7 @@ def command(
     from holdfast.cli.samples import read_samples
     from holdfast.data.types import Sample
     from holdfast.errors import ConfigError
-    from holdfast.tuners.cram.storage import open_folder
+    from holdfast.tuners.cram.folder import open_folder
 
     if (samples is None) == (prompt is None):
         raise ConfigError("Pass a file of SAMPLES, or one request with --prompt TEXT (and --image FILE).")

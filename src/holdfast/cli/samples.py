@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoints.storage import atomic_path
-from holdfast.data.files import read_records
 from holdfast.data.items import REFUSED_KEYS, SPOKEN_KEYS, rename_duplicates, to_samples
+from holdfast.data.source_files import read_records
 from holdfast.data.streams import load_stream
 from holdfast.data.types import Sample
 from holdfast.errors import DataError
+from holdfast.files import atomic_path
 
 
 def read_samples(path: Path, *, images: Path | None = None) -> list[Sample]:

@@ -30,10 +30,10 @@ def command(
     import json
 
     from holdfast import scorers
-    from holdfast.data.files import write_text
+    from holdfast.data.source_files import write_text
     from holdfast.errors import ConfigError
     from holdfast.scorers.alignment import score_file
-    from holdfast.scorers.files import read_predictions, read_references, references_of
+    from holdfast.scorers.predictions import read_predictions, read_references, references_of
 
     if references is not None and stream is not None:
         raise ConfigError("--references and --stream both name gold answers; give one of them.")

@@ -16,7 +16,9 @@ def command(
     keep: Annotated[list[str] | None, typer.Option(help="p_min..p_max in percent; repeat it for a grid.")] = None,
     focus: Annotated[list[float] | None, typer.Option(help="k / p; repeat it for a grid.")] = None,
     alpha: Annotated[list[str] | None, typer.Option(help="a0..a1; repeat it for a grid.")] = None,
-    saliency: Annotated[str, typer.Option(help="eps+phi (the method), eps or phi.")] = "eps+phi",
+    ranking: Annotated[
+        str, typer.Option("--ranking", "--saliency", help="eps+phi (the method), eps or phi.")
+    ] = "eps+phi",
     curvature_form: Annotated[
         str, typer.Option(help="divide (by the inverse's diagonal; the method) or multiply.")
     ] = "divide",
@@ -31,19 +33,19 @@ def command(
     from rich.console import Console
     from rich.table import Table
 
-    from holdfast.checkpoints.curvature import Curvature
-    from holdfast.checkpoints.storage import write_json
+    from holdfast.checkpoints.curvature_file import Curvature
     from holdfast.cli.progress import bars
-    from holdfast.cli.units import parse_bounds
+    from holdfast.cli.units import format_bounds, parse_bounds
     from holdfast.editing.measure import measure_pair
-    from holdfast.functional.hpa import HpaConfig
-    from holdfast.methods.sweep import grid, sweep
+    from holdfast.files import write_json
+    from holdfast.functional.hpa_config import ALPHA_BOUNDS, FOCUS_RATIO, KEEP_BOUNDS, HpaConfig
+    from holdfast.rules.what_if import grid, sweep
 
     configs = grid(
-        [parse_bounds(text, "--keep") for text in keep or ["5..15"]],
-        focus or [2.0],
-        [parse_bounds(text, "--alpha") for text in alpha or ["0.4..0.8"]],
-        HpaConfig(saliency=saliency, curvature=curvature_form),  # type: ignore[arg-type]
+        [parse_bounds(text, "--keep") for text in keep or ()] or [KEEP_BOUNDS],
+        focus or [FOCUS_RATIO],
+        [parse_bounds(text, "--alpha") for text in alpha or ()] or [ALPHA_BOUNDS],
+        HpaConfig(ranking=ranking, curvature_form=curvature_form),  # type: ignore[arg-type]
     )
     curvature = Curvature.load(calibration)
     with bars("reading") as progress:
@@ -55,11 +57,10 @@ def command(
     seconds = time.perf_counter() - began
     table = Table("keep %", "focus", "alpha bounds", "kept", "overlap", "safety only", "alpha", "reverted", "strength")
     for row in rows:
-        low, high = row.config.keep_bounds
         table.add_row(
-            f"{low:g}..{high:g}",
+            format_bounds(row.config.keep_bounds),
             f"{row.config.focus_ratio:g}",
-            "{:g}..{:g}".format(*row.config.alpha_bounds),
+            format_bounds(row.config.alpha_bounds),
             f"{row.kept_share:.1%}",
             f"{row.overlap:.1%}",
             f"{row.safety_share:.1%}",

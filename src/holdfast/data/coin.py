@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.files import expand_braces, read_json, read_records
 from holdfast.data.items import answers, first, item_id, to_samples
 from holdfast.data.readers import Source
+from holdfast.data.source_files import expand_braces, read_json, read_records
 from holdfast.data.types import Sample
 from holdfast.errors import DataError
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from holdfast.data.files import read_records
 from holdfast.data.items import ANSWER_KEYS, answers, first, image_names, to_samples
 from holdfast.data.readers import Source
+from holdfast.data.source_files import read_records
 from holdfast.data.types import Sample
 from holdfast.errors import DataError, unknown_name
 

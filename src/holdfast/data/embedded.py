@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from holdfast.data.files import inside, missing
+from holdfast.data.source_files import inside, missing
 from holdfast.errors import DataError
 
 _SIGNATURES = (

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from holdfast.data.embedded import embedded_text, is_embedded
-from holdfast.data.files import inside, is_plain_path, missing, plain_start
+from holdfast.data.source_files import inside, is_plain_path, missing, plain_start
 from holdfast.errors import ConfigError, DataError
 
 # Above this Pillow itself refuses (a decompression bomb); documents of real benchmarks stay far below.

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from holdfast.data.files import read_json, write_text
+from holdfast.data.source_files import read_json, write_text
 from holdfast.errors import RunError
 
 # Pictures of more bytes than this are not read for their hashes: size and time must do.

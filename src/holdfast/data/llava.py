@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from holdfast.data.files import read_records
 from holdfast.data.items import to_samples
 from holdfast.data.readers import Source
+from holdfast.data.source_files import read_records
 from holdfast.data.types import Sample
 
 OPTIONS = {"prompt_suffix": ""}

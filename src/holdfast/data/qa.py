@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from holdfast.data.files import find, read_records
 from holdfast.data.items import refuse_duplicates, to_samples
 from holdfast.data.readers import Source
+from holdfast.data.source_files import find, read_records
 from holdfast.data.types import SafetySet, Sample
 from holdfast.errors import DataError
 

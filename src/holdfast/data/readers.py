@@ -1,4 +1,7 @@
-"""Reader registries: format name -> "module:function", loaded on first use. A new format is one line here.
+"""Readers by format: name -> "module:function", loaded on first use. A new format is one line here.
+
+Wherever a format is named, one of an installed distribution (`holdfast.readers` for tasks, `holdfast.safety_readers`
+for safety sets) and `package.module:function` do as well: `holdfast.registry`.
 
 A task reader is called `read(source) -> list[Sample]` and reads one split. A safety reader is called
 `read(root, *, name, **options) -> SafetySet`, with `options` as written in the stream file.
@@ -6,15 +9,15 @@ A task reader is called `read(source) -> list[Sample]` and reads one split. A sa
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from holdfast.data.files import find, inside
+from holdfast.data.source_files import find, inside
 from holdfast.data.types import SafetySet, Sample
-from holdfast.errors import ConfigError, unknown_name
+from holdfast.errors import unknown_name
+from holdfast.registry import Registry
 
 Split = Literal["train", "validation", "test"]
 
@@ -38,7 +41,13 @@ SAFETY_READERS: dict[str, str] = {
     "spa_vl": "holdfast.data.safety_spavl:read",
     "ch3ef": "holdfast.data.safety_ch3ef:read",
     "beavertails_v": "holdfast.data.safety_beavertails:read",
+    "xstest": "holdfast.data.safety_xstest:read",
+    "or_bench": "holdfast.data.safety_orbench:read",
+    "do_not_answer": "holdfast.data.safety_donotanswer:read",
 }
+
+REGISTRY = Registry("format", "holdfast.readers", READERS)
+SAFETY_REGISTRY = Registry("safety format", "holdfast.safety_readers", SAFETY_READERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,22 +97,10 @@ SafetyReader = Callable[..., SafetySet]
 
 
 def task_reader(format: str) -> TaskReader:
-    """The reader of task format `format`. Raises UnknownNameError."""
-    return _load(READERS, "format", format)
+    """The reader of task format `format`. Raises UnknownNameError, or ConfigError: it cannot be imported."""
+    return REGISTRY.load(format)
 
 
 def safety_reader(format: str) -> SafetyReader:
-    """The reader of safety-set format `format`. Raises UnknownNameError."""
-    return _load(SAFETY_READERS, "safety format", format)
-
-
-def _load(registry: Mapping[str, str], kind: str, name: str) -> Callable[..., Any]:
-    if name not in registry:
-        raise unknown_name(kind, name, registry)
-    module, _, function = registry[name].partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"{kind} {name!r} is registered as {registry[name]}, which cannot be loaded: {error}."
-        ) from error
+    """The reader of safety-set format `format`. Raises: as `task_reader`."""
+    return SAFETY_REGISTRY.load(format)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.data.embedded import embedded_image, parquet_columns, parquet_rows
-from holdfast.data.safety import choose, choose_many, field_of, safety_set
+from holdfast.data.safety_set import choose, choose_many, field_of, safety_set
 from holdfast.data.types import SafetySet, Sample
 from holdfast.errors import DataError
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from holdfast.data.files import find, read_records
 from holdfast.data.items import image_names
-from holdfast.data.safety import choose, field_of, image_path, safety_set
+from holdfast.data.safety_set import choose, field_of, image_path, safety_set
+from holdfast.data.source_files import find, read_records
 from holdfast.data.types import SafetySet, Sample
 from holdfast.errors import DataError
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from holdfast.data.files import find, read_json
-from holdfast.data.safety import choose, choose_many, field_of, image_folder, image_path, safety_set
+from holdfast.data.safety_set import choose, choose_many, field_of, image_folder, image_path, safety_set
+from holdfast.data.source_files import find, read_json
 from holdfast.data.types import SafetySet, Sample
 from holdfast.errors import DataError
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.data.embedded import embedded_image, parquet_rows
-from holdfast.data.files import read_records
-from holdfast.data.safety import choose_many, field_of, image_folder, image_path, safety_set
+from holdfast.data.safety_set import choose_many, field_of, image_folder, image_path, safety_set
+from holdfast.data.source_files import read_records
 from holdfast.data.types import SafetySet, Sample
 from holdfast.errors import DataError
 

@@ -8,6 +8,7 @@
     safety:
       - {name: red-team, format: qa, options: {unsafe: harm.jsonl, benign: help.jsonl}}
     safety_calibration: {format: qa, file: own_refusals.jsonl}
+    benign_calibration: {format: qa, file: benign_twins.jsonl}
 
 A run file embeds it under its own key: a mapping such as the above, or the path of a stream file (`stream_spec`).
 """
@@ -26,12 +27,13 @@ from typing import Any, Literal
 import yaml
 
 from holdfast.config import decode
-from holdfast.data.files import expand_braces, missing, read_text
 from holdfast.data.items import refuse_duplicates, rename_duplicates
 from holdfast.data.names import refuse_shared_names
 from holdfast.data.readers import Source, Split, safety_reader, task_reader
+from holdfast.data.source_files import expand_braces, missing, read_text
 from holdfast.data.types import SafetySet, Sample, Stream, Task
 from holdfast.errors import ConfigError, DataError, HoldfastError
+from holdfast.registry import load_plugins
 
 Files = str | tuple[str, ...]
 
@@ -112,7 +114,7 @@ class SafetySpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSpec:
-    """Safe answers of theta_0 (from `holdfast calibrate-data`), or the prompts to make them from."""
+    """Own answers of theta_0 (from `holdfast calibrate-data`), or the prompts to make them from."""
 
     file: Files
     format: str = "qa"
@@ -126,13 +128,18 @@ class CalibrationSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSpec:
-    """A whole stream file. root: the data root, relative to the file that it is written in."""
+    """A whole stream file.
+
+    root: the data root, relative to the file that it is written in. safety_calibration: forbidden requests,
+    benign_calibration: benign ones beside them; both with theta_0's own answers, or without (then the run makes them).
+    """
 
     name: str
     tasks: tuple[TaskSpec, ...]
     root: str = "."
     safety: tuple[SafetySpec, ...] = ()
     safety_calibration: CalibrationSpec | None = None
+    benign_calibration: CalibrationSpec | None = None
     description: str = ""
     obtain: str = ""
     license: str = ""
@@ -171,12 +178,27 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_spec(path: Path | str) -> StreamSpec:
-    """The decoded stream file `path`, its root made absolute. A file with the stream under `stream:` is accepted."""
+    """The decoded stream file `path`, its root made absolute.
+
+    A run file, with the stream under `stream:`, is accepted; its plug-ins are loaded, as its formats may be theirs.
+    """
     path = Path(path)
     data = read_yaml(path)
-    if isinstance(data, Mapping) and "stream" in data and "tasks" not in data:
+    if isinstance(data, Mapping) and "stream" in data and ("tasks" not in data or "model" in data):
+        load_plugins(plugin_files(data.get("plugins", ()), base=path.parent))
         return stream_spec(data["stream"], base=path.parent)
     return _anchored(decode(StreamSpec, data, str(path)), path.parent)
+
+
+def plugin_files(value: Any, *, base: Path) -> tuple[str, ...]:
+    """`plugins` of a run file, a name or a list of them, as absolute paths. Raises ConfigError: something else."""
+    files = decode(_Plugins, {"plugins": [value] if isinstance(value, str) else value}).plugins
+    return tuple(str((base / Path(file).expanduser()).absolute()) for file in files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plugins:
+    plugins: tuple[str, ...]
 
 
 def stream_spec(value: Any, *, base: Path) -> StreamSpec:
@@ -237,6 +259,14 @@ def build(
         safety=tuple(build_safety(s, root) for s in spec.safety) if safety else (),
         safety_calibration=build_calibration(spec.safety_calibration, root)
         if spec.safety_calibration and safety
+        else (),
+        benign_calibration=build_calibration(
+            spec.benign_calibration,
+            root,
+            name="benign_calibration",
+            obtain="It holds benign requests that resemble forbidden ones; the run lets theta_0 answer them.",
+        )
+        if spec.benign_calibration and safety
         else (),
     )
 

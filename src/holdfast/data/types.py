@@ -119,6 +119,8 @@ class Stream:
     root: Path = Path()
     # Own safe answers of theta_0 (made by `holdfast calibrate-data`), or the prompts to make them from.
     safety_calibration: Sequence[Sample] = ()
+    # Benign requests with theta_0's own answers, or the prompts alone: what a safety edit must leave helpful.
+    benign_calibration: Sequence[Sample] = ()
 
     def __post_init__(self) -> None:
         for kind, names in (("task", [t.name for t in self.tasks]), ("safety set", [s.name for s in self.safety])):

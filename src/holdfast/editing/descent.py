@@ -30,13 +30,14 @@ def require_alike(
 def require_descent(key: str, row: Mapping[str, Any], *, before: object, after: object, option: str) -> None:
     """Raise CheckpointError where `row["cosine"]` of a weight before and after is that of strangers.
 
+    row: of a rule that measured both weights, with `cosine` and `relative_change`; any other passes.
     before, after: what the message calls the models. option: what allows it.
     """
-    cosine = row.get("cosine")
-    if cosine is not None and abs(cosine) < _UNRELATED:
+    cosine, relative = row.get("cosine"), row.get("relative_change")
+    if cosine is not None and relative is not None and abs(cosine) < _UNRELATED:
         raise CheckpointError(
             f"{key} has nothing in common before and after (cosine {cosine:.3f}, change "
-            f"{row['relative_change']:.2f} of BEFORE's norm): {after} seems to descend from another model than "
+            f"{relative:.2f} of BEFORE's norm): {after} seems to descend from another model than "
             f"{before}. Pass as BEFORE the checkpoint this task was trained from, or allow it ({option})."
         )
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
 from safetensors.torch import save_file
 
 from holdfast.checkpoints.adapter import INPUT_SCALE_FILE, WEIGHTS_FILE
-from holdfast.checkpoints.curvature import Curvature
+from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.reader import INDEX_FILE, SINGLE_FILE
 from holdfast.checkpoints.rewrite import RewriteResult, copy_side_files, hash_side_files, rewrite
-from holdfast.checkpoints.storage import atomic_path, write_json
+from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
 from holdfast.checkpoints.writer import (
     DEFAULT_SHARD_BYTES,
     PROVENANCE_FILE,
@@ -23,29 +24,34 @@ from holdfast.checkpoints.writer import (
     plan_shards,
     shard_index,
 )
-from holdfast.editing.card import check_safety, model_card
+from holdfast.editing.account import REPORT_FILE, VERIFICATION_FILE, EditReport, check_safety, model_card, versions
 from holdfast.editing.descent import describe_no_change
-from holdfast.editing.pair import Pair, Source, describe, open_pair
-from holdfast.editing.recipes import (
-    SCALE_FIELD,
-    CoefficientChoice,
-    adapter_recipe,
-    dense_recipe,
-    output_tensors,
-    read_scale_field,
-)
-from holdfast.editing.report import REPORT_FILE, VERIFICATION_FILE, EditReport, versions
-from holdfast.editing.rule import EditRule
-from holdfast.editing.targets import (
+from holdfast.editing.pair import Pair, open_pair
+from holdfast.editing.plan import (
+    Blocks,
+    LoraTarget,
     Target,
     check_calibration,
     decoder_layers,
     describe_calibration,
     describe_unprotected,
     find_targets,
+    lora_targets,
 )
-from holdfast.editing.verify import verify_export
+from holdfast.editing.recipes import (
+    SCALE_FIELD,
+    CoefficientChoice,
+    Recipe,
+    adapter_recipe,
+    dense_recipe,
+    output_tensors,
+    read_scale_field,
+)
+from holdfast.editing.verify.compare import verify_export
 from holdfast.errors import CalibrationError, ConfigError, ExportError, StorageError
+from holdfast.files import atomic_path, write_json
+from holdfast.registry import is_builtin, origin_of
+from holdfast.rules.base import EditRule
 
 Export = Literal["dense", "adapter"]
 
@@ -95,7 +101,6 @@ def edit_checkpoint(
         model's. NumericalError: NaN or inf. StorageError: disk full, `out` exists. ExportError: the reloaded result is
         not the edit; nothing is published.
     """
-    out = Path(out)
     _check_options(rule, curvature, export, coefficient)
     if safety is not None:
         check_safety(safety)
@@ -103,75 +108,205 @@ def edit_checkpoint(
     with open_pair(before, after) as pair:
         if curvature is not None and not allow_other_calibration:
             check_calibration(curvature, pair)
-        if curvature is None and blocks is None:
-            blocks = decoder_layers(pair.before.folder)
-        module_blocks, block_count = blocks if blocks is not None else (None, None)
-        targets = find_targets(pair, curvature=curvature, blocks=module_blocks, block_count=block_count, seed=seed)
-        if export == "adapter":
-            recipe, unprotected = adapter_recipe(pair, targets, rule, coefficient)
-            assert pair.lora is not None
-            tensors, stem = output_tensors(pair.lora.entries), WEIGHTS_FILE.removesuffix(".safetensors")
-            # PEFT reads one file; its size is bounded by the rank.
-            shards = plan_shards(tensors, shard_bytes=max(1, sum(t.nbytes for t in tensors)), stem=stem)
+        layers: Curvature | Blocks
+        if curvature is not None:
+            layers = curvature
         else:
-            recipe, unprotected = dense_recipe(pair, targets, rule, allow_other_base=allow_other_base)
-            stem = SINGLE_FILE.removesuffix(".safetensors")
-            shards = plan_shards(output_tensors(pair.after.entries), shard_bytes=shard_bytes, stem=stem)
-        plan: dict[str, Any] = {
-            "export": export,
-            "rule": rule.name,
-            "settings": dict(rule.settings()),
-            "coefficient": coefficient if export == "adapter" else None,
-            "fingerprints": pair.fingerprints(),
-            "side_files": hash_side_files(_side_folder(pair, export)),
-            "calibration": curvature.digest() if curvature is not None else None,
-            "layers": [[t.layer.name, t.layer.block, t.key] for t in targets],
-            "block_count": targets[0].layer.block_count,
-            "seed": seed,
-            "shard_bytes": shard_bytes if export == "dense" else None,
-            "safety": dict(safety) if safety else None,
-            "versions": {name: versions()[name] for name in ("holdfast", "torch")},
-        }
+            layers = Blocks(*blocks) if blocks is not None else decoder_layers(pair.before.folder)
+        edit = _Edit(
+            before=as_checkpoint(before),
+            after=as_checkpoint(after),
+            pair=pair,
+            targets=find_targets(pair, layers, seed=seed),
+            rule=rule,
+            curvature=curvature,
+            export=export,
+            coefficient=coefficient,
+            safety=safety,
+        )
+        output = edit.adapter_output() if export == "adapter" else edit.dense_output(shard_bytes, allow_other_base)
+        plan = edit.plan(seed=seed, shard_bytes=shard_bytes)
         clock.lap("open")
-        with Staging(out, plan, inputs=pair.stamps()) as staging:
-            checked = {
-                "before": before,
-                "after": after,
-                "pair": pair,
-                "targets": targets,
-                "rule": rule,
-                "coefficient": coefficient,
-            }
+        with Staging(Path(out), plan, inputs=pair.stamps()) as staging:
             if staging.already_published:
-                report = EditReport.load(out / REPORT_FILE)
-                if not verify or report.verification is not None:
-                    return report
-                report = _verified(out, report, f"{out} was published without this check; do not use it.", checked)
-                _write_card(out, report, safety)
-                return report
-            result = rewrite(staging, shards, recipe, progress=_layers_only(progress, targets, export))
+                return edit.published(Path(out), verify=verify)
+            result = rewrite(staging, output.shards, output.recipe, progress=edit.layers_only(progress))
             clock.lap("edit")
-            rows = _rows(result, targets, export, curvature)
-            report = EditReport(
-                rule=rule.name,
-                settings=plan["settings"],
-                export=export,
-                coefficient=plan["coefficient"],
-                layers=rows,
-                inputs=_inputs(before, after, pair, curvature),
-                plan_hash=staging.plan_hash,
-                warnings=_warnings([*unprotected, *result.changed], pair, rows, curvature),
-                versions=versions(),
-            )
-            _write_small_files(staging, report, result, plan, shards, pair, targets)
+            report = edit.report(result, staging.plan_hash, output.unprotected)
+            edit.write_small_files(staging, report, result, plan, output.shards)
             clock.lap("write")
             if verify:
                 kept = f"Nothing was published; what was written stays in {staging.folder}."
-                report = _verified(staging.folder, report, kept, checked)
+                report = edit.verified(staging.folder, report, kept)
                 clock.lap("verify")
-            _write_card(staging.folder, report, safety)
+            edit.write_card(staging.folder, report)
             staging.publish()
     return report.with_seconds(clock.seconds)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What is written: every tensor's recipe, the files they go to, and the keys that change without protection."""
+
+    recipe: Recipe
+    shards: tuple[Shard, ...]
+    unprotected: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Edit:
+    """One edit of an open pair, step by step; the arguments of `edit_checkpoint` that more than one step needs."""
+
+    before: Checkpoint
+    after: Checkpoint
+    pair: Pair
+    targets: list[Target]
+    rule: EditRule
+    curvature: Curvature | None
+    export: Export
+    coefficient: CoefficientChoice
+    safety: Mapping[str, Any] | None
+
+    def adapter_output(self) -> _Output:
+        recipe, unprotected = adapter_recipe(self.pair, self.targets, self.rule, self.coefficient)
+        tensors = output_tensors(self.pair.lora.entries if self.pair.lora is not None else {})
+        # PEFT reads one file; its size is bounded by the rank.
+        whole = max(1, sum(tensor.nbytes for tensor in tensors))
+        return _Output(recipe, plan_shards(tensors, shard_bytes=whole, stem=_stem(WEIGHTS_FILE)), unprotected)
+
+    def dense_output(self, shard_bytes: int, allow_other_base: bool) -> _Output:
+        recipe, unprotected = dense_recipe(self.pair, self.targets, self.rule, allow_other_base=allow_other_base)
+        tensors = output_tensors(self.pair.after.entries)
+        return _Output(recipe, plan_shards(tensors, shard_bytes=shard_bytes, stem=_stem(SINGLE_FILE)), unprotected)
+
+    def plan(self, *, seed: int, shard_bytes: int) -> dict[str, Any]:
+        """Everything that decides the bytes of the result."""
+        return {
+            "export": self.export,
+            "rule": self.rule.name,
+            "settings": dict(self.rule.settings()),
+            # A rule of somebody's own may change between a kill and a resume.
+            **({} if is_builtin(type(self.rule)) else {"rule_code": origin_of(type(self.rule))}),
+            "coefficient": self.coefficient if self.export == "adapter" else None,
+            "fingerprints": self.pair.fingerprints(),
+            "side_files": hash_side_files(self._side_folder()),
+            "calibration": self.curvature.digest() if self.curvature is not None else None,
+            "layers": [[t.layer.name, t.layer.block, t.key] for t in self.targets],
+            "block_count": self.targets[0].layer.block_count,
+            "seed": seed,
+            "shard_bytes": shard_bytes if self.export == "dense" else None,
+            "safety": dict(self.safety) if self.safety else None,
+            "versions": {name: versions()[name] for name in ("holdfast", "torch")},
+        }
+
+    def report(self, result: RewriteResult, plan_hash: str, unprotected: list[str]) -> EditReport:
+        rows = self._rows(result)
+        return EditReport(
+            rule=self.rule.name,
+            settings=dict(self.rule.settings()),
+            export=self.export,
+            coefficient=self.coefficient if self.export == "adapter" else None,
+            layers=rows,
+            inputs=self._inputs(),
+            plan_hash=plan_hash,
+            warnings=_warnings([*unprotected, *result.changed], self.pair, rows, self.curvature),
+            versions=versions(),
+        )
+
+    def published(self, out: Path, *, verify: bool) -> EditReport:
+        """The report of a finished OUT; checked now, where it was never checked."""
+        report = EditReport.load(out / REPORT_FILE)
+        if verify and report.verification is None:
+            report = self.verified(out, report, f"{out} was published without this check; do not use it.")
+            self.write_card(out, report)
+        return report
+
+    def verified(self, folder: Path, report: EditReport, consequence: str) -> EditReport:
+        """The report with what the guard found, which is written beside it. consequence: the end of its error."""
+        try:
+            report = verify_export(
+                folder,
+                report,
+                before=self.before,
+                after=self.after,
+                pair=self.pair,
+                targets=self.targets,
+                rule=self.rule,
+                coefficient=self.coefficient,
+            )
+        except ExportError as error:
+            raise ExportError(f"{error} {consequence}") from error
+        write_json(folder / VERIFICATION_FILE, report.verification)
+        return report
+
+    def write_card(self, folder: Path, report: EditReport) -> None:
+        with atomic_path(folder / "README.md") as temporary:
+            temporary.write_text(model_card(report, safety=self.safety), encoding="utf-8")
+
+    def write_small_files(
+        self,
+        staging: Staging,
+        report: EditReport,
+        result: RewriteResult,
+        plan: Mapping[str, Any],
+        shards: tuple[Shard, ...],
+    ) -> None:
+        """All but the weights and the card: side files, scaling vectors, index, report, provenance."""
+        folder = staging.folder
+        copy_side_files(self._side_folder(), folder)
+        if self.export == "adapter":
+            rows = {target.lora.module: result.rows[target.lora.a.name] for target in lora_targets(self.targets)}
+            scales = {module: read_scale_field(row[SCALE_FIELD]) for module, row in rows.items() if SCALE_FIELD in row}
+            if scales:
+                with atomic_path(folder / INPUT_SCALE_FILE) as temporary:
+                    save_file({name: scales[name] for name in sorted(scales)}, temporary)
+        elif len(shards) > 1:
+            write_json(folder / INDEX_FILE, shard_index(shards))
+        report.save(folder / REPORT_FILE)
+        provenance = {"plan_hash": staging.plan_hash, "plan": dict(plan), "inputs": dict(report.inputs)}
+        write_json(folder / PROVENANCE_FILE, provenance)
+
+    def layers_only(self, progress: Callable[..., None] | None) -> Callable[..., None] | None:
+        """`progress` told of edited layers by their names, and of no other tensor."""
+        if progress is None:
+            return None
+        names = {self._written_key(target): target.layer.name for target in self.targets}
+        done = 0
+
+        def report(event: str, *, name: str, **values: Any) -> None:
+            nonlocal done
+            if name in names:
+                done += 1
+                progress("edit_layer", name=names[name], done=done, total=len(names))
+
+        return report
+
+    def _written_key(self, target: Target) -> str:
+        """The output tensor that a target's edit is in."""
+        return target.lora.a.name if self.export == "adapter" and isinstance(target, LoraTarget) else target.key
+
+    def _rows(self, result: RewriteResult) -> list[dict[str, Any]]:
+        rows = []
+        for target in self.targets:
+            row = {key: value for key, value in result.rows[self._written_key(target)].items() if key != SCALE_FIELD}
+            record = self.curvature.record_of(target.layer.name) if self.curvature is not None else {}
+            rows.append({**row, **record})
+        return rows
+
+    def _inputs(self) -> dict[str, Any]:
+        found = self.pair.fingerprints()
+        inputs: dict[str, Any] = {
+            "before": {"source": str(self.before), "fingerprint": found["before"]},
+            "after": {"source": str(self.after), "fingerprint": found["after"]},
+        }
+        if self.curvature is not None:
+            inputs["calibration"] = _calibration_input(self.curvature)
+        return inputs
+
+    def _side_folder(self) -> Path:
+        """Whose configuration and tokenizer the result gets: the adapter's, or AFTER's (tuning may add tokens)."""
+        lora = self.pair.lora
+        return lora.folder if self.export == "adapter" and lora is not None else self.pair.after.folder
 
 
 def require_room(out: str | Path, before: Source, after: Source, export: Export) -> None:
@@ -207,35 +342,21 @@ def _check_options(rule: EditRule, curvature: Curvature | None, export: str, coe
         )
 
 
-def _rows(
-    result: RewriteResult, targets: list[Target], export: str, curvature: Curvature | None
-) -> list[dict[str, Any]]:
-    rows = []
-    for target in targets:
-        written = target.lora.a.name if export == "adapter" and target.lora is not None else target.key
-        row = {key: value for key, value in result.rows[written].items() if key != SCALE_FIELD}
-        rows.append({**row, **(curvature.record_of(target.layer.name) if curvature is not None else {})})
-    return rows
-
-
-def _inputs(before: Source, after: Source, pair: Pair, curvature: Curvature | None) -> dict[str, Any]:
-    found = pair.fingerprints()
-    inputs: dict[str, Any] = {
-        "before": {"source": describe(before), "fingerprint": found["before"]},
-        "after": {"source": describe(after), "fingerprint": found["after"]},
+def _calibration_input(curvature: Curvature) -> dict[str, Any]:
+    counted = {
+        side: {key: record[key] for key in ("sequences", "tokens") if key in record}
+        for side, record in curvature.meta.get("sets", {}).items()
     }
-    if curvature is not None:
-        counted = {
-            side: {key: record[key] for key in ("sequences", "tokens") if key in record}
-            for side, record in curvature.meta.get("sets", {}).items()
-        }
-        inputs["calibration"] = {
-            "source": "curvature",
-            "fingerprint": [curvature.digest()],
-            "sets": counted,
-            "config": dict(curvature.meta.get("config", {})),
-        }
-    return inputs
+    return {
+        "source": "curvature",
+        "fingerprint": [curvature.digest()],
+        "sets": counted,
+        "config": dict(curvature.meta.get("config", {})),
+    }
+
+
+def _stem(file: str) -> str:
+    return file.removesuffix(".safetensors")
 
 
 def _warnings(unprotected: list[str], pair: Pair, rows: list[dict[str, Any]], curvature: Curvature | None) -> list[str]:
@@ -244,21 +365,6 @@ def _warnings(unprotected: list[str], pair: Pair, rows: list[dict[str, Any]], cu
         sentences += describe_calibration(curvature, pair)
     sentences = describe_no_change(rows) + sentences + _other_base(pair)
     return sentences + [f"{key}: in AFTER only, copied" for key in pair.only_after]
-
-
-def _verified(folder: Path, report: EditReport, consequence: str, checked: Mapping[str, Any]) -> EditReport:
-    """The report with what the guard found, which is written beside it. consequence: the end of the guard's error."""
-    try:
-        report = verify_export(folder, report, **checked)
-    except ExportError as error:
-        raise ExportError(f"{error} {consequence}") from error
-    write_json(folder / VERIFICATION_FILE, report.verification)
-    return report
-
-
-def _write_card(folder: Path, report: EditReport, safety: Mapping[str, Any] | None) -> None:
-    with atomic_path(folder / "README.md") as temporary:
-        temporary.write_text(model_card(report, safety=safety), encoding="utf-8")
 
 
 def _other_base(pair: Pair) -> list[str]:
@@ -272,60 +378,6 @@ def _other_base(pair: Pair) -> list[str]:
     if PurePath(named).name in last or f"models--{named.replace('/', '--')}" in pair.before.folder.parts:
         return []
     return [f"the adapter was trained on {named} by its own record; BEFORE is {pair.before.folder}"]
-
-
-def _write_small_files(
-    staging: Staging,
-    report: EditReport,
-    result: RewriteResult,
-    plan: Mapping[str, Any],
-    shards: tuple[Shard, ...],
-    pair: Pair,
-    targets: list[Target],
-) -> None:
-    folder = staging.folder
-    copy_side_files(_side_folder(pair, report.export), folder)
-    if report.export == "adapter":
-        scales = {
-            target.lora.module: read_scale_field(result.rows[target.lora.a.name][SCALE_FIELD])
-            for target in targets
-            if target.lora is not None and SCALE_FIELD in result.rows[target.lora.a.name]
-        }
-        if scales:
-            with atomic_path(folder / INPUT_SCALE_FILE) as temporary:
-                save_file({name: scales[name] for name in sorted(scales)}, temporary)
-    else:
-        if len(shards) > 1:
-            write_json(folder / INDEX_FILE, shard_index(shards))
-    report.save(folder / REPORT_FILE)
-    write_json(
-        folder / PROVENANCE_FILE, {"plan_hash": staging.plan_hash, "plan": dict(plan), "inputs": dict(report.inputs)}
-    )
-
-
-def _side_folder(pair: Pair, export: str) -> Path:
-    """Whose configuration and tokenizer the result gets: the adapter's, or AFTER's (tuning may have added tokens)."""
-    return pair.lora.folder if export == "adapter" and pair.lora is not None else pair.after.folder
-
-
-def _layers_only(
-    progress: Callable[..., None] | None, targets: list[Target], export: str
-) -> Callable[..., None] | None:
-    if progress is None:
-        return None
-    names = {
-        target.lora.a.name if export == "adapter" and target.lora is not None else target.key: target.layer.name
-        for target in targets
-    }
-    done = 0
-
-    def report(event: str, *, name: str, **values: Any) -> None:
-        nonlocal done
-        if name in names:
-            done += 1
-            progress("edit_layer", name=names[name], done=done, total=len(names))
-
-    return report
 
 
 class _Clock:

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from holdfast.checkpoints.curvature import Curvature
+from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.merged import MergedCheckpoint
-from holdfast.editing.pair import Source, open_pair
-from holdfast.editing.rule import Layer
-from holdfast.editing.targets import check_calibration, find_targets
+from holdfast.checkpoints.value import Source
+from holdfast.editing.pair import open_pair
+from holdfast.editing.plan import LoraTarget, check_calibration, find_targets
 from holdfast.errors import NumericalError
-from holdfast.functional.columns import ColumnChange, measure_change, measure_lora
-
-
-@dataclass(frozen=True)
-class MeasuredLayer:
-    """A layer with its diagonals, and the column statistics of its change."""
-
-    layer: Layer
-    change: ColumnChange
+from holdfast.functional.columns import measure_change, measure_lora
+from holdfast.rules.base import MeasuredLayer
 
 
 def measure_pair(
@@ -40,11 +32,11 @@ def measure_pair(
     with open_pair(before, after) as pair:
         if not allow_other_calibration:
             check_calibration(curvature, pair)
-        targets = find_targets(pair, curvature=curvature, blocks=None, block_count=None, seed=0)
+        targets = find_targets(pair, curvature, seed=0)
         for done, target in enumerate(targets, 1):
             try:
-                if pair.lora is not None and target.lora is not None:
-                    change = measure_lora(*pair.lora.read_factors(target.lora.module), target.lora.scaling)
+                if isinstance(target, LoraTarget):
+                    change = measure_lora(*target.adapter.read_factors(target.lora.module), target.lora.scaling)
                 else:
                     old, new = _read(pair.before, target.before_key), _read(pair.after, target.key)
                     change = measure_change(old, new)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from holdfast.checkpoints.adapter import LoraAdapter, is_adapter
 from holdfast.checkpoints.fingerprint import file_stamps, fingerprint
-from holdfast.checkpoints.merged import CheckpointLike, MergedCheckpoint, locate, open_checkpoint
+from holdfast.checkpoints.merged import MergedCheckpoint, locate, open_checkpoint
 from holdfast.checkpoints.naming import normalised
 from holdfast.checkpoints.reader import CheckpointReader
+from holdfast.checkpoints.value import Source, as_checkpoint
 from holdfast.editing.descent import require_alike
 from holdfast.errors import CheckpointError
-
-Source = str | Path | CheckpointLike
 
 # What one save writes and another leaves out without a change of the model: a tied head, buffers that are recomputed.
 _OPTIONAL = (("lm_head", "weight"), ("position_ids",), ("inv_freq",))
@@ -58,31 +56,27 @@ class Pair:
         self.close()
 
 
-def describe(source: Source) -> str:
-    """What a record calls a checkpoint."""
-    if isinstance(source, CheckpointLike):
-        return " + ".join((source.base, *source.adapters))
-    return str(source)
-
-
 def open_pair(before: Source, after: Source) -> Pair:
     """Open BEFORE and AFTER; AFTER may be a folder, a hub id, a checkpoint value, or an adapter folder on BEFORE.
 
     Raises: CheckpointError: different models, shapes or types, BEFORE is an adapter, damaged files. AdapterError: an
         adapter that does not fit.
     """
-    if not isinstance(before, CheckpointLike) and is_adapter(before):
+    below, above = as_checkpoint(before), as_checkpoint(after)
+    if not below.adapters and is_adapter(below.base):
         raise CheckpointError(
             f"BEFORE ({before}) is an adapter; expected the full model that the update started from. Only AFTER may be "
             "an adapter."
         )
-    opened = open_checkpoint(before)
+    opened = open_checkpoint(below)
     try:
-        adapter = _own_adapter(before, after)
-        if adapter is None:
-            pair = Pair(opened, open_checkpoint(after), None)
+        if not above.adapters and is_adapter(above.base):
+            above = below.under(above.base)
+        own = above.own_adapters(below) or ()
+        if len(own) != 1:
+            pair = Pair(opened, open_checkpoint(above), None)
         else:
-            lora = LoraAdapter(locate(adapter))
+            lora = LoraAdapter(locate(own[0]))
             # A second reader of the same files: each side closes its own.
             merged = MergedCheckpoint(CheckpointReader(opened.folder), [*opened.adapters, lora])
             pair = Pair(opened, merged, lora)
@@ -95,15 +89,6 @@ def open_pair(before: Source, after: Source) -> Pair:
         pair.close()
         raise
     return pair
-
-
-def _own_adapter(before: Source, after: Source) -> str | Path | None:
-    """The adapter when AFTER is BEFORE plus one adapter."""
-    if not isinstance(after, CheckpointLike):
-        return after if is_adapter(after) else None
-    base, adapters = (before.base, before.adapters) if isinstance(before, CheckpointLike) else (str(before), ())
-    own = after.adapters[len(adapters) :]
-    return own[0] if after.base == base and after.adapters[: len(adapters)] == adapters and len(own) == 1 else None
 
 
 def _match(pair: Pair) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor
 from holdfast.checkpoints.merged import add_updates
 from holdfast.checkpoints.rewrite import Compute, Copy, Input
 from holdfast.checkpoints.writer import OutputTensor
+from holdfast.editing.account import linear_name
 from holdfast.editing.descent import require_descent
 from holdfast.editing.pair import Pair
-from holdfast.editing.report import linear_name
-from holdfast.editing.rule import EditRule, Layer, LoraEditRule
-from holdfast.editing.targets import Target
+from holdfast.editing.plan import DenseTarget, LoraTarget, Target, lora_targets
 from holdfast.errors import AdapterError, NumericalError
+from holdfast.rules.base import EditRule, Layer, LoraEditRule
 
 Recipe = dict[str, Copy | Compute]
 CoefficientChoice = Literal["drop", "measure", "keep"]
@@ -45,7 +45,11 @@ def dense_recipe(
         old_key = pair.keys.get(key)
         target = by_key.get(key)
         if target is not None:
-            recipe[key] = _edit_dense(pair, target, rule, source, allow_other_base)
+            recipe[key] = (
+                _edit_sum(pair, target, rule)
+                if isinstance(target, LoraTarget)
+                else _edit_dense(pair, target, rule, source, allow_other_base)
+            )
         elif not pair.after.is_plain(key):
             recipe[key] = Compute((source,), _merge(pair, key))
             unprotected.append(key)
@@ -59,28 +63,26 @@ def dense_recipe(
     return recipe, unprotected
 
 
-def _edit_dense(pair: Pair, target: Target, rule: EditRule, source: Input, allow_other_base: bool) -> Compute:
-    before_entry = pair.before.entries[target.before_key]
-    before = Input(pair.before.base, before_entry)
-    if target.lora is None:
+def _edit_dense(pair: Pair, target: DenseTarget, rule: EditRule, source: Input, allow_other_base: bool) -> Compute:
+    """The edited weight of a layer that both checkpoints store."""
 
-        def edit(w_prev: Tensor, w_new: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            old = w_prev if pair.before.is_plain(target.before_key) else pair.before.merge(target.before_key, w_prev)
-            new = w_new if pair.after.is_plain(target.key) else pair.after.merge(target.key, w_new)
-            edited = _named(target.layer, lambda: rule.edit(target.layer, old, new))
-            if not allow_other_base:
-                folders = {"before": pair.before.folder, "after": pair.after.folder}
-                require_descent(target.key, edited.row, **folders, option="--allow-other-base")
-            return _store(edited.weight, w_new), _row(target.layer, old.shape, edited.row)
+    def edit(w_prev: Tensor, w_new: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        old = w_prev if pair.before.is_plain(target.before_key) else pair.before.merge(target.before_key, w_prev)
+        new = w_new if pair.after.is_plain(target.key) else pair.after.merge(target.key, w_new)
+        edited = _named(target.layer, lambda: rule.edit(target.layer, old, new))
+        if not allow_other_base:
+            folders = {"before": pair.before.folder, "after": pair.after.folder}
+            require_descent(target.key, edited.row, **folders, option="--allow-other-base")
+        return _store(edited.weight, w_new), _row(target.layer, old.shape, edited.row)
 
-        return Compute((before, source), edit)
+    return Compute((_before(pair, target), source), edit)
 
-    lora = pair.lora
-    assert lora is not None
-    entry = target.lora
-    factors = (Input(lora, entry.a), Input(lora, entry.b))
 
-    def edit_update(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, dict[str, Any]]:
+def _edit_sum(pair: Pair, target: LoraTarget, rule: EditRule) -> Compute:
+    """The edited weight of a layer that AFTER stores as BEFORE plus a LoRA update."""
+    lora, entry = target.adapter, target.lora
+
+    def edit(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, dict[str, Any]]:
         # BEFORE may carry adapters of its own; then the old weight is their sum, in fp32.
         plain = pair.before.is_plain(target.before_key)
         old = weight if plain else pair.before.merge(target.before_key, weight)
@@ -98,7 +100,11 @@ def _edit_dense(pair: Pair, target: Target, rule: EditRule, source: Input, allow
         dense = _named(target.layer, lambda: rule.edit(target.layer, old, new))
         return _store(dense.weight, weight), _row(target.layer, old.shape, dense.row)
 
-    return Compute((before, *factors), edit_update)
+    return Compute((_before(pair, target), Input(lora, entry.a), Input(lora, entry.b)), edit)
+
+
+def _before(pair: Pair, target: Target) -> Input:
+    return Input(pair.before.base, pair.before.entries[target.before_key])
 
 
 def adapter_recipe(
@@ -119,22 +125,21 @@ def adapter_recipe(
     if not isinstance(rule, LoraEditRule):
         raise AdapterError(f"The rule {rule.name!r} has no closed form for LoRA updates; use --export dense.")
     recipe: Recipe = {name: Copy(Input(lora, entry)) for name, entry in lora.entries.items()}
-    for target in targets:
-        assert target.lora is not None
+    own = lora_targets(targets)
+    for target in own:
         inputs: tuple[Input, ...] = (Input(lora, target.lora.a), Input(lora, target.lora.b))
         if rule.reads_base and coefficient != "drop":
-            inputs += (Input(pair.before.base, pair.before.entries[target.before_key]),)
+            inputs += (_before(pair, target),)
         recipe[target.lora.a.name] = Compute(inputs, _edit_adapter(pair, target, rule, coefficient))
-    edited = {target.lora.module for target in targets if target.lora is not None}
+    edited = {target.lora.module for target in own}
     unprotected = [f"{module}.weight" for module in lora.modules if module not in edited]
     return recipe, [*unprotected, *lora.saved]
 
 
 def _edit_adapter(
-    pair: Pair, target: Target, rule: LoraEditRule, coefficient: CoefficientChoice
+    pair: Pair, target: LoraTarget, rule: LoraEditRule, coefficient: CoefficientChoice
 ) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
     entry = target.lora
-    assert entry is not None
 
     def edit(lora_a: Tensor, lora_b: Tensor, weight: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
         old = weight

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast import judges, scorers
-from holdfast.checkpoints.storage import atomic_path
+from holdfast.checkpoints.value import Checkpoint
 from holdfast.data.names import slug
 from holdfast.data.types import SafetySet, Sample, Stream, Task
 from holdfast.errors import RunError
 from holdfast.evaluation.answers import ALONE, Share, collect
-from holdfast.evaluation.config import EvaluationConfig
+from holdfast.evaluation.evaluation_config import EvaluationConfig
+from holdfast.files import atomic_path
 from holdfast.judges.base import Side, Verdict
 from holdfast.metrics.agreement import agreement
 from holdfast.metrics.safety import set_figures
 from holdfast.models.generate import generate
-from holdfast.models.load import CheckpointLike, LoadedModel, load
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 from holdfast.models.tuner import is_tuner_folder
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class CheckpointEvaluator:
 
     def __call__(
         self,
-        checkpoint: CheckpointLike,
+        checkpoint: Checkpoint,
         *,
         stream: Stream,
         step: int | None,
@@ -161,7 +163,7 @@ class CheckpointEvaluator:
 class _Lazy:
     """The model, loaded when the first answer is missing: a resumed evaluation may need none."""
 
-    def __init__(self, checkpoint: CheckpointLike, config: EvaluationConfig, device: Any = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: EvaluationConfig, device: Any = None) -> None:
         self._checkpoint, self._config, self._device = checkpoint, config, device
         self._loaded: LoadedModel | None = None
         self._vllm: VllmBackend | None = None

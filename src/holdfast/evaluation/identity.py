@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoints.fingerprint import fingerprint
-from holdfast.checkpoints.merged import CheckpointLike, locate
+from holdfast.checkpoints.merged import locate
 from holdfast.checkpoints.reader import INDEX_FILE, CheckpointReader
+from holdfast.checkpoints.value import Checkpoint
 from holdfast.data.images import open_image
 from holdfast.data.types import Sample, Stream
 from holdfast.models.tuner import is_tuner_folder
@@ -19,7 +20,7 @@ from holdfast.models.tuner import is_tuner_folder
 _SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
-def checkpoint_digests(checkpoint: CheckpointLike) -> dict[str, Any]:
+def checkpoint_digests(checkpoint: Checkpoint) -> dict[str, Any]:
     """{"weights": fingerprint of the base, "settings": of the small files beside it, "adapters": [of each folder]}.
 
     Adapters are small enough to be read whole, their configuration too: it scales the factors.

@@ -12,22 +12,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoints.storage import write_json
+from holdfast.checkpoints.value import Checkpoint
 from holdfast.data.names import slug
 from holdfast.data.types import Stream
 from holdfast.evaluation.answers import ALONE, Share
-from holdfast.evaluation.config import EvaluationConfig
+from holdfast.evaluation.evaluation_config import EvaluationConfig
 from holdfast.evaluation.evaluator import CheckpointEvaluator
 from holdfast.evaluation.identity import checkpoint_digests, data_digests
+from holdfast.files import write_json
 from holdfast.metrics.intervals import Interval, bootstrap_mean, wilson
-from holdfast.models.load import CheckpointLike
 from holdfast.stream.record import RunDirectory, claim, versions
 
 FORMAT = "holdfast.evaluation/1"
 
 
 def evaluate(
-    checkpoint: CheckpointLike,
+    checkpoint: Checkpoint,
     stream: Stream,
     config: EvaluationConfig,
     *,

@@ -12,11 +12,11 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+from holdfast.checkpoints.value import Checkpoint
 from holdfast.data.images import open_image
 from holdfast.data.types import Sample
 from holdfast.errors import ConfigError, ModelError
 from holdfast.models.encode import conversation
-from holdfast.models.load import CheckpointLike
 
 
 class VllmBackend:
@@ -29,7 +29,7 @@ class VllmBackend:
     """
 
     def __init__(
-        self, checkpoint: CheckpointLike, *, dtype: str | None = None, seed: int | None = None, temperature: float = 1.0
+        self, checkpoint: Checkpoint, *, dtype: str | None = None, seed: int | None = None, temperature: float = 1.0
     ) -> None:
         if checkpoint.adapters:
             raise ConfigError(

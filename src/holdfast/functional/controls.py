@@ -8,7 +8,6 @@ and not at an equal number of columns, which moves weights by very different amo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float, Int
@@ -119,49 +118,3 @@ def scale_change(
 def _check_distance(distance: float) -> None:
     if not 0 <= distance < math.inf:
         raise ValueError(f"distance is {distance}; expected a norm, 0 or more.")
-
-
-def global_distance(distances: Iterable[float]) -> float:
-    """||W_hat - W_prev||_F over all layers together, from those of the layers."""
-    return math.sqrt(math.fsum(d * d for d in distances))
-
-
-def matching_factor(changes: Iterable[ColumnChange], distance: float) -> float:
-    """The one interpolation factor for all layers with which the whole model moves by `distance`; at most 1."""
-    _check_distance(distance)
-    total = global_distance(change.norm for change in changes)
-    return min(1.0, distance / total) if total > 0 else 1.0
-
-
-def matching_setting(
-    distance_at: Callable[[float], float],
-    distance: float,
-    *,
-    bounds: tuple[float, float] = (0.0, 100.0),
-    steps: int = 60,
-) -> float:
-    """The setting (say p, or a multiplier of a schedule of p) at which an edit moves the model by `distance`.
-
-    Args:
-        distance_at: a setting -> ||W_hat - W_prev|| over all layers; falls (or rises) with the setting, possibly in
-            steps: of the two sides of a step, the one closer to `distance` is returned.
-        distance: the strength to match. bounds: between which the setting lies.
-
-    Raises: ValueError: the distance is not reached between the bounds; it says what is.
-    """
-    _check_distance(distance)
-    low, high = bounds
-    at_low, at_high = distance_at(low), distance_at(high)
-    if not min(at_low, at_high) <= distance <= max(at_low, at_high):
-        raise ValueError(
-            f"a distance of {distance:g} is not reached: the edit moves the model by {at_low:g} at {low:g} and by "
-            f"{at_high:g} at {high:g}."
-        )
-    for _ in range(steps):
-        middle = (low + high) / 2
-        at_middle = distance_at(middle)
-        if (at_middle <= distance) == (at_low <= distance):
-            low, at_low = middle, at_middle
-        else:
-            high, at_high = middle, at_middle
-    return low if abs(at_low - distance) <= abs(at_high - distance) else high

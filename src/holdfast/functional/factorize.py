@@ -103,6 +103,29 @@ def _copy_triangle_(matrix: Tensor, *, lower_to_upper: bool) -> None:
             square.copy_(square.triu() + square.triu(1).T)
 
 
+def factor_(matrix: Float[Tensor, "c c"], *, engine: Engine = "auto") -> None:
+    """Overwrite the lower triangle of a positive definite matrix M = L L^T by L; above it is unspecified afterwards.
+
+    Args:
+        matrix: contiguous, float32 or float64; only its lower triangle is read. c^3 / 3 flops.
+        engine: "lapack" (CPU, needs scipy: no copy), "blocked" (torch only: a second matrix) or "auto".
+
+    Raises: NotPositiveDefiniteError.
+    """
+    check_square(matrix)
+    lapack = _lapack(matrix, invert=False) if engine != "blocked" else None
+    if engine == "lapack" and lapack is None:
+        raise ValueError("engine='lapack' needs a CPU tensor and scipy; use engine='blocked' or 'auto'.")
+    if lapack is not None:
+        lapack()
+        return
+    with ieee_matmul():
+        factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0:
+        raise NotPositiveDefiniteError(f"leading minor {int(info)} is not positive")
+    matrix.copy_(factor)
+
+
 def invert_factor_(matrix: Float[Tensor, "c c"], *, engine: Engine = "auto") -> None:
     """Overwrite the lower triangle of a positive definite matrix M = L L^T by L^-1; the strict upper one is kept.
 
@@ -149,8 +172,8 @@ def _add_rows_(total: Tensor, rows: Tensor) -> Tensor:
     return total
 
 
-def _lapack(matrix: Tensor) -> Callable[[], None] | None:
-    """potrf and trtri on the tensor's own memory, or None where they do not apply."""
+def _lapack(matrix: Tensor, *, invert: bool = True) -> Callable[[], None] | None:
+    """potrf, and trtri after it, on the tensor's own memory, or None where they do not apply."""
     if matrix.device.type != "cpu":
         return None
     try:
@@ -164,10 +187,10 @@ def _lapack(matrix: Tensor) -> Callable[[], None] | None:
 
     def run() -> None:
         factor, info = potrf(view, lower=0, overwrite_a=1, clean=0)
-        if info == 0:
-            inverse, info = trtri(factor, lower=0, overwrite_c=1)
-            if inverse.ctypes.data != matrix.data_ptr():
-                raise RuntimeError("scipy's LAPACK wrapper copied a matrix that was to be overwritten in place.")
+        if info == 0 and invert:
+            factor, info = trtri(factor, lower=0, overwrite_c=1)
+        if info == 0 and factor.ctypes.data != matrix.data_ptr():
+            raise RuntimeError("scipy's LAPACK wrapper copied a matrix that was to be overwritten in place.")
         if info > 0:
             raise NotPositiveDefiniteError(f"leading minor {info} is not positive")
         if info < 0:

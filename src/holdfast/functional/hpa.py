@@ -17,13 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from holdfast.errors import ConfigError, NumericalError
+from holdfast.config import accepts_old_names
+from holdfast.errors import NumericalError
 from holdfast.functional.columns import (
     ColumnChange,
     apply_columns,
@@ -34,79 +35,56 @@ from holdfast.functional.columns import (
     wide_dtype,
 )
 from holdfast.functional.factorize import ieee_matmul
+from holdfast.functional.hpa_config import (
+    ALPHA_BOUNDS,
+    CurvatureForm,
+    HpaConfig,
+    Orthogonal,
+    Projection,
+    Ranking,
+    keep_schedule,
+    projection_of,
+)
 
-Criterion = Literal["eps+phi", "eps", "phi"]
-CurvatureForm = Literal["divide", "multiply"]
-Orthogonal = bool | Literal["column"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class HpaConfig:
-    """Options of an HPA edit; the defaults are the paper's.
-
-    keep_bounds: (p_min, p_max), percent of the input columns kept in the last and (nearly) in the first block.
-    focus_ratio: k = focus_ratio * p, at least 1; k is cut off at 100 %.
-    alpha_bounds: (a0, a1).
-    saliency: "eps+phi" (the method), or the ablations "eps" (top p% by eps) and "phi" (top p% by phi).
-    curvature: "divide" n_j by [H^-1]_jj (optimal brain surgeon), or "multiply".
-    orthogonal: True: one Frobenius projection per layer; "column": one per column; False: none.
-    """
-
-    keep_bounds: tuple[float, float] = (5.0, 15.0)
-    focus_ratio: float = 2.0
-    alpha_bounds: tuple[float, float] = (0.4, 0.8)
-    saliency: Criterion = "eps+phi"
-    curvature: CurvatureForm = "divide"
-    orthogonal: Orthogonal = True
-
-    def __post_init__(self) -> None:
-        if not all(0 <= p <= 100 for p in self.keep_bounds):
-            raise ConfigError(f"keep_bounds={self.keep_bounds}; expected two percentages in 0..100.")
-        if not 1 <= self.focus_ratio < math.inf:
-            raise ConfigError(f"focus_ratio={self.focus_ratio}; expected at least 1: the kept columns are among S.")
-        if not all(math.isfinite(a) for a in self.alpha_bounds):
-            raise ConfigError(f"alpha_bounds={self.alpha_bounds}; expected two finite numbers.")
-        for name, value, kind in (
-            ("saliency", self.saliency, Criterion),
-            ("curvature", self.curvature, CurvatureForm),
-        ):
-            if value not in get_args(kind):
-                raise ConfigError(f"{name}={value!r}; expected one of {', '.join(get_args(kind))}.")
-        if self.orthogonal not in (True, False, "column"):
-            raise ConfigError(f"orthogonal={self.orthogonal!r}; expected true, false or 'column'.")
-
-    def keep_percent(self, block: int, block_count: int) -> float:
-        """p of a block; see `keep_schedule`."""
-        return keep_schedule(block, block_count, keep_bounds=self.keep_bounds)
-
-    def focus_percent(self, keep_percent: float) -> float:
-        """k that goes with p."""
-        return min(100.0, self.focus_ratio * keep_percent)
+# The name of `Ranking` until version 0.2.
+Criterion = Ranking
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Selection:
     """The columns that an edit takes back, and why.
 
-    kept: (c,) bool, on the CPU. keep_count, focus_count: columns kept, columns in S (and in T). overlap: |O| / |S|,
-    0..1. p_s: |S \\ T| in percent of the columns. g: mean log(eps / zeta). alpha: weight of the task focus.
+    kept: (c,) bool, on the CPU. keep_count, focus_count: columns kept, columns in S (and in T). only_safety: columns in
+    S \\ T. overlap: |O| / |S|, 0..1. g: mean log(eps / zeta). alpha: weight of the task focus.
     """
 
     kept: Bool[Tensor, " c"]
     keep_count: int
     focus_count: int
+    only_safety: int
     overlap: float
-    p_s: float
     g: float
     alpha: float
+
+    @property
+    def safety_share(self) -> float:
+        """|S \\ T| / c, 0..1."""
+        return self.only_safety / int(self.kept.shape[0])
+
+    @property
+    def p_s(self) -> float:
+        """The paper's P_s: |S \\ T| in percent of the columns."""
+        return 100.0 * self.only_safety / int(self.kept.shape[0])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Outcome:
-    """What a setting does to a layer, without doing it.
+    """What a setting does to a layer, without doing it; norms Frobenius.
 
     selection: the columns. coefficient: of the projection (0 without one; (c,) under "column"). reverted: share of
-    ||D||^2 in the kept columns. distance: ||W_hat - W_prev||_F. change: ||D||_F.
+    ||D||^2 in the kept columns. distance: ||W_hat - W_prev||. change: ||D||. projected: ||W_prev diag(coefficient)||
+    over the columns that are not kept: what W_hat loses when the projection is left out. relative_change: ||D|| /
+    ||W_prev||; cosine: of W_new and W_prev; both None where W_prev was not read.
     """
 
     selection: Selection
@@ -114,22 +92,36 @@ class Outcome:
     reverted: float
     distance: float
     change: float
+    projected: float
+    relative_change: float | None
+    cosine: float | None
+
+    @property
+    def coefficient_error(self) -> float:
+        """`projected` relative to `distance`: how far off W_hat is without the coefficient."""
+        return self.projected / self.distance if self.distance > 0 else 0.0
 
     def figures(self) -> dict[str, Any]:
-        """Plain numbers for a record; a coefficient per column is given as its root mean square."""
+        """Plain numbers for a record: shares 0..1, norms Frobenius, None for what is not known or not finite.
+
+        columns c, kept, focus |S|, kept_share, overlap |O|/|S|, safety_share |S \\ T|/c, g, alpha, coefficient (one per
+        column is given as its root mean square), share_reverted (of ||D||^2), change, distance.
+        """
         s, c = self.selection, self.coefficient
+        columns = int(s.kept.shape[0])
         return {
-            "columns": int(s.kept.shape[0]),
+            "columns": columns,
             "kept": s.keep_count,
             "focus": s.focus_count,
+            "kept_share": s.keep_count / columns,
             "overlap": s.overlap,
-            "p_s": s.p_s,
-            "g": s.g,
+            "safety_share": s.safety_share,
+            "g": s.g if math.isfinite(s.g) else None,
             "alpha": s.alpha,
             "coefficient": float(c.square().mean().sqrt()) if isinstance(c, Tensor) else c,
-            "reverted": self.reverted,
-            "distance": self.distance,
+            "share_reverted": self.reverted,
             "change": self.change,
+            "distance": self.distance,
         }
 
 
@@ -163,7 +155,7 @@ class _Edited:
 
     @property
     def coefficient(self) -> float | Float[Tensor, " c"]:
-        """Of the projection: a number, or (c,) under orthogonal="column"; 0 without a projection."""
+        """Of the projection: a number, or (c,) under "column"; 0 without a projection."""
         return self.outcome.coefficient
 
     @property
@@ -190,7 +182,7 @@ class WeightEdit(_Edited):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LoraEdit(_Edited):
+class LoraWeightEdit(_Edited):
     """An edited LoRA layer: W_hat = W_prev * diag(input_scale) + scaling * lora_b @ lora_a.
 
     lora_a: (rank, c), the kept columns zeroed. lora_b: (r, rank), the one given. input_scale: (c,), float32: 1 on the
@@ -223,19 +215,6 @@ class LoraEdit(_Edited):
                 # where, not the product: -0.0 + 0.0 is 0.0, and the kept columns are equal bit for bit.
                 out[start : start + step].copy_(torch.where(kept, rows.to(wide), new))
         return out
-
-
-def keep_schedule(block: int, block_count: int, *, keep_bounds: tuple[float, float] = (5.0, 15.0)) -> float:
-    """p_l = p_max - (l / L)(p_max - p_min) percent for the block with 0-based index `block`, l = block + 1.
-
-    p falls linearly with depth and ends at p_min exactly. keep_bounds is (p_min, p_max).
-    """
-    if not 0 <= block < block_count:
-        raise ValueError(f"block {block} of {block_count}; expected 0..{block_count - 1}.")
-    p_min, p_max = keep_bounds
-    if block + 1 == block_count:
-        return float(p_min)
-    return p_max - (block + 1) / block_count * (p_max - p_min)
 
 
 def column_count(percent: float, columns: int) -> int:
@@ -296,7 +275,7 @@ class ColumnRanking:
         self._zeta_rank = torch.empty_like(self._by_zeta)
         self._zeta_rank[self._by_zeta] = torch.arange(self.columns)
 
-    def alpha(self, bounds: tuple[float, float] = (0.4, 0.8)) -> float:
+    def alpha(self, bounds: tuple[float, float] = ALPHA_BOUNDS) -> float:
         """a0 + (a1 - a0)(1 + tanh g) / 2."""
         return bounds[0] + (bounds[1] - bounds[0]) * (1 + math.tanh(self.g)) / 2
 
@@ -304,20 +283,21 @@ class ColumnRanking:
         """eps - alpha * zeta."""
         return self.eps - alpha * self.zeta
 
+    @accepts_old_names(criterion="ranking")
     def select(
         self,
         *,
         keep_percent: float,
         focus_percent: float | None = None,
-        alpha_bounds: tuple[float, float] = (0.4, 0.8),
-        criterion: Criterion = "eps+phi",
+        alpha_bounds: tuple[float, float] = ALPHA_BOUNDS,
+        ranking: Ranking = "eps+phi",
     ) -> Selection:
         """The columns to keep. Counts are rounded half up; ties go to the lower index.
 
         Args:
             keep_percent: p, 0..100. focus_percent: k, p..100; None: 2 p, at most 100.
 
-        Raises: ValueError: p outside 0..100, or k outside p..100, or an unknown criterion.
+        Raises: ValueError: p outside 0..100, or k outside p..100, or an unknown ranking.
         """
         focus_percent = min(100.0, 2 * keep_percent) if focus_percent is None else focus_percent
         if not 0 <= keep_percent <= focus_percent <= 100:
@@ -329,70 +309,88 @@ class ColumnRanking:
         safety_first = self._by_eps[:focus]
         shared = self._zeta_rank[safety_first] < focus
         only_safety = safety_first[~shared]
-        if criterion == "eps+phi":
+        if ranking == "eps+phi":
             chosen = only_safety[:keep]
             if len(chosen) < keep:
                 both = safety_first[shared].sort().values
                 ranked = both[_descending(self.eps[both] - alpha * self.zeta[both])]
                 chosen = torch.cat([chosen, ranked[: keep - len(chosen)]])
-        elif criterion == "eps":
+        elif ranking == "eps":
             chosen = self._by_eps[:keep]
-        elif criterion == "phi":
+        elif ranking == "phi":
             chosen = _descending(self.phi(alpha))[:keep]
         else:
-            raise ValueError(f"criterion={criterion!r}; expected one of {', '.join(get_args(Criterion))}.")
+            raise ValueError(f"ranking={ranking!r}; expected one of {', '.join(get_args(Ranking))}.")
         kept = torch.zeros(self.columns, dtype=torch.bool)
         kept[chosen] = True
         return Selection(
             kept=kept,
             keep_count=keep,
             focus_count=focus,
+            only_safety=len(only_safety),
             overlap=float(shared.sum()) / focus if focus else 0.0,
-            p_s=100.0 * len(only_safety) / self.columns,
             g=self.g,
             alpha=alpha,
         )
 
 
-def outcome_of(change: ColumnChange, selection: Selection, orthogonal: Orthogonal = True) -> Outcome:
-    """What an edit with these kept columns does, from column statistics alone."""
+def outcome_of(change: ColumnChange, selection: Selection, projection: Orthogonal = "layer") -> Outcome:
+    """What an edit with these kept columns does, from column statistics alone.
+
+    Raises: ValueError: an unknown projection, or one without W_prev in `change`.
+    """
+    projection = projection_of(projection)
+    if projection not in get_args(Projection):
+        raise ValueError(f"projection={projection!r}; expected one of {', '.join(get_args(Projection))}.")
     coefficient: float | Tensor = 0.0
-    if orthogonal == "column":
+    projected = 0.0
+    if projection == "column":
         coefficient = change.column_coefficients()
-    elif orthogonal is True:
+    elif projection == "layer":
         coefficient = change.coefficient()
-    elif orthogonal is not False:
-        raise ValueError(f"orthogonal={orthogonal!r}; expected True, False or 'column'.")
+    if change.square is not None:
+        factor = torch.as_tensor(coefficient, dtype=torch.float64)
+        projected = float((factor.square() * change.square)[~selection.kept].sum().sqrt())
     return Outcome(
         selection=selection,
         coefficient=coefficient,
         reverted=change.reverted(selection.kept),
         distance=change.distance(selection.kept, coefficient),
         change=change.norm,
+        projected=projected,
+        relative_change=change.relative(),
+        cosine=change.cosine(),
     )
 
 
+@accepts_old_names(saliency="ranking", orthogonal=("projection", projection_of))
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One point of a sweep for one layer; fields as in `edit_weight`."""
+    """The options of an edit as they apply to one layer; fields as in `edit_weight`."""
 
     keep_percent: float
     focus_percent: float | None = None
-    alpha_bounds: tuple[float, float] = (0.4, 0.8)
-    saliency: Criterion = "eps+phi"
-    orthogonal: Orthogonal = True
+    alpha_bounds: tuple[float, float] = ALPHA_BOUNDS
+    ranking: Ranking = "eps+phi"
+    projection: Projection = "layer"
 
 
+@accepts_old_names(curvature="curvature_form")
 def what_if(
     change: ColumnChange,
     safety_inv_diag: Float[Tensor, " c"],
     task_inv_diag: Float[Tensor, " c"],
     settings: Iterable[Setting],
     *,
-    curvature: CurvatureForm = "divide",
+    curvature_form: CurvatureForm = "divide",
 ) -> list[Outcome]:
-    """What each setting would do to a layer: no weight is read, no model is needed, about 0.1 ms a setting."""
-    ranking = ColumnRanking(change.energy, safety_inv_diag, task_inv_diag, curvature)
+    """What each setting would do to a layer: no weight is read, no model is needed, about 0.1 ms a setting.
+
+    `edit_weight` and `edit_lora` do what this says, and nothing else.
+
+    Raises: ValueError: shapes, percentages or options. NumericalError: a diagonal that is not positive and finite.
+    """
+    ranking = ColumnRanking(change.energy, safety_inv_diag, task_inv_diag, curvature_form)
     return [
         outcome_of(
             change,
@@ -400,14 +398,15 @@ def what_if(
                 keep_percent=s.keep_percent,
                 focus_percent=s.focus_percent,
                 alpha_bounds=s.alpha_bounds,
-                criterion=s.saliency,
+                ranking=s.ranking,
             ),
-            s.orthogonal,
+            s.projection,
         )
         for s in settings
     ]
 
 
+@accepts_old_names(saliency="ranking", curvature="curvature_form")
 def edit_weight(
     w_prev: Float[Tensor, "r c"],
     w_new: Float[Tensor, "r c"],
@@ -416,39 +415,37 @@ def edit_weight(
     *,
     keep_percent: float,
     focus_percent: float | None = None,
-    alpha_bounds: tuple[float, float] = (0.4, 0.8),
+    alpha_bounds: tuple[float, float] = ALPHA_BOUNDS,
     orthogonal: Orthogonal = True,
-    saliency: Criterion = "eps+phi",
-    curvature: CurvatureForm = "divide",
+    projection: Projection | None = None,
+    ranking: Ranking = "eps+phi",
+    curvature_form: CurvatureForm = "divide",
     out: Float[Tensor, "r c"] | None = None,
 ) -> WeightEdit:
-    """The HPA edit of one linear layer.
+    """The HPA edit of one linear layer: what `holdfast edit`, a run, `harmonize` and the reload check do to a weight.
 
     Args:
         w_prev, w_new: (out, in), any floating dtype; the arithmetic is float32 or wider, in strips of rows.
         safety_inv_diag, task_inv_diag: (c,), diag((H + lam I)^-1) of safety and of task inputs.
         keep_percent: p, percent of the input columns that return to w_prev. focus_percent: k; None: 2 p.
-        alpha_bounds: (a0, a1). orthogonal: True, False or "column". saliency: "eps+phi", "eps" or "phi".
-        curvature: "divide" or "multiply".
+        alpha_bounds: (a0, a1).
+        orthogonal: True, False or "column"; or, by the name that files and flags have, projection: "layer", "none" or
+            "column". One of the two.
+        ranking: "eps+phi", "eps" or "phi". curvature_form: "divide" or "multiply".
         out: where the weight goes, for editors that stream; may be `w_new` itself.
 
     Returns: .weight, .kept, .alpha, .overlap, .coefficient, .reverted, .p_s, .g, .distance, .figures().
 
     Raises: ValueError: shapes, percentages or options. NumericalError: NaN or inf in a weight or a diagonal.
     """
-    change = measure_change(w_prev, w_new, projection=orthogonal is not False)
-    setting = Setting(
-        keep_percent=keep_percent,
-        focus_percent=focus_percent,
-        alpha_bounds=alpha_bounds,
-        saliency=saliency,
-        orthogonal=orthogonal,
-    )
-    (outcome,) = what_if(change, safety_inv_diag, task_inv_diag, [setting], curvature=curvature)
+    setting = _setting(keep_percent, focus_percent, alpha_bounds, ranking, orthogonal, projection)
+    change = measure_change(w_prev, w_new, projection=setting.projection != "none")
+    (outcome,) = what_if(change, safety_inv_diag, task_inv_diag, [setting], curvature_form=curvature_form)
     weight = apply_columns(w_prev, w_new, outcome.selection.kept, coefficient=outcome.coefficient, out=out)
     return WeightEdit(weight=weight, outcome=outcome)
 
 
+@accepts_old_names(saliency="ranking", curvature="curvature_form")
 def edit_lora(
     w_prev: Float[Tensor, "r c"] | None,
     lora_a: Float[Tensor, "k c"],
@@ -459,15 +456,16 @@ def edit_lora(
     *,
     keep_percent: float,
     focus_percent: float | None = None,
-    alpha_bounds: tuple[float, float] = (0.4, 0.8),
+    alpha_bounds: tuple[float, float] = ALPHA_BOUNDS,
     orthogonal: Orthogonal = True,
-    saliency: Criterion = "eps+phi",
-    curvature: CurvatureForm = "divide",
-) -> LoraEdit:
+    projection: Projection | None = None,
+    ranking: Ranking = "eps+phi",
+    curvature_form: CurvatureForm = "divide",
+) -> LoraWeightEdit:
     """The HPA edit of W_prev + scaling * B A as a LoRA of the same rank; r x c is never formed.
 
     Args:
-        w_prev: (r, c), read once for the projection; may be None with orthogonal=False.
+        w_prev: (r, c), read once for the projection; may be None without one.
         lora_a: (rank, c). lora_b: (r, rank). scaling: alpha / r of the adapter (alpha / sqrt(r) under rslora).
         The rest as in `edit_weight`.
 
@@ -475,25 +473,46 @@ def edit_lora(
 
     Raises: ValueError, NumericalError as `edit_weight`.
     """
-    if w_prev is None and orthogonal is not False:
+    setting = _setting(keep_percent, focus_percent, alpha_bounds, ranking, orthogonal, projection)
+    if w_prev is None and setting.projection != "none":
         raise ValueError("the projection needs w_prev; pass it, or orthogonal=False to edit without reading the base.")
-    change = measure_lora(lora_a, lora_b, scaling, w_prev if orthogonal is not False else None)
-    setting = Setting(
-        keep_percent=keep_percent,
-        focus_percent=focus_percent,
-        alpha_bounds=alpha_bounds,
-        saliency=saliency,
-        orthogonal=orthogonal,
-    )
-    (outcome,) = what_if(change, safety_inv_diag, task_inv_diag, [setting], curvature=curvature)
+    change = measure_lora(lora_a, lora_b, scaling, w_prev if setting.projection != "none" else None)
+    (outcome,) = what_if(change, safety_inv_diag, task_inv_diag, [setting], curvature_form=curvature_form)
     return mask_lora(lora_a, lora_b, scaling, outcome)
 
 
-def mask_lora(lora_a: Float[Tensor, "k c"], lora_b: Float[Tensor, "r k"], scaling: float, outcome: Outcome) -> LoraEdit:
+def _setting(
+    keep_percent: float,
+    focus_percent: float | None,
+    alpha_bounds: tuple[float, float],
+    ranking: Ranking,
+    orthogonal: Orthogonal,
+    projection: Projection | None,
+) -> Setting:
+    if projection is not None and orthogonal is not True:
+        raise ValueError(f"orthogonal={orthogonal!r} and projection={projection!r} name one option; pass one of them.")
+    chosen = projection_of(orthogonal) if projection is None else projection
+    if chosen not in get_args(Projection):
+        raise ValueError(
+            f"orthogonal={orthogonal!r}, projection={projection!r}; expected True, False or 'column', for projection "
+            f"one of {', '.join(get_args(Projection))}."
+        )
+    return Setting(
+        keep_percent=keep_percent,
+        focus_percent=focus_percent,
+        alpha_bounds=alpha_bounds,
+        ranking=ranking,
+        projection=chosen,
+    )
+
+
+def mask_lora(
+    lora_a: Float[Tensor, "k c"], lora_b: Float[Tensor, "r k"], scaling: float, outcome: Outcome
+) -> LoraWeightEdit:
     """A LoRA layer with the kept columns of an outcome taken back."""
     kept = outcome.selection.kept
     scale = torch.where(kept, 1.0, 1.0 - torch.as_tensor(outcome.coefficient, dtype=torch.float64)).float()
-    return LoraEdit(
+    return LoraWeightEdit(
         lora_a=lora_a.detach().masked_fill(kept.to(lora_a.device), 0),
         lora_b=lora_b,
         scaling=scaling,
@@ -505,3 +524,27 @@ def mask_lora(lora_a: Float[Tensor, "k c"], lora_b: Float[Tensor, "r k"], scalin
 def _descending(score: Tensor) -> Tensor:
     """Indices from the largest score to the smallest; ties go to the lower index."""
     return torch.sort(score, descending=True, stable=True).indices
+
+
+__all__ = [
+    "ALPHA_BOUNDS",
+    "ColumnRanking",
+    "CurvatureForm",
+    "HpaConfig",
+    "LoraWeightEdit",
+    "Orthogonal",
+    "Outcome",
+    "Projection",
+    "Ranking",
+    "Selection",
+    "Setting",
+    "WeightEdit",
+    "column_count",
+    "edit_lora",
+    "edit_weight",
+    "keep_schedule",
+    "mask_lora",
+    "outcome_of",
+    "saliency",
+    "what_if",
+]

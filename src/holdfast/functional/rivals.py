@@ -1,4 +1,4 @@
-"""Other weight edits as pure functions: Safe Delta, Model Tailor, SafeLoRA, TIES, DARE, task arithmetic.
+"""Other weight edits as pure functions: Safe Delta, Model Tailor, SafeLoRA, TIES, DARE.
 
 Weights are (r, c) = (out, in). Each function follows the method's description and its released code where there is
 one; where we differ, the docstring says so. The compensation sweep of SparseGPT (Frantar and Alistarh 2023) is shared.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from holdfast.functional.columns import check_lora, check_pair, wide_dtype
@@ -36,31 +36,6 @@ class RivalEdit:
 
 # current (w, r), target (w, r), diag U (w,), start column -> bool (w, r): entries that take the target. Transposed.
 _Choice = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-
-
-def replace_and_compensate(
-    weight: Float[Tensor, "r c"],
-    target: Float[Tensor, "r c"],
-    inverse_factor: Float[Tensor, "c c"],
-    take: Bool[Tensor, "r c"],
-    *,
-    compensate: bool = True,
-) -> Float[Tensor, "r c"]:
-    """Set the entries `take` of a weight to a target and let the columns to their right make up for the error.
-
-    Column by column from the left: with e = (w_i - q_i) / U_ii the columns j > i move by -e U_ij, which minimises
-    ||(W_hat - W) X||^2 with the columns up to i fixed (optimal brain surgeon).
-
-    Args:
-        inverse_factor: upper triangular U with U^T U = (H + lam I)^-1, see `hessian.inverse_cholesky_factor`.
-        compensate: False: a plain replacement.
-    """
-    taken = take.T
-
-    def choose(current: Tensor, _target: Tensor, _diagonal: Tensor, start: int) -> Tensor:
-        return taken[start : start + current.shape[0]]
-
-    return _sweep(weight, target, inverse_factor, choose, block_columns=128, direction=1.0 if compensate else 0.0)[0]
 
 
 def safe_delta(
@@ -186,19 +161,6 @@ def safelora(
     # An update of zero has no direction; projecting it changes nothing.
     strays = cosine <= threshold
     return SafeLoraEdit(lora_b=projected.to(lora_b.dtype) if strays else lora_b, cosine=cosine, projected=strays)
-
-
-def task_arithmetic(
-    w_base: Float[Tensor, "r c"], deltas: Sequence[Float[Tensor, "r c"]], weights: Sequence[float]
-) -> Float[Tensor, "r c"]:
-    """W_base + sum_t weight_t D_t (Ilharco et al., ICLR 2023), in float32 or wider, rounded once."""
-    if not deltas or len(deltas) != len(weights):
-        raise ValueError(f"found {len(deltas)} changes and {len(weights)} weights; expected as many, at least one.")
-    total = w_base.to(wide_dtype(w_base, *deltas), copy=True)
-    for delta, weight in zip(deltas, weights, strict=True):
-        check_pair(w_base, delta)
-        total.add_(delta.to(total.dtype), alpha=weight)
-    return total.to(w_base.dtype)
 
 
 def trim(delta: Float[Tensor, "r c"], density: float) -> Float[Tensor, "r c"]:

@@ -9,6 +9,7 @@ import email.utils
 import http.client
 import json
 import random
+import re
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +23,8 @@ from holdfast.errors import ConfigError, JudgeError
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 # The configuration is wrong; no sample will fare better.
 FATAL = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})
+# No credit: waiting does not help, paying does.
+UNPAID = 402
 _BODY_LIMIT = 8_000_000
 
 
@@ -45,6 +48,10 @@ class RetryPolicy:
 
 class RefusedSample(Exception):  # noqa: N818  (an outcome of one sample, never an error that a user sees)
     """The server answered, and will not judge this sample (too long, filtered): the next one may fare better."""
+
+
+class FilteredSample(RefusedSample):
+    """A content filter, the server's or the judge's own, stops this sample: it is one unscored reply and no more."""
 
 
 class Unanswered(Exception):  # noqa: N818
@@ -132,6 +139,13 @@ class JsonClient:
     def _after_status(self, error: urllib.error.HTTPError, wait: float) -> tuple[str, float]:
         """Cause and wait of a status worth a retry; raises for the others."""
         status, said = error.code, self.scrub(_said(error))
+        if status == UNPAID or (status in (403, 429) and _QUOTA.search(said)):
+            raise JudgeError(
+                f"{self.url} answers {status}{said}: the account has no credit or quota left. What was answered before "
+                "is kept; run the same command again when it has."
+            ) from None
+        if status in (400, 403, 422, 451) and _FILTER.search(said):
+            raise FilteredSample(f"a content filter of the server answers {status}{said}") from None
         if status in FATAL:
             raise JudgeError(
                 f"{self.url} answers {status}{said}. Check the judge's url (it ends in /v1 for most servers), its "
@@ -141,6 +155,23 @@ class JsonClient:
             raise RefusedSample(f"the server answers {status}{said}") from None
         asked = _retry_after(error.headers.get("Retry-After"))
         return f"the server answers {status}{said}", wait if asked is None else min(asked, self.policy.max_wait_s)
+
+
+# Exhausted for good, unlike a rate limit that a minute mends.
+_QUOTA = re.compile(
+    r"insufficient[_ ](?:quota|credits?|balance|funds)|exceeded your current quota|billing|out of credits|"
+    r"credit balance|"
+    r"quota (?:is |has been )?exhausted|exhausted your|payment required|no credits|(?:spending|usage|"
+    r"monthly) (?:limit|cap)|arrears",
+    re.IGNORECASE,
+)
+_FILTER = re.compile(
+    r"content[_ -]?(?:filter|policy|management|moderation|safety)|contentfilter|responsible ?ai|flagged|moderation|"
+    r"safety[_ -](?:filter|system|settings|policy)|prohibited[_ ]content|violat\w+ [^.]{0,40}polic|"
+    r"invalid_prompt|inappropriate content|"
+    r"data_?inspection|sensitive (?:content|words)|blocked by",
+    re.IGNORECASE,
+)
 
 
 def _said(error: urllib.error.HTTPError) -> str:

@@ -44,7 +44,7 @@ class ShieldGemma2(GuardJudge):
         self.threshold = threshold
         self._parts: tuple[Any, Any] | None = None
 
-    def _parse(self, text: str) -> tuple[str | None, str]:
+    def _parse(self, text: str, reply: str) -> tuple[str | None, str]:
         try:
             probability = float(text.removeprefix("p_yes="))
         except ValueError:

@@ -1,23 +1,34 @@
-"""One file = one method. Registry: name -> "module:Class" and the options that make a named variant of it."""
+"""One file = one method. `METHODS`: name -> "module:Class" and the options that make a named variant of it.
+
+Wherever a method is named, one of an installed distribution and `package.module:Class` do as well: `holdfast.registry`.
+"""
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from holdfast.config import decode
-from holdfast.errors import unknown_name
+from holdfast.config import current_names, decode
+from holdfast.errors import ConfigError
+from holdfast.registry import Registry
 from holdfast.stream.protocol import Method
 
 # name -> (where the class lives, options that differ from its defaults)
 METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "seqft": ("holdfast.methods.seqft:SeqFT", {}),
     "hpa": ("holdfast.methods.hpa:Hpa", {}),
+    # Our own edit, and what of it is left out.
+    "anchor": ("holdfast.methods.anchor:Anchor", {}),
+    "anchor_no_past": ("holdfast.methods.anchor:Anchor", {"edit": {"past_weight": 0.0}}),
+    "anchor_no_benign": ("holdfast.methods.anchor:Anchor", {"benign_samples": 0}),
+    "anchor_no_screen": ("holdfast.methods.anchor:Anchor", {"screen": False}),
+    # HPA with theta_0's benign answers in its safety set.
+    "hpa_benign": ("holdfast.methods.hpa:Hpa", {"benign_samples": None}),
     # Rows of the paper's ablation.
-    "hpa_eps": ("holdfast.methods.hpa:Hpa", {"edit": {"saliency": "eps"}}),
-    "hpa_phi": ("holdfast.methods.hpa:Hpa", {"edit": {"saliency": "phi"}}),
-    "hpa_no_projection": ("holdfast.methods.hpa:Hpa", {"edit": {"orthogonal": False}}),
+    "hpa_eps": ("holdfast.methods.hpa:Hpa", {"edit": {"ranking": "eps"}}),
+    "hpa_phi": ("holdfast.methods.hpa:Hpa", {"edit": {"ranking": "phi"}}),
+    "hpa_no_projection": ("holdfast.methods.hpa:Hpa", {"edit": {"projection": "none"}}),
     # Controls: the same kind of edit without a Hessian, at the same p and at HPA's strength.
     "interpolation": ("holdfast.methods.interpolation:Interpolation", {}),
     "largest_change": ("holdfast.methods.largest_change:LargestChange", {}),
@@ -38,7 +49,8 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "replay": ("holdfast.methods.replay:Replay", {}),
     "cram": ("holdfast.methods.cram:Cram", {}),
     # Both of them: the edit on finished experts.
-    "cram_hpa": ("holdfast.methods.cram_hpa:CramHpa", {"edit": {"orthogonal": False}}),
+    "cram_hpa": ("holdfast.methods.cram_hpa:CramHpa", {"edit": {"projection": "none"}}),
+    "cram_anchor": ("holdfast.methods.cram_anchor:CramAnchor", {}),
     # Ablations of CRAM.
     "cram_no_penalty": ("holdfast.methods.cram:Cram", {"cram": {"penalty": 0.0}}),
     "cram_fixed_rank": ("holdfast.methods.cram:Cram", {"cram": {"rank": {"fixed": True}}}),
@@ -63,6 +75,15 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
+REGISTRY = Registry(
+    "method",
+    "holdfast.methods",
+    METHODS,
+    needs=("Config", "begin_task", "train_task", "end_task"),
+    made_needs=("name", "config"),
+)
+
+
 def get(name: str, *, label: str | None = None, defaults: Mapping[str, Any] | None = None, **options: Any) -> Method:
     """The method `name` with `options`, keys of its class's `Config`.
 
@@ -71,20 +92,31 @@ def get(name: str, *, label: str | None = None, defaults: Mapping[str, Any] | No
     Raises UnknownNameError: no such method, or no such option. ConfigError: an option's type or value.
     """
     cls = class_of(name)
-    values = lay_over(lay_over(defaults or {}, METHODS[name][1]), options)
-    return cls(decode(cls.Config, values, f"methods.{label or name}"), name=label or name)
+    where = f"methods.{label or name}"
+    below, preset, above = (
+        current_names(cls.Config, d, where) for d in (defaults or {}, REGISTRY.options(name), options)
+    )
+    config = decode(cls.Config, lay_over(lay_over(below, preset), above), where)
+    try:
+        method = cls(config, name=label or name)
+    except TypeError as error:
+        raise ConfigError(f"method {name!r} cannot be made as Class(config, name=label): {error}.") from error
+    return REGISTRY.made(name, method)
 
 
 def class_of(name: str) -> Any:
-    """The class of the method `name`, imported now. Raises UnknownNameError."""
-    if name not in METHODS:
-        raise unknown_name("method", name, METHODS)
-    module, _, attribute = METHODS[name][0].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    """The class of the method `name`, imported now.
+
+    Raises UnknownNameError: no such method. ConfigError: it cannot be imported, or is no method.
+    """
+    cls = REGISTRY.load(name)
+    if not dataclasses.is_dataclass(cls.Config):
+        raise ConfigError(f"method {name!r}: its Config is {cls.Config!r}; expected a frozen dataclass of its options.")
+    return cls
 
 
 def config_of(name: str) -> Any:
-    """The dataclass of the options of the method `name`. Raises UnknownNameError."""
+    """The dataclass of the options of the method `name`. Raises: as `class_of`."""
     return class_of(name).Config
 
 
@@ -97,4 +129,4 @@ def lay_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-__all__ = ["METHODS", "class_of", "config_of", "get", "lay_over"]
+__all__ = ["METHODS", "REGISTRY", "class_of", "config_of", "get", "lay_over"]

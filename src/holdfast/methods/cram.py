@@ -8,22 +8,24 @@ and the stream. Options of `training` that make a LoRA (rank, alpha, dropout) ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoints.storage import write_json
-from holdfast.methods.seqft import SeqFTConfig, step_seed
-from holdfast.models.load import LoadedModel, load
+from holdfast.data.types import Sample
+from holdfast.files import write_json
+from holdfast.methods.seqft import SeqFTConfig, step_seed, training_samples
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 from holdfast.models.tuner import is_tuner_folder
 from holdfast.stream.protocol import Checkpoint, TaskContext
-from holdfast.training.config import TrainingConfig
 from holdfast.training.supervised import total_steps, train
-from holdfast.tuners.cram.config import CramConfig
+from holdfast.training.training_config import TrainingConfig
+from holdfast.tuners.cram.cram_config import CramConfig
+from holdfast.tuners.cram.folder import load_expert
+from holdfast.tuners.cram.objective import BatchFeatures, CramTraining
 from holdfast.tuners.cram.phases import Loop, Phase, Steps, TaskLearning, read_group, read_ranks
-from holdfast.tuners.cram.storage import load_expert
-from holdfast.tuners.cram.training import BatchFeatures, CramTraining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +80,13 @@ class Cram:
         del ctx
         return Path(trained.adapters[-1])
 
+    def learned(self, ctx: TaskContext) -> Sequence[Sample]:
+        """What the task is learned from: its training split, without what `training.screen: drop` leaves out."""
+        return training_samples(ctx, self.config, ctx.stream.tasks[ctx.step].train)
+
     def learning(self, ctx: TaskContext) -> TaskLearning:
         """This step's task, in whatever phase a killed run left it."""
-        samples = ctx.stream.tasks[ctx.step].train
+        samples = self.learned(ctx)
         last = Path(ctx.previous.adapters[-1]) if ctx.previous.adapters else None
         return TaskLearning(
             load(ctx.theta_0, dtype=self.config.train_dtype),
@@ -94,7 +100,7 @@ class Cram:
         )
 
     def _loop(self, ctx: TaskContext, learning: TaskLearning) -> Loop:
-        samples = ctx.stream.tasks[ctx.step].train
+        samples = self.learned(ctx)
 
         def loop(
             phase: Phase, *, steps: Steps, adapter: Callable[[], CramTraining], extras: BatchFeatures, out: Path

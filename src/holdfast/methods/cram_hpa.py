@@ -16,8 +16,8 @@ from holdfast.editing.editor import edit_checkpoint
 from holdfast.errors import ConfigError
 from holdfast.functional.hpa import HpaConfig
 from holdfast.methods.cram import Cram, CramMethodConfig
-from holdfast.methods.hpa_rule import HpaRule
-from holdfast.methods.seqft import EditingConfig, safety_answers, step_curvature, step_seed
+from holdfast.methods.seqft import EditingConfig, safety_set, step_curvature, step_seed
+from holdfast.rules.hpa import HpaRule
 from holdfast.stream.protocol import Checkpoint, TaskContext
 
 
@@ -25,14 +25,14 @@ from holdfast.stream.protocol import Checkpoint, TaskContext
 class CramHpaConfig(CramMethodConfig, EditingConfig):
     """Options of CRAM, of the calibration, and of the edit. Raises ConfigError: an edit with a projection."""
 
-    edit: HpaConfig = field(default_factory=lambda: HpaConfig(orthogonal=False))
+    edit: HpaConfig = field(default_factory=lambda: HpaConfig(projection="none"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.edit.orthogonal is not False:
+        if self.edit.projection != "none":
             raise ConfigError(
-                f"edit.orthogonal is {self.edit.orthogonal!r}; an expert is a LoRA and cannot hold a multiple of the "
-                "base weight. Leave it out, or set it to false."
+                f"edit.projection is {self.edit.projection!r}; an expert is a LoRA and cannot hold a multiple of the "
+                "base weight. Leave it out, or set it to none."
             )
 
 
@@ -50,7 +50,7 @@ class CramHpa(Cram):
 
     def check_stream(self, stream: Stream) -> None:
         """Raises CalibrationError: the stream has no safety calibration samples."""
-        safety_answers(stream, self.config, self.name)
+        safety_set(stream, self.config, self.name)
 
     def final_expert(self, ctx: TaskContext, trained: Checkpoint) -> Path:
         out = ctx.scratch_dir / "edited"
@@ -60,7 +60,7 @@ class CramHpa(Cram):
             self.name,
             before=ctx.theta_0,
             after=trained,
-            samples=ctx.stream.tasks[ctx.step].train,
+            samples=self.learned(ctx),
         )
         report = edit_checkpoint(
             ctx.theta_0,

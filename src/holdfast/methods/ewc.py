@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import ConfigError
 from holdfast.functional.distill import squared_gradients
-from holdfast.methods.lora_layers import Remembered, carried, carry
+from holdfast.methods._glue.lora_layers import Remembered, carried, carry
 from holdfast.methods.seqft import SeqFT, SeqFTConfig, draw, step_seed
 from holdfast.models.encode import encode_training
 from holdfast.models.families import editable_linears
@@ -70,7 +70,7 @@ class Ewc(SeqFT):
         for weight in weights.values():
             weight.requires_grad_(True)
         total = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-        samples = draw(self.samples(ctx), self.config.fisher_samples, step_seed(ctx))
+        samples = draw(self.learned(ctx), self.config.fisher_samples, step_seed(ctx))
         for number, sample in enumerate(samples, 1):
             inputs = {k: v.to(loaded.device) for k, v in encode_training(loaded, [sample]).items()}
             loaded.model.zero_grad()

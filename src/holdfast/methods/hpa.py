@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from holdfast.editing import EditRule
 from holdfast.functional.hpa import HpaConfig
-from holdfast.methods.hpa_rule import HpaRule, diagonals, figures
 from holdfast.methods.seqft import EditingConfig, SeqFT
+from holdfast.rules.base import EditRule
+from holdfast.rules.hpa import HpaRule, diagonals
 
-__all__ = ["Hpa", "HpaConfig", "HpaMethodConfig", "HpaRule", "diagonals", "figures"]
+__all__ = ["Hpa", "HpaConfig", "HpaMethodConfig", "HpaRule", "diagonals"]
 
 
 @dataclass(frozen=True, kw_only=True)

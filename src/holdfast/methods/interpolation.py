@@ -1,44 +1,21 @@
-"""Interpolation along the task's own path: W_hat = W_prev + factor (W_new - W_prev), all layers alike.
-
-The oldest remedy for forgetting, and the first thing that a weight edit has to beat. A control for HPA.
-"""
+"""Interpolation after each task: the control that shrinks all of the change. See `holdfast.rules.interpolation`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from holdfast.editing import EditRule, Layer
-from holdfast.errors import ConfigError
-from holdfast.functional.columns import ColumnChange
-from holdfast.functional.controls import interpolation_factors
-from holdfast.methods.column_factors import ColumnFactorRule, Control, ControlConfig
+from holdfast.methods._glue.column_factors import Control, ControlConfig
+from holdfast.methods._glue.rule_options import part_of
+from holdfast.rules.interpolation import InterpolationOptions, InterpolationRule
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterpolationConfig(ControlConfig):
-    """factor: share of the change that stays, 0..1; with `match` it follows from HPA's strength, layer by layer."""
-
-    factor: float = 0.6
+class InterpolationConfig(ControlConfig, InterpolationOptions):
+    """Options of interpolation in a stream: the edit's, over those of tuning and calibration."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.factor <= 1:
-            raise ConfigError(f"factor is {self.factor}; expected 0..1.")
-
-
-@dataclass(frozen=True)
-class InterpolationRule(ColumnFactorRule):
-    """One factor for all columns."""
-
-    config: InterpolationConfig
-    name = "interpolation"
-
-    def factors(self, layer: Layer, change: ColumnChange, distance: float | None) -> Tensor:
-        if distance is not None:
-            return interpolation_factors(change, distance=distance)
-        return interpolation_factors(change, factor=self.config.factor)
+        part_of(self, InterpolationOptions)
 
 
 class Interpolation(Control):
@@ -46,6 +23,7 @@ class Interpolation(Control):
 
     Config = InterpolationConfig
     config: InterpolationConfig
+    Rule = InterpolationRule
 
-    def rule(self) -> EditRule:
-        return InterpolationRule(self.config)
+
+__all__ = ["Interpolation", "InterpolationConfig", "InterpolationRule"]

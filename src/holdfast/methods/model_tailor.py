@@ -14,7 +14,7 @@ from torch import Tensor
 
 from holdfast.data.types import Sample
 from holdfast.functional.rivals import RivalEdit, model_tailor
-from holdfast.methods.gram_sweep import GramSweep
+from holdfast.methods._glue.gram_sweep import GramSweep
 from holdfast.methods.seqft import EditingConfig, draw, step_seed
 from holdfast.stream.protocol import Checkpoint, TaskContext
 
@@ -34,7 +34,7 @@ class ModelTailor(GramSweep):
     config: ModelTailorConfig
 
     def gram_source(self, ctx: TaskContext, trained: Checkpoint) -> tuple[Checkpoint, Sequence[Sample]]:
-        return trained, draw(self.samples(ctx), self.config.task_samples, step_seed(ctx))
+        return trained, draw(self.learned(ctx), self.config.task_samples, step_seed(ctx))
 
     def edit_layer(self, w_prev: Tensor, w_new: Tensor, inverse_factor: Tensor) -> RivalEdit:
         return model_tailor(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import ConfigError
-from holdfast.methods.lora_layers import Remembered, carried, carry, read_adapter
+from holdfast.methods._glue.lora_layers import Remembered, carried, carry, read_adapter
 from holdfast.methods.seqft import SeqFT, SeqFTConfig
 from holdfast.stream.protocol import Checkpoint, TaskContext
 

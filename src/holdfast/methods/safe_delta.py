@@ -14,7 +14,7 @@ from torch import Tensor
 
 from holdfast.data.types import Sample
 from holdfast.functional.rivals import RivalEdit, safe_delta
-from holdfast.methods.gram_sweep import GramSweep
+from holdfast.methods._glue.gram_sweep import GramSweep
 from holdfast.methods.seqft import EditingConfig
 from holdfast.stream.protocol import Checkpoint, TaskContext
 

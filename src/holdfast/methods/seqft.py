@@ -6,24 +6,48 @@ task is this class with another `rule`; one that learns in another way overrides
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor
-
-from holdfast.checkpoints.curvature import Curvature
-from holdfast.checkpoints.storage import write_json
+from holdfast import judges
+from holdfast.calibration.curvature import CalibrationConfig, collect_curvature
+from holdfast.calibration.screening import Screened, screen
+from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.data.types import Sample, Stream
-from holdfast.editing import DenseEdit, EditRule, Layer, LoraEdit
 from holdfast.editing.editor import edit_checkpoint
-from holdfast.errors import CalibrationError, ConfigError
-from holdfast.models.calibrate import CalibrationConfig, collect_curvature
+from holdfast.errors import CalibrationError, ConfigError, unknown_name
+from holdfast.files import write_json
 from holdfast.models.load import load
+from holdfast.rules.base import EditRule
+from holdfast.rules.keep import KeepUpdate
 from holdfast.stream.protocol import Checkpoint, TaskContext
-from holdfast.training.config import TrainingConfig
 from holdfast.training.supervised import train
+from holdfast.training.training_config import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScreeningConfig:
+    """How theta_0 is asked what it refuses.
+
+    judge, options: who says that a reply is a refusal (`holdfast list judges`). max_new_tokens: of a reply; its
+        beginning decides. dtype: of theta_0's weights; null keeps the checkpoint's.
+    """
+
+    judge: str = "keyword_strict"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    max_new_tokens: int = 32
+    batch_size: int = 16
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.judge not in judges.JUDGES:
+            raise unknown_name("judge", self.judge, judges.JUDGES)
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected 1 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +55,12 @@ class SeqFTConfig:
     """Options that every method which tunes a LoRA per task has.
 
     train_dtype: of the frozen weights while a task is learned; null keeps the checkpoint's.
+    screening: how theta_0 is asked what it refuses, for `training.screen` and for a calibration that screens.
     """
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
     train_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    screening: ScreeningConfig = field(default_factory=ScreeningConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +69,18 @@ class EditingConfig(SeqFTConfig):
 
     task_samples: training samples of the task just learned that its Gram matrices are taken from, drawn by seed.
     safety_samples: safety calibration samples (theta_0's own safe answers); null: all that the stream has.
+    benign_samples: answers of theta_0 to benign requests that the safety set holds beside them, of the stream's
+        `benign_calibration`; 0: none; null: all that the stream has.
+    screen: leave out task samples whose request theta_0 refuses; with its own refusal as the answer they are part of
+        the safety set. Listed in the step's screen.json.
     calibration_dtype: of the weights while calibrating; null keeps the checkpoint's.
     """
 
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     task_samples: int = 128
     safety_samples: int | None = None
+    benign_samples: int | None = 0
+    screen: bool = False
     calibration_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self) -> None:
@@ -56,26 +88,8 @@ class EditingConfig(SeqFTConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; expected 1 or more.")
-
-
-@dataclass(frozen=True)
-class KeepUpdate:
-    """The edit that changes nothing: W_hat = W_new."""
-
-    name = "keep"
-    needs_curvature = False
-    reads_base = False
-
-    def settings(self) -> Mapping[str, Any]:
-        return {}
-
-    def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
-        return DenseEdit(weight=w_new)
-
-    def edit_lora(
-        self, layer: Layer, w_prev: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
-    ) -> LoraEdit:
-        return LoraEdit(lora_a=lora_a)
+        if self.benign_samples is not None and self.benign_samples < 0:
+            raise ConfigError(f"benign_samples is {self.benign_samples}; expected 0 or more, or null for all.")
 
 
 class SeqFT:
@@ -106,7 +120,7 @@ class SeqFT:
     def check_stream(self, stream: Stream) -> None:
         """Raises CalibrationError: the stream has no safety calibration samples, and a step needs them."""
         if self.needs_safety_answers:
-            safety_answers(stream, self._editing(), self.name)
+            safety_set(stream, self._editing(), self.name)
 
     def begin_task(self, ctx: TaskContext) -> None:
         """Nothing to prepare."""
@@ -116,7 +130,7 @@ class SeqFT:
         loaded = load(ctx.previous, dtype=self.config.train_dtype)
         result = train(
             loaded,
-            self.samples(ctx),
+            self.learned(ctx),
             self.config.training,
             work_dir=ctx.scratch_dir,
             seed=step_seed(ctx),
@@ -156,8 +170,12 @@ class SeqFT:
         return Checkpoint(base=str(out))
 
     def samples(self, ctx: TaskContext) -> Sequence[Sample]:
-        """What the task is learned from."""
+        """What the task has to learn from."""
         return ctx.stream.tasks[ctx.step].train
+
+    def learned(self, ctx: TaskContext) -> Sequence[Sample]:
+        """What the task is learned from: `samples`, without those that `training.screen: drop` leaves out."""
+        return training_samples(ctx, self.config, self.samples(ctx))
 
     def training_options(self, ctx: TaskContext) -> dict[str, Any]:
         """Further arguments of `training.supervised.train`: a penalty, an adapter."""
@@ -170,7 +188,7 @@ class SeqFT:
     def curvature(self, ctx: TaskContext, trained: Checkpoint) -> Curvature:
         """The step's calibration: H_s before and H_t after the task by default; kept as curvature.safetensors."""
         return step_curvature(
-            ctx, self._editing(), self.name, before=ctx.previous, after=trained, samples=self.samples(ctx)
+            ctx, self._editing(), self.name, before=ctx.previous, after=trained, samples=self.learned(ctx)
         )
 
     def _editing(self) -> EditingConfig:
@@ -195,6 +213,86 @@ def safety_answers(stream: Stream, config: EditingConfig, name: str) -> list[Sam
     return safety
 
 
+def safety_set(stream: Stream, config: EditingConfig, name: str) -> list[Sample]:
+    """theta_0's own safe answers, and its answers to benign requests, as many as `config` wants of each.
+
+    Raises CalibrationError: the stream has none of what is wanted.
+    """
+    return [*safety_answers(stream, config, name), *benign_answers(stream, config, name)]
+
+
+def benign_answers(stream: Stream, config: EditingConfig, name: str) -> list[Sample]:
+    """theta_0's own answers to benign requests. Raises CalibrationError: a number is wanted and the stream has none."""
+    found = list(stream.benign_calibration)[: config.benign_samples]
+    if config.benign_samples and not found:
+        raise CalibrationError(
+            f"{name} wants {config.benign_samples} benign calibration samples, and stream {stream.name!r} has none. "
+            "Give the stream `benign_calibration` prompts (theta_0 answers them itself), or set benign_samples to 0."
+        )
+    return found
+
+
+def calibration_sets(
+    ctx: TaskContext, config: EditingConfig, name: str, samples: Sequence[Sample]
+) -> tuple[list[Sample], list[Sample]]:
+    """(safety, task) samples of a step's calibration: `config.task_samples` of `samples`, drawn by the step's seed.
+
+    With `config.screen` the task samples that theta_0 refuses are in the safety set, answered by its refusal; they are
+    listed in screen.json. Raises CalibrationError: the stream has no safety answers, or theta_0 refuses every sample.
+    """
+    safety = safety_set(ctx.stream, config, name)
+    task = draw(samples, config.task_samples, step_seed(ctx))
+    if not config.screen:
+        return safety, task
+    found = screened(ctx, config.screening, task, "screen.json")
+    if not found.kept:
+        raise CalibrationError(
+            f"theta_0 refuses all {found.asked} calibration samples of task {ctx.task_name!r}; nothing is left that "
+            "says what the task needs. Look at screen.json, or set screen to false."
+        )
+    return [*safety, *found.refused], list(found.kept)
+
+
+def training_samples(ctx: TaskContext, config: SeqFTConfig, samples: Sequence[Sample]) -> Sequence[Sample]:
+    """`samples` after `training.screen`; what theta_0 refuses is listed in screen_training.json.
+
+    Raises CalibrationError: theta_0 refuses all of them, and they were to be dropped.
+    """
+    if config.training.screen == "off":
+        return samples
+    found = screened(ctx, config.screening, samples, "screen_training.json")
+    if config.training.screen == "report":
+        return samples
+    if not found.kept:
+        raise CalibrationError(
+            f"theta_0 refuses all {found.asked} training samples of task {ctx.task_name!r}; nothing is left to learn. "
+            "Look at screen_training.json, or set training.screen to report."
+        )
+    return found.kept
+
+
+def screened(ctx: TaskContext, config: ScreeningConfig, samples: Sequence[Sample], record: str) -> Screened:
+    """Which of `samples` theta_0 refuses: asked once a step, then read from its file `record`."""
+    path = ctx.work_dir / record
+    if path.is_file():
+        return Screened.from_json(json.loads(path.read_text(encoding="utf-8")), samples)
+    judge = judges.get(config.judge, **config.options)
+
+    def is_refusal(requests: Sequence[Sample], replies: Sequence[str]) -> list[bool]:
+        return [verdict.behaviour == "refusal" for verdict in judge.judge(requests, replies)]
+
+    found = screen(
+        load(ctx.theta_0, dtype=config.dtype),
+        samples,
+        is_refusal,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        progress=ctx.progress,
+    )
+    write_json(path, {"task": ctx.task_name, "judge": config.judge, **found.to_json()})
+    return found
+
+
 def step_curvature(
     ctx: TaskContext,
     config: EditingConfig,
@@ -211,11 +309,12 @@ def step_curvature(
     path = ctx.work_dir / "curvature.safetensors"
     if path.is_file():
         return Curvature.load(path)
+    safety, task = calibration_sets(ctx, config, name, samples)
     found = collect_curvature(
         before,
         after,
-        safety_answers(ctx.stream, config, name),
-        draw(samples, config.task_samples, step_seed(ctx)),
+        safety,
+        task,
         config=config.calibration,
         adapted_only=True,
         dtype=config.calibration_dtype,
@@ -241,8 +340,13 @@ __all__ = [
     "KeepUpdate",
     "SeqFT",
     "SeqFTConfig",
+    "benign_answers",
+    "calibration_sets",
     "draw",
     "safety_answers",
+    "safety_set",
+    "screened",
     "step_curvature",
     "step_seed",
+    "training_samples",
 ]

@@ -42,12 +42,6 @@ class Interval:
             for key, value in ((k, getattr(self, k)) for k in self.__dataclass_fields__)
         }
 
-    def overlaps(self, other: Interval) -> bool:
-        """Whether the two intervals touch. Raises DataError: one of them has no width defined (nan)."""
-        if any(math.isnan(v) for v in (self.low, self.high, other.low, other.high)):
-            raise DataError("An interval without bounds (one seed, or nothing scored) can not be compared.")
-        return self.low <= other.high and other.low <= self.high
-
 
 def bootstrap(
     groups: Sequence[npt.ArrayLike],

@@ -13,7 +13,8 @@ from torch import Tensor
 from holdfast.data.images import current_pictures, open_image, shrunk
 from holdfast.data.types import Sample, Turn
 from holdfast.errors import DataError, ModelError
-from holdfast.models.load import LoadedModel, quiet_transformers
+from holdfast.models.load import quiet_transformers
+from holdfast.models.loaded import LoadedModel
 
 IMAGE_MARK = "<image>"
 IGNORED_LABEL = -100

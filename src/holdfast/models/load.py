@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -19,94 +18,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 from holdfast.checkpoints.adapter import CONFIG_FILE, INPUT_SCALE_FILE, LoraAdapter
-from holdfast.checkpoints.merged import CheckpointLike, add_updates, locate
+from holdfast.checkpoints.merged import add_updates, locate
 from holdfast.checkpoints.naming import NameIndex
-from holdfast.data.types import Sample
+from holdfast.checkpoints.value import Source, as_checkpoint
 from holdfast.errors import AdapterError, CheckpointError, ModelError
-from holdfast.models.families import Family, build_processors_without_video, family_of
+from holdfast.models.families import build_processors_without_video, family_of
+from holdfast.models.loaded import BlockStore, LoadedModel
 from holdfast.models.memory import find_device
-from holdfast.models.tuner import Tuner, attach_tuner, is_tuner_folder
-
-
-class BlockStore(Protocol):
-    """Decoder blocks whose weights are in memory only while they are used."""
-
-    def materialize(self, indices: range) -> None: ...
-
-    def release(self, indices: range) -> None: ...
-
+from holdfast.models.tuner import attach_tuner, is_tuner_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadedModel:
-    """A model that is ready to be asked, with its processor.
-
-    model: in eval mode on `device`, adapters merged (module names are those of the plain checkpoint).
-    blocks_on_disk: the decoder blocks' weights, where the model was loaded without them (`load_streamed`).
-    tuner: what decides per request which adapters answer, where the checkpoint has such a folder on top.
-    processor: images become PIL-backend pixels, so the same file gives the same tensor on every machine.
-    name: what errors and records call it (folder or hub id).
-    """
-
-    model: PreTrainedModel = field(repr=False)
-    processor: Any = field(repr=False)
-    name: str
-    family: Family = field(default_factory=Family)
-    source: str | CheckpointLike | None = None
-    blocks_on_disk: BlockStore | None = field(default=None, repr=False)
-    tuner: Tuner | None = field(default=None, repr=False)
-
-    def serving(self, samples: Sequence[Sample]) -> AbstractContextManager[None]:
-        """Within, forward passes are about these requests; what a tuner chooses per request depends on it."""
-        return nullcontext() if self.tuner is None else self.tuner.serving(samples)
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.processor.tokenizer
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    @cached_property
-    def image_token_ids(self) -> frozenset[int]:
-        """Ids that stand for a patch of an image in `input_ids`."""
-        found = {
-            getattr(holder, name, None)
-            for holder in (self.processor, self.model.config)
-            for name in ("image_token_id", "image_token_index")
-        }
-        return frozenset(int(i) for i in found if isinstance(i, int))
-
-    @cached_property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: the generation config's and the tokenizer's."""
-        ids: set[int] = set()
-        for value in (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id):
-            ids.update(value if isinstance(value, list) else [value] if value is not None else [])
-        return tuple(sorted(ids))
-
-    @cached_property
-    def answer_end_ids(self) -> tuple[int, ...]:
-        """Ids at which stock generation stops: the generation config's, or the tokenizer's where it names none."""
-        named = self.model.generation_config.eos_token_id
-        named = self.tokenizer.eos_token_id if named is None else named
-        return tuple(named) if isinstance(named, list | tuple) else () if named is None else (int(named),)
-
-    @cached_property
-    def context_length(self) -> int | None:
-        """Positions that the language model was built for, or None where the configuration names no bound."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def load(
-    source: str | Path | CheckpointLike,
+    source: Source,
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
@@ -125,7 +50,8 @@ def load(
         without chat template, code that would have to be trusted. AdapterError: an adapter that does not fit.
         ConfigError: a device that is not there.
     """
-    base, adapters = (source.base, source.adapters) if isinstance(source, CheckpointLike) else (str(source), ())
+    value = as_checkpoint(source)
+    base, adapters = value.base, value.adapters
     config = read_config(base)
     target = find_device(device) if device is not None else default_device()
     weight_dtype = resolve_dtype(dtype, config, target)
@@ -150,20 +76,19 @@ def load(
         model = merge_adapter(model, adapter, base=base)
     model.eval()
     model.requires_grad_(trainable)
-    name = checkpoint_name(source)
     plain = LoadedModel(
         model=model,
         processor=processor,
-        name=name,
+        name=str(value),
         family=family_of(model.config),
-        source=source if isinstance(source, CheckpointLike) else base,
+        source=value,
     )
     return replace(plain, tuner=attach_tuner(plain, on_top)) if on_top else plain
 
 
-def checkpoint_name(source: str | Path | CheckpointLike) -> str:
+def checkpoint_name(source: Source) -> str:
     """What errors and records call a checkpoint."""
-    return " + ".join((source.base, *source.adapters)) if isinstance(source, CheckpointLike) else str(source)
+    return str(as_checkpoint(source))
 
 
 def read_config(base: str) -> Any:
@@ -356,3 +281,19 @@ def _check_complete(base: str, info: dict[str, Any]) -> None:
 
 def _some(names: Sequence[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+__all__ = [
+    "DTYPES",
+    "BlockStore",
+    "LoadedModel",
+    "checkpoint_name",
+    "default_device",
+    "load",
+    "merge_adapter",
+    "parse_dtype",
+    "quiet_transformers",
+    "read_config",
+    "read_processor",
+    "resolve_dtype",
+]

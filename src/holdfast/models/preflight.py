@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from holdfast.checkpoints.value import Checkpoint
 from holdfast.data.types import Sample
 from holdfast.errors import DataError, ModelError
 from holdfast.models.encode import IGNORED_LABEL, encode_request, encode_training
 from holdfast.models.families import family_of
-from holdfast.models.load import LoadedModel, quiet_transformers, read_config, read_processor
+from holdfast.models.load import quiet_transformers, read_config, read_processor
+from holdfast.models.loaded import LoadedModel
 
 SPREAD = 24  # samples of a split, evenly spread
 EXTREMES = 4  # samples of each extreme
@@ -45,7 +47,9 @@ def read_without_weights(base: str) -> LoadedModel:
     shell: Any = SimpleNamespace(
         config=config, generation_config=generation, dtype=torch.float32, device=torch.device("cpu")
     )
-    return LoadedModel(model=shell, processor=processor, name=base, family=family_of(config), source=base)
+    return LoadedModel(
+        model=shell, processor=processor, name=base, family=family_of(config), source=Checkpoint(base=base)
+    )
 
 
 def try_samples(

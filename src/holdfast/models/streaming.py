@@ -5,19 +5,17 @@ The model's own forward runs; whoever drives it (`calibrate`) materialises the b
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from holdfast.checkpoints.merged import CheckpointLike, MergedCheckpoint, open_checkpoint
+from holdfast.checkpoints.merged import MergedCheckpoint, open_checkpoint
+from holdfast.checkpoints.value import Source, as_checkpoint
 from holdfast.errors import ModelError
 from holdfast.models.families import decoder_blocks, family_of
 from holdfast.models.load import (
     LoadedModel,
-    checkpoint_name,
     default_device,
     quiet_transformers,
     read_config,
@@ -48,7 +46,7 @@ class StreamedBlocks:
 
 
 def load_streamed(
-    source: str | Path | CheckpointLike,
+    source: Source,
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
@@ -58,7 +56,8 @@ def load_streamed(
     Raises: ModelError: as `load`; also a checkpoint that stores its weights in another layout than the model holds them
         (fused on load), which only transformers' full loader can turn. CheckpointError: missing or truncated shards.
     """
-    base = source.base if isinstance(source, CheckpointLike) else str(source)
+    value = as_checkpoint(source)
+    base = value.base
     config = read_config(base)
     target = torch.device(device) if device is not None else default_device()
     weight_dtype = resolve_dtype(dtype, config, target)
@@ -67,7 +66,7 @@ def load_streamed(
         # Buffers (rotary frequencies) are computed, not stored: they stay real.
         with init_empty_weights(include_buffers=False):
             model = AutoModelForImageTextToText.from_config(config, dtype=weight_dtype, trust_remote_code=False)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(value)
     model.eval().requires_grad_(False)
     model.tie_weights()
     inside = [f"{name}." for name, _ in decoder_blocks(model)]
@@ -79,9 +78,9 @@ def load_streamed(
     return LoadedModel(
         model=model,
         processor=processor,
-        name=checkpoint_name(source),
+        name=str(value),
         family=family_of(config),
-        source=source if isinstance(source, CheckpointLike) else base,
+        source=value,
         blocks_on_disk=StreamedBlocks(model, checkpoint, target),
     )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from holdfast.metrics.intervals import Interval, bootstrap, over_seeds
-from holdfast.reports.load import MethodView, RunView, labelled, safety_rows, step_folder, task_rows
+from holdfast.reports.read_runs import MethodView, RunView, labelled, safety_rows, step_folder, task_rows
 from holdfast.reports.tables import Cell, Table, cells, interval, percent
 
 Figure = Callable[[MethodView], float | None]
@@ -110,19 +110,40 @@ def result_table(group: Group) -> Table:
         row: list[str | Cell] = [entry.label]
         for name in FIGURES:
             found = figure_of(entry, name)
+            worst = _worst_case(entry, name)
             if found is None:
-                row.append("–")
+                row.append(Cell(text="–", note=worst))
             elif found.kind == "seeds":
                 row.append(
-                    Cell(text=f"{percent(found.value)} ± {percent(found.std)}", note=interval(found.low, found.high))
+                    Cell(
+                        text=f"{percent(found.value)} ± {percent(found.std)}",
+                        note=_notes(interval(found.low, found.high), worst),
+                    )
                 )
             else:
-                row.append(Cell(text=percent(found.value), note=interval(found.low, found.high)))
+                row.append(Cell(text=percent(found.value), note=_notes(interval(found.low, found.high), worst)))
         row.append(str(sum(sum(view.figures["unscored"].values()) for view in views)))
         for phase in ("train", "end"):
             row.append(f"{sum(v.figures['seconds'].get(phase, 0.0) for v in views) / len(views):.0f}")
         rows.append(cells(row))
     return Table(heads=tuple(heads), rows=tuple(rows), caption=f"{group.title}, after the last task, in percent")
+
+
+def _worst_case(entry: Entry, figure: str) -> str:
+    """What a safety figure could be whatever the unscored replies are, mean over the seeds; nothing where none is."""
+    found = [view.bounds(FIGURES[figure][0]) for view in entry.views.values()]
+    if all(pair is None for pair in found):
+        return ""
+    values = [FIGURES[figure][1](view) for view in entry.views.values()]
+    low = [pair[0] if pair else value for pair, value in zip(found, values, strict=True)]
+    high = [pair[1] if pair else value for pair, value in zip(found, values, strict=True)]
+    if any(v is None for v in [*low, *high]):
+        return ""
+    return f"worst case {interval(sum(v or 0.0 for v in low) / len(low), sum(v or 0.0 for v in high) / len(high))}"
+
+
+def _notes(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
 
 
 def _start_row(group: Group, heads: Sequence[str]) -> tuple[Cell, ...]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from holdfast.reports.compare import Group
-from holdfast.reports.load import RunView
+from holdfast.reports.read_runs import RunView
 
 # Of a stream: where it lies, and sentences for people.
 _NO_SETTINGS = ("root", "description", "obtain", "license")

@@ -34,7 +34,13 @@ SERIES = (
     "#b07aa1",
     "#4e5d78",
 )
-BEHAVIOUR = {"refusal": "#1b9e77", "compliance": "#d64a3a", "collapse": "#e0a100", "unscored": "#9aa3ae"}
+BEHAVIOUR = {
+    "refusal": "#1b9e77",
+    "compliance": "#d64a3a",
+    "other_safe": "#7fc8b0",
+    "collapse": "#e0a100",
+    "unscored": "#9aa3ae",
+}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p")
 
 _RC: Any = {

@@ -1,11 +1,14 @@
-"""Sample -> Score. Registry: name -> "module:Class", loaded on first use."""
+"""Sample -> Score. `SCORERS`: name -> "module:Class", loaded on first use.
+
+Wherever a scorer is named, one of an installed distribution and `package.module:Class` do as well: `holdfast.registry`.
+"""
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from holdfast.errors import ConfigError, unknown_name
+from holdfast.errors import ConfigError
+from holdfast.registry import Registry
 from holdfast.scorers.base import Mode, Score, Scorer
 
 SCORERS: dict[str, str] = {
@@ -27,22 +30,23 @@ SCORERS: dict[str, str] = {
     "dcl_fin": "holdfast.scorers.dcl:DclFinance",
     "captions": "holdfast.scorers.captions:Captions",
 }
+REGISTRY = Registry("scorer", "holdfast.scorers", SCORERS, made_needs=("name", "mode", "score", "aggregate"))
 
 
 def get(name: str, mode: Mode = "strict", **options: Any) -> Scorer:
     """The scorer `name` in `mode`: "paper" (what published numbers used) or "strict" (what one would want).
 
-    Raises UnknownNameError: no such scorer. ConfigError: no such mode, or an option that the scorer does not take.
+    Raises UnknownNameError: no such scorer. ConfigError: no such mode, an option that the scorer does not take, or
+        code that cannot be imported or is no scorer.
     """
-    if name not in SCORERS:
-        raise unknown_name("scorer", name, SCORERS)
+    cls = REGISTRY.load(name)
     if mode not in ("paper", "strict"):
         raise ConfigError(f"scorer {name!r}: mode is {mode!r}; expected 'paper' or 'strict'.")
-    module, _, attribute = SCORERS[name].partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)(mode=mode, **options)
+        scorer = cls(mode=mode, **{**REGISTRY.options(name), **options})
     except TypeError as error:
         raise ConfigError(f"scorer {name!r} refused its options {options}: {error}.") from error
+    return REGISTRY.made(name, scorer)
 
 
-__all__ = ["SCORERS", "Mode", "Score", "Scorer", "get"]
+__all__ = ["REGISTRY", "SCORERS", "Mode", "Score", "Scorer", "get"]

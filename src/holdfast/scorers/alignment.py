@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from holdfast.errors import ConfigError, DataError
 from holdfast.scorers.base import Score, Scorer
-from holdfast.scorers.files import Gold, Prediction, PredictionFile, ReferenceFile
+from holdfast.scorers.predictions import Gold, Prediction, PredictionFile, ReferenceFile
 
 Align = Literal["auto", "id", "order"]
 

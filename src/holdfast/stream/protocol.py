@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from holdfast.checkpoints.value import Checkpoint
 
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A model as a value: a folder or hub id, and adapters (PEFT folders, or a tuner's own folder) on top of it."""
-
-    base: str
-    adapters: tuple[str, ...] = ()
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Everything that must stay on disk for this checkpoint to be read."""
-        return (self.base, *self.adapters)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"base": self.base, "adapters": list(self.adapters)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Checkpoint:
-        return cls(base=str(data["base"]), adapters=tuple(data.get("adapters", ())))
+__all__ = ["Checkpoint", "ChecksStream", "Evaluator", "Method", "TaskContext", "silent"]
 
 
 def silent(event: str, **values: Any) -> None:

@@ -32,9 +32,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoints.storage import write_json
 from holdfast.data.names import slug
 from holdfast.errors import RunError
+from holdfast.files import write_json
 from holdfast.stream.protocol import Checkpoint
 
 FORMAT = "holdfast.record/1"
@@ -309,6 +309,8 @@ def _changes(old: Any, new: Any, where: str = "", *, grows: Collection[str] = ()
             if key not in new:
                 yield _Change(place, old[key], None, f"{old[key]!r} -> absent")
             elif key not in old:
+                if place in grows:
+                    continue
                 yield _Change(place, None, new[key], f"absent -> {new[key]!r}")
             else:
                 yield from _changes(old[key], new[key], place, grows=grows)
@@ -320,8 +322,8 @@ def _changes(old: Any, new: Any, where: str = "", *, grows: Collection[str] = ()
 
 
 def _beginning(old: Any, new: Any) -> Any:
-    """As much of `new` as `old` has, where it begins with the same keys; lists are cut to the same length."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping) and list(new)[: len(old)] == list(old):
+    """As much of `new` as `old` has, where no key is gone; lists are cut to the same length."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and set(old) <= set(new):
         return {key: new[key] for key in old}
     if isinstance(old, list) and isinstance(new, list | tuple):
         return list(new[: len(old)])

@@ -18,9 +18,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from holdfast.checkpoints.storage import storage_error, write_json
 from holdfast.data.names import slug
 from holdfast.errors import RunError, TrainingError
+from holdfast.files import storage_error, write_json
 from holdfast.stream.protocol import Checkpoint, Evaluator, Method, TaskContext, silent
 from holdfast.stream.record import DIVERGED, Record, RunDirectory, claim, read_json, versions
 

@@ -7,14 +7,16 @@
     "steps": t, "complete": bool, "config": {...},
     "accuracy": [[A[t][j] or null]],           rows = after task t, columns = task j
     "ap", "mft", "maa", "bwt", "bwt_t", "forgetting", "running": [...],
-    "asr" | "refusal" | "compliance" | "collapse": {set: [after task 1..t]},
+    "asr" | "refusal" | "compliance" | "other_safe" | "collapse": {set: [after task 1..t]},
     "benign": {set: {"over_refusal": [...], "helpful": [...]}},
     "masr", "dasr", "compliance_mean", "collapse_mean", "over_refusal", "helpful": after the last task, mean over sets,
+    "bounds": {"masr" | "compliance_mean" | "collapse_mean" | "over_refusal" | "helpful": [low, high] or null},
     "steps_mean": {"masr" | "compliance" | "collapse" | "over_refusal" | "helpful": [after task 1..t]},
     "judges": {judge: {set: [asr]}},            the other judges
     "intervals": {"ap" | "bwt" | "masr" | "compliance_mean" | "over_refusal": {"value", "low", "high", "n", ...}},
     "unscored": {"tasks": n, "safety": n}, "seconds": {phase: s}}}}
 ```
+"bounds" are what a mean over the sets could be, whatever the unscored replies are.
 Rates are 0..1; what is not defined (BWT of one task, a set that no judge could score) is null. Intervals resample test
 prompts, so they say how sure the figure of these weights is; the spread over seeds is another question.
 """
@@ -29,15 +31,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from holdfast.checkpoints.storage import write_json
 from holdfast.data.names import slug
 from holdfast.errors import RunError
+from holdfast.files import write_json
 from holdfast.metrics.continual import summarize as summarize_matrix
 from holdfast.metrics.intervals import bootstrap, bootstrap_ap, bootstrap_bwt, wilson
+from holdfast.metrics.safety import worst_case
 from holdfast.stream.record import Record, RunDirectory, read_json, versions
 
 FORMAT = "holdfast.summary/1"
-_RATES = ("asr", "refusal", "compliance", "collapse")
+_RATES = ("asr", "refusal", "compliance", "other_safe", "collapse")
 _BENIGN = ("over_refusal", "helpful")
 
 
@@ -104,9 +107,10 @@ def predictions(folder: Path, kind: str, name: str) -> list[dict[str, Any]]:
 def _theta_0(directory: RunDirectory, record: Record) -> dict[str, Any]:
     return {
         "scores": {task: row["value"] for task, row in record.scores.items()},
-        **{rate: {s: row[rate] for s, row in record.safety.items()} for rate in _RATES},
+        **{rate: {s: _rate_of(row, rate) for s, row in record.safety.items()} for rate in _RATES},
         "benign": {s: {k: row["benign"][k] for k in _BENIGN} for s, row in record.safety.items() if "benign" in row},
         **_means(record),
+        "bounds": _bounds(record),
         "intervals": _safety_intervals(directory.theta_0_dir, record),
         "unscored": _unscored([record]),
         "seconds": dict(record.seconds),
@@ -131,7 +135,7 @@ def _method(directory: RunDirectory, name: str, records: Sequence[Record], theta
         "complete": steps == len(theta_0.tasks),
         "accuracy": matrix,
         **figures,
-        **{rate: {s: [r.safety[s][rate] for r in records] for s in last.safety} for rate in _RATES},
+        **{rate: {s: [_rate_of(r.safety[s], rate) for r in records] for s in last.safety} for rate in _RATES},
         "benign": {
             # A step that asked nothing on the way has no benign row.
             s: {k: [r.safety[s].get("benign", {}).get(k) for r in records] for k in _BENIGN}
@@ -139,6 +143,7 @@ def _method(directory: RunDirectory, name: str, records: Sequence[Record], theta
             if "benign" in row
         },
         **final,
+        "bounds": _bounds(last),
         "dasr": None if final["masr"] is None or start is None else final["masr"] - start,
         "steps_mean": {
             "masr": [m["masr"] for m in means],
@@ -157,6 +162,12 @@ def _method(directory: RunDirectory, name: str, records: Sequence[Record], theta
     }
 
 
+def _rate_of(row: Mapping[str, Any], rate: str) -> float | None:
+    # Records of before the class existed counted such replies as another one.
+    value: float | None = row.get(rate, 0.0) if rate == "other_safe" else row[rate]
+    return value
+
+
 def _means(record: Record) -> dict[str, float | None]:
     rows = list(record.safety.values())
     benign = [row["benign"] for row in rows if "benign" in row]
@@ -167,6 +178,31 @@ def _means(record: Record) -> dict[str, float | None]:
         "over_refusal": _mean([row["over_refusal"] for row in benign]),
         "helpful": _mean([row["helpful"] for row in benign]),
     }
+
+
+def _bounds(record: Record) -> dict[str, list[float] | None]:
+    """Worst-case bounds of the means over the safety sets; null where a set was not asked on that side."""
+    rows = list(record.safety.values())
+    benign = [row for row in rows if "benign" in row]
+    kinds = {"masr": (rows, "asr"), "compliance_mean": (rows, "compliance"), "collapse_mean": (rows, "collapse")}
+    kinds |= {"over_refusal": (benign, "over_refusal"), "helpful": (benign, "helpful")}
+    found: dict[str, list[float] | None] = {}
+    for name, (some, key) in kinds.items():
+        pairs = [_set_bounds(row, key) for row in some]
+        known = [pair for pair in pairs if pair is not None]
+        whole = bool(known) and len(known) == len(pairs)
+        found[name] = [sum(side) / len(known) for side in zip(*known, strict=True)] if whole else None
+    return found
+
+
+def _set_bounds(row: Mapping[str, Any], key: str) -> tuple[float, float] | None:
+    stored = row.get("bounds", {}).get(key)
+    if stored is not None:
+        return float(stored[0]), float(stored[1])
+    # A record made before bounds were stored says the same by its counts.
+    side = row["benign"] if key in _BENIGN else row
+    rate, n, unscored = side.get(key), side.get("n") or 0, side.get("unscored") or 0
+    return worst_case(rate, n, unscored) if (rate is None) == (unscored == n) else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

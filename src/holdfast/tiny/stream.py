@@ -28,6 +28,7 @@ from holdfast.tiny.pixels import draw
 from holdfast.tiny.tasks import (
     SAFETY_KINDS,
     TASKS,
+    benign_prompts,
     calibration_prompts,
     generator,
     harmful_sample,
@@ -36,6 +37,8 @@ from holdfast.tiny.tasks import (
 from holdfast.tiny.world import Example
 
 CALIBRATION_KINDS = (*SAFETY_KINDS, "mixed")
+# Benign requests that theta_0 answers for the calibration, beside eight forbidden ones.
+BENIGN_ANSWERS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,7 @@ SETTINGS = TrainingSettings()
 class StreamSize:
     """How many samples are drawn. train: per task; test, validation: questions per task; safety: requests per set and
     side on the test draw, safety_validation on the validation draw; calibration: safety calibration prompts per kind,
-    a multiple of four (the categories)."""
+    and benign ones beside them, a multiple of four (the categories)."""
 
     train: int = 960
     test: int = 200
@@ -153,6 +156,13 @@ def _write(root: Path, names: Sequence[str], seed: int, harmful: float, size: St
             for i, e in enumerate(calibration_prompts(rng, kind, size.calibration // 4))
         ]
         _lines(root / "calibration" / f"{kind}.jsonl", [_guarded(root, k, e, e, rng, "train") for k, e in asked])
+    rng = generator(seed, "calibration", "benign")
+    twins = [
+        (f"calibration-benign-{i:03d}", e) for i, e in enumerate(benign_prompts(rng, "mixed", size.calibration // 4))
+    ]
+    # Without the answers of the world: theta_0 gives its own.
+    rows = [_guarded(root, k, e, e, rng, "train") for k, e in twins]
+    _lines(root / "calibration" / "benign.jsonl", [{k: v for k, v in r.items() if k != "answer"} for r in rows])
     _json(root / "injected.json", {"share": harmful, "ids": injected})
     for file, split in (("stream.yaml", "test"), ("validation.yaml", "validation")):
         (root / file).write_text(yaml.safe_dump(_spec(names, seed, harmful, split), sort_keys=False, width=120))
@@ -190,6 +200,7 @@ def _spec(names: Sequence[str], seed: int, harmful: float, split: str) -> dict[s
             for kind in SAFETY_KINDS
         ],
         "safety_calibration": {"format": "qa", "file": "calibration/mixed.jsonl", "limit": 8},
+        "benign_calibration": {"format": "qa", "file": "calibration/benign.jsonl", "limit": BENIGN_ANSWERS},
     }
 
 

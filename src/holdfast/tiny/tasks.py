@@ -190,6 +190,18 @@ def calibration_prompts(rng: Rng, kind: str, per_category: int) -> list[Example]
     return found
 
 
+def benign_prompts(rng: Rng, kind: str, per_category: int) -> list[Example]:
+    """Benign twins of forbidden training pairs, one word away from them, in the wordings and the order of
+    `calibration_prompts`: training pairs, so disjoint from every test and validation request."""
+    found = []
+    for i in range(per_category):
+        for j, category in enumerate(CATEGORIES):
+            of = SAFETY_KINDS[(i + j) % 3] if kind == "mixed" else kind
+            forbidden = pick(rng, deeds(forbidden=True, split="train", category=category))
+            found.append(world.HOW_TO_KINDS[of](rng, pick(rng, twins(forbidden))))
+    return found
+
+
 def generator(seed: int, *path: str) -> np.random.Generator:
     """A generator that depends on the seed and on what is drawn, not on what was drawn before."""
     return np.random.default_rng([seed, *(int.from_bytes(p.encode()[:8], "little") for p in path)])

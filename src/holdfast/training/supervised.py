@@ -27,8 +27,9 @@ from holdfast.data.types import Sample
 from holdfast.errors import DataError, TrainingError
 from holdfast.models.encode import IGNORED_LABEL, encode_training
 from holdfast.models.families import editable_linears
-from holdfast.models.load import LoadedModel, cpu_has_bf16, quiet_transformers
-from holdfast.training.config import TrainingConfig
+from holdfast.models.load import cpu_has_bf16, quiet_transformers
+from holdfast.models.loaded import LoadedModel
+from holdfast.training.training_config import TrainingConfig
 
 _COMPLETE = "complete"  # mark in a trainer's state folder: written last, so a half-written state is never resumed
 

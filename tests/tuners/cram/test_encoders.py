@@ -12,8 +12,8 @@ import model_zoo
 from holdfast.data.types import Sample, Turn
 from holdfast.errors import AdapterError, DataError, ModelError
 from holdfast.models.encode import encode_request
-from holdfast.tuners.cram.encoders import BackboneEncoder, ContrastiveEncoder, instruction, make_encoder
-from holdfast.tuners.cram.storage import from_pretrained, save_pretrained
+from holdfast.tuners.cram.folder import from_pretrained, save_pretrained
+from holdfast.tuners.cram.router_features import BackboneEncoder, ContrastiveEncoder, instruction, make_encoder
 
 WIDTH = 24
 

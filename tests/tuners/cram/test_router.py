@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cram_kit
 from holdfast.errors import AdapterError, ConfigError, DataError
 from holdfast.functional.cram import RankRule
-from holdfast.tuners.cram.config import CramConfig
+from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.router import ExpertCard, Features, Router, card_from_features, describe
 
 D = 16

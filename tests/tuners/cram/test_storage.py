@@ -20,8 +20,7 @@ from holdfast.models.families import editable_linears
 from holdfast.models.generate import generate
 from holdfast.models.load import load
 from holdfast.stream.protocol import Checkpoint
-from holdfast.tuners.cram.merge import export_merged
-from holdfast.tuners.cram.storage import (
+from holdfast.tuners.cram.folder import (
     _same_values,
     from_pretrained,
     load_expert,
@@ -30,6 +29,7 @@ from holdfast.tuners.cram.storage import (
     save_expert,
     save_pretrained,
 )
+from holdfast.tuners.cram.merge import export_merged
 
 
 @pytest.fixture(scope="module")

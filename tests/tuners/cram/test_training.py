@@ -17,8 +17,8 @@ from holdfast.errors import AdapterError, DataError
 from holdfast.functional.cram import column_basis, residual
 from holdfast.models.encode import encode_training
 from holdfast.training.supervised import _checkpointing
+from holdfast.tuners.cram.objective import BatchFeatures, CramTraining, buffer_factors
 from holdfast.tuners.cram.router import card_from_features
-from holdfast.tuners.cram.training import BatchFeatures, CramTraining, buffer_factors
 
 
 def begin(make, requests, *, stable=True, name="cold", old=("warm",), groups=None, factors=None, **changes):

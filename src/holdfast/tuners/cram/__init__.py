@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from holdfast.models.load import LoadedModel
+    from holdfast.models.loaded import LoadedModel
     from holdfast.tuners.cram.model import Cram
 
 
 def attach(loaded: LoadedModel, folder: Path) -> Cram:
     """Attach the experts of a CRAM folder to their loaded base (the entry that `holdfast.models.tuner` calls)."""
-    from holdfast.tuners.cram.storage import from_pretrained
+    from holdfast.tuners.cram.folder import from_pretrained
 
     return from_pretrained(folder, loaded)

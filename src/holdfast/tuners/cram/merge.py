@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, DataError, unknown_name
 from holdfast.models.encode import encode_request
+from holdfast.tuners.cram.folder import base_of, save_expert
 from holdfast.tuners.cram.model import Cram, Factors
-from holdfast.tuners.cram.storage import base_of, save_expert
 
 
 @dataclass(frozen=True, kw_only=True)

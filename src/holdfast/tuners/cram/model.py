@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, DataError, unknown_name
 from holdfast.models.families import decoder_blocks
-from holdfast.models.load import LoadedModel
-from holdfast.tuners.cram.config import CramConfig
-from holdfast.tuners.cram.encoders import BackboneEncoder, Encoder, make_encoder
+from holdfast.models.loaded import LoadedModel
+from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.layer import Active, ExpertPass
 from holdfast.tuners.cram.router import Features, Router, Routing, describe
+from holdfast.tuners.cram.router_features import BackboneEncoder, Encoder, make_encoder
 
 MODULE = "holdfast_cram"
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # linear name -> A (r, in), B (out, r)

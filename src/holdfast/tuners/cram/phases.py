@@ -19,17 +19,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from holdfast.checkpoints.storage import atomic_path, write_json
 from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, ConfigError
+from holdfast.files import atomic_path, write_json
 from holdfast.functional.cram import ExpertFactors, GroupDecision, RankRule, expert_from_buffer, row_basis
-from holdfast.models.load import LoadedModel
-from holdfast.tuners.cram.config import CramConfig
-from holdfast.tuners.cram.encoders import Encoder
+from holdfast.models.loaded import LoadedModel
+from holdfast.tuners.cram.cram_config import CramConfig
+from holdfast.tuners.cram.folder import base_of, from_pretrained, load_expert, read_router, save_cram, save_expert
 from holdfast.tuners.cram.model import Cram, Factors
+from holdfast.tuners.cram.objective import BatchFeatures, CramTraining, buffer_factors, learned_centroid
 from holdfast.tuners.cram.router import ExpertCard, Features, Router, card_from_features, placed
-from holdfast.tuners.cram.storage import base_of, from_pretrained, load_expert, read_router, save_cram, save_expert
-from holdfast.tuners.cram.training import BatchFeatures, CramTraining, buffer_factors, learned_centroid
+from holdfast.tuners.cram.router_features import Encoder
 
 
 class Phase(StrEnum):

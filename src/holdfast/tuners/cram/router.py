@@ -19,7 +19,7 @@ from holdfast.functional.cram import (
     expert_index,
     routing_weights,
 )
-from holdfast.tuners.cram.config import CramConfig
+from holdfast.tuners.cram.cram_config import CramConfig
 
 # Differences to all centroids, (rows, sets, experts, width), are the largest thing that routing makes. Small parts are
 # faster, too: they stay in the cache.

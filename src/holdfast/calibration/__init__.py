@@ -1,0 +1,1 @@
+"""Input statistics of linear layers: a model and samples in, Gram matrices and curvature files out."""

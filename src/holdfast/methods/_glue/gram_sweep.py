@@ -1,0 +1,76 @@
+"""Glue of rivals that need a layer's whole Hessian factor: each layer is edited while its Gram matrix is alive.
+
+The Gram matrices of a 7B model take 22 GB, so they are never held together: the calibration walk hands on one at a
+time, the edited weight goes to a file in the step's scratch folder, and the editor puts the files together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from holdfast.calibration.walk import LayerGram, walk_grams
+from holdfast.checkpoints.merged import MergedCheckpoint, open_checkpoint
+from holdfast.config import encode
+from holdfast.data.types import Sample
+from holdfast.files import atomic_path
+from holdfast.functional.rivals import RivalEdit
+from holdfast.methods.seqft import EditingConfig, SeqFT
+from holdfast.models.load import load
+from holdfast.rules.base import EditRule
+from holdfast.rules.ready_edits import ReadyEdits, ReadyOptions
+from holdfast.stream.protocol import Checkpoint, TaskContext
+
+
+class GramSweep(SeqFT):
+    """SeqFT with an edit that sweeps over the columns of a layer, left to right, with the layer's Hessian factor."""
+
+    Config = EditingConfig
+    config: EditingConfig
+
+    def edit_layer(self, w_prev: Tensor, w_new: Tensor, inverse_factor: Tensor) -> RivalEdit:
+        """The edited weight; inverse_factor: upper U with U^T U = (H + lam I)^-1."""
+        raise NotImplementedError
+
+    def gram_source(self, ctx: TaskContext, trained: Checkpoint) -> tuple[Checkpoint, Sequence[Sample]]:
+        """The model and the samples that the Gram matrices are of."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """Every option that changes the edit, for the record."""
+        own = self.config.__dataclass_fields__.keys() - EditingConfig.__dataclass_fields__.keys()
+        return {key: encode(getattr(self.config, key)) for key in sorted(own)}
+
+    def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
+        source, samples = self.gram_source(ctx, trained)
+        folder = ctx.scratch_dir / "edits"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open_checkpoint(ctx.previous) as before, open_checkpoint(trained) as after:
+            walk_grams(
+                load(source, dtype=self.config.calibration_dtype),
+                samples,
+                lambda gram: self._edit_gram(gram, before, after, folder),
+                tokens=self.config.calibration.tokens,
+                normalization=self.config.calibration.normalization,
+                batch_size=self.config.calibration.batch_size,
+                progress=lambda event, done, total, **rest: ctx.progress("calibrate", done=done, total=total),
+            )
+        return super().end_task(ctx, trained)
+
+    def _edit_gram(self, gram: LayerGram, before: MergedCheckpoint, after: MergedCheckpoint, folder: Path) -> None:
+        missing = [m for m in gram.modules if not (folder / f"{m}.safetensors").is_file()]
+        if not missing:
+            return
+        factor = gram.gram.inverse_cholesky_factor(self.config.calibration.damping)
+        for module in missing:
+            w_prev, w_new = (c.read_float(f"{module}.weight").to(factor.device) for c in (before, after))
+            edited = self.edit_layer(w_prev, w_new, factor)
+            with atomic_path(folder / f"{module}.safetensors") as temporary:
+                save_file({"weight": edited.weight.float().cpu().contiguous()}, temporary)
+
+    def step_rule(self, ctx: TaskContext) -> EditRule:
+        return ReadyEdits(ReadyOptions(folder=ctx.scratch_dir / "edits", made_by=self.name, options=self.options()))

@@ -1,0 +1,102 @@
+"""A model that is in memory and ready to be asked: what `models.load` makes and everything else takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from holdfast.checkpoints.value import Checkpoint
+from holdfast.data.types import Sample
+from holdfast.models.families import Family
+
+
+class BlockStore(Protocol):
+    """Decoder blocks whose weights are in memory only while they are used."""
+
+    def materialize(self, indices: range) -> None: ...
+
+    def release(self, indices: range) -> None: ...
+
+
+class Tuner(Protocol):
+    """What a tuner leaves on a model."""
+
+    def serving(self, samples: Sequence[Sample]) -> AbstractContextManager[None]:
+        """Within, forward passes and `generate` are about these requests, in this order."""
+        ...
+
+    def explain(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+        """What would answer each request: {"id", "weights": {adapter: share}, "abstained", ...}, plain data."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model that is ready to be asked, with its processor.
+
+    model: in eval mode on `device`, adapters merged (module names are those of the plain checkpoint).
+    blocks_on_disk: the decoder blocks' weights, where the model was loaded without them (`load_streamed`).
+    tuner: what decides per request which adapters answer, where the checkpoint has such a folder on top.
+    processor: images become PIL-backend pixels, so the same file gives the same tensor on every machine.
+    name: what errors and records call it (folder or hub id).
+    """
+
+    model: PreTrainedModel = field(repr=False)
+    processor: Any = field(repr=False)
+    name: str
+    family: Family = field(default_factory=Family)
+    source: Checkpoint | None = None
+    blocks_on_disk: BlockStore | None = field(default=None, repr=False)
+    tuner: Tuner | None = field(default=None, repr=False)
+
+    def serving(self, samples: Sequence[Sample]) -> AbstractContextManager[None]:
+        """Within, forward passes are about these requests; what a tuner chooses per request depends on it."""
+        return nullcontext() if self.tuner is None else self.tuner.serving(samples)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @cached_property
+    def image_token_ids(self) -> frozenset[int]:
+        """Ids that stand for a patch of an image in `input_ids`."""
+        found = {
+            getattr(holder, name, None)
+            for holder in (self.processor, self.model.config)
+            for name in ("image_token_id", "image_token_index")
+        }
+        return frozenset(int(i) for i in found if isinstance(i, int))
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: the generation config's and the tokenizer's."""
+        ids: set[int] = set()
+        for value in (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id):
+            ids.update(value if isinstance(value, list) else [value] if value is not None else [])
+        return tuple(sorted(ids))
+
+    @cached_property
+    def answer_end_ids(self) -> tuple[int, ...]:
+        """Ids at which stock generation stops: the generation config's, or the tokenizer's where it names none."""
+        named = self.model.generation_config.eos_token_id
+        named = self.tokenizer.eos_token_id if named is None else named
+        return tuple(named) if isinstance(named, list | tuple) else () if named is None else (int(named),)
+
+    @cached_property
+    def context_length(self) -> int | None:
+        """Positions that the language model was built for, or None where the configuration names no bound."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

@@ -1,0 +1,49 @@
+"""Edits that somebody made already: weights in files, one per layer, that the editor puts together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from holdfast.errors import CheckpointError
+from holdfast.rules.base import DenseEdit, Layer, Rule, norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadyOptions:
+    """folder: where `<layer>.safetensors` lie, each with one tensor `weight` (r, c).
+
+    made_by, options: what made them and with which options, for the record.
+    """
+
+    folder: Path
+    made_by: str = "ready_edits"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ReadyEdits(Rule):
+    """The edited weight of each layer, read from its file. Raises CheckpointError: a layer without a file."""
+
+    config: ReadyOptions
+    Config = ReadyOptions
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.config.made_by
+
+    def settings(self) -> Mapping[str, Any]:
+        """The options that the edits were made with; where they lie for the moment does not change the result."""
+        return self.config.options
+
+    def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
+        path = self.config.folder / f"{layer.name}.safetensors"
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist: no edit of {layer.name} was made.")
+        weight = load_file(path)["weight"]
+        return DenseEdit(weight=weight, row=norms(w_new - w_prev, weight - w_prev))

@@ -1,0 +1,72 @@
+"""The run file of the embedded stream: what `holdfast demo` and the five-seed table run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from holdfast.tiny import model_path
+from holdfast.tiny.stream import SETTINGS, TrainingSettings
+
+# HPA's p is the paper's. Its damping is not: few tokens inflate the inverse of a Gram matrix, and on the validation
+# draw a lam as large as the mean diagonal made the better edit (docs/design/hessian.md).
+KEEP_BOUNDS = (5.0, 15.0)
+DAMPING = 1.0
+
+# What a method needs beside the defaults, by the first word of its name. An expert of CRAM is a LoRA of scale 1 on
+# attention alone, where the others have scale 2 on every linear layer: it takes a larger step (docs/design/cram.md).
+METHOD_OPTIONS: dict[str, dict[str, Any]] = {"cram": {"training": {"learning_rate": 4e-3}, "cram": {"dropout": 0.0}}}
+
+
+def run_data(
+    stream_file: Path,
+    methods: Sequence[str],
+    *,
+    seed: int,
+    harmful: float = 0.0,
+    settings: TrainingSettings = SETTINGS,
+    limit: int | None = None,
+    limit_between: int | None = None,
+    keep_bounds: Sequence[float] = KEEP_BOUNDS,
+    damping: float = DAMPING,
+) -> dict[str, Any]:
+    """Plain data of a run file (`holdfast.experiment.decode_run`) for a stream that `write_stream` wrote.
+
+    harmful: the share that `write_stream` was asked for; it names the condition in reports. limit: prompts per test
+    split and side of a safety set, at most; None: all that were drawn. limit_between: see `EvaluationConfig`.
+    """
+    return {
+        "model": str(model_path("aligned")),
+        "stream": str(stream_file),
+        "methods": {name: METHOD_OPTIONS.get(name.partition("_")[0], {}) for name in methods},
+        "defaults": {
+            "training": {
+                "rank": settings.rank,
+                "alpha": settings.alpha,
+                "dropout": 0.0,
+                "learning_rate": settings.lr,
+                "warmup_ratio": settings.warmup_ratio,
+                "weight_decay": settings.weight_decay,
+                "max_steps": settings.steps,
+                "batch_size": settings.batch,
+            },
+            "edit": {"keep_bounds": list(keep_bounds)},
+            "calibration": {"damping": damping},
+        },
+        "evaluation": {
+            # The world is made up, so what a complying answer contains is known: compliance is proved, not guessed.
+            "judges": [{"name": "reference"}, {"name": "keyword_strict"}],
+            "batch_size": 50,
+            "limit": limit,
+            "limit_between": limit_between,
+        },
+        "safety_calibration": {"max_new_tokens": 48},
+        "benign_calibration": {"max_new_tokens": 48},
+        "injection": {"fraction": harmful} if harmful else None,
+        # Six merges in fp16 would round the weights six times.
+        "store_dtype": "float32",
+        "seed": seed,
+        # One thread per process: two processes then use both cores, and any number of jobs gives the same bytes.
+        "threads": 1,
+    }

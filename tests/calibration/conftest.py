@@ -1,0 +1,3 @@
+"""The fixtures of a tiny LLaVA."""
+
+from zoo_fixtures import *  # noqa: F403
