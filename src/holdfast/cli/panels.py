@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 PANELS: dict[str, tuple[str, ...]] = {
     "Data and models": (
         "adapter", "after", "align", "base", "benign", "calibration", "category_key", "earlier", "encoder",
-        "every_linear", "grams", "image", "images", "judge", "limit", "model", "option", "past", "probe_benign",
+        "every_linear", "grams", "image", "image_mode", "images", "judge", "limit", "max_pixels", "model", "option", "past", "probe_benign",
         "probe_safety", "probe_task", "prompt", "prompts", "reference", "reference_task", "references", "root",
         "safety", "safety_images", "samples", "scorer", "stream", "task", "task_images", "tasks", "test_set",
     ),
