@@ -377,9 +377,11 @@ class SeenImages:
         return found
 
     def replay(self) -> None:
+        """From now on, hand out what was seen instead of looking again."""
         self.replaying = True
 
     def stop(self) -> None:
+        """Give the model its own way of looking back."""
         vars(self._holder).pop("get_image_features", None)
 
 
