@@ -27,6 +27,7 @@ from holdfast import experiment
 from holdfast.errors import HoldfastError
 from holdfast.files import atomic_path, write_json
 from holdfast.metrics.intervals import over_seeds
+from holdfast.metrics.paired import paired_seeds
 from holdfast.stream.summary import summarize_run
 from holdfast.tiny.recipe import DAMPING, KEEP_BOUNDS, run_data
 from holdfast.tiny.stream import SETTINGS, StreamSize, write_stream
@@ -202,7 +203,9 @@ def differences(rows: Mapping[str, Any]) -> list[str]:
 
 
 def difference(hpa: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    paired = over_seeds([a - b for a, b in zip(hpa["values"], other["values"], strict=True)]).to_json()
+    test = paired_seeds(hpa["values"], other["values"])
+    assert test.interval is not None
+    paired = test.interval.to_json()
     clear = paired["low"] is not None and (paired["low"] > 0 or paired["high"] < 0)
     return cell({**paired, "std": None}) + interval(paired) + (" *" if clear else "")
 

@@ -60,14 +60,17 @@ class MergedCheckpoint:
 
     @property
     def entries(self) -> dict[str, TensorEntry]:
+        """Every tensor of the base, by its key."""
         return self.base.entries
 
     @property
     def names(self) -> NameIndex:
+        """Where a module's tensors lie among the keys."""
         return self.base.names
 
     @property
     def folder(self) -> Path:
+        """The base's folder."""
         return self.base.folder
 
     def __iter__(self) -> Iterator[str]:
@@ -88,6 +91,8 @@ class MergedCheckpoint:
         """The merged value of `weight`, the base's tensor under `key`; `out` may be `weight` itself.
 
         Without `out` the result is fp32 (fp64 for an fp64 base); with it, the sum is cast once into `out`.
+
+        weight, out: of the stored shape, (out, in) for a linear.
         """
         if key in self.replaced:
             adapter, name = self.replaced[key]
@@ -108,7 +113,12 @@ class MergedCheckpoint:
         )
 
     def read_float(self, key: str) -> Tensor:
-        """One tensor, merged, in fp32 or wider: what an edit computes with."""
+        """One tensor, merged, in fp32 or wider: what an edit computes with.
+
+        Of the stored shape, (out, in) for a linear.
+
+        Raises: CheckpointError: stored as integers or in 8 bits.
+        """
         entry = self.base.entry(key)
         if entry.dtype not in EDITABLE_DTYPES:
             raise CheckpointError(
@@ -117,11 +127,15 @@ class MergedCheckpoint:
         return self.merge(entry.name, self.base.read(key))
 
     def read(self, key: str) -> Tensor:
-        """One tensor, merged, cast once to its stored type."""
+        """One tensor, merged, cast once to its stored type.
+
+        Of the stored shape, (out, in) for a linear.
+        """
         weight = self.base.read(key)
         return weight if self.is_plain(self.base.entry(key).name) else self.merge(key, weight, out=weight)
 
     def close(self) -> None:
+        """Close base and adapters."""
         self.base.close()
         for adapter in self.adapters:
             adapter.close()

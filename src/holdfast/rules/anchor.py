@@ -82,6 +82,7 @@ class AnchorRule(Rule):
 
     @property
     def needs(self) -> Needs:
+        """What the rule must be given of a layer."""
         return "grams"
 
     def settings(self) -> Mapping[str, Any]:
@@ -112,6 +113,7 @@ class AnchorRule(Rule):
                 )
 
     def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
+        """The anchored edit of one layer. w_prev, w_new: (r, c)."""
         factor = self._factor(layer, w_new)
         moved = factor.apply(w_new.float() - w_prev.float())
         row = {"change": _norm(w_new - w_prev), "distance": _norm(moved), **self._row(factor)}
@@ -120,6 +122,7 @@ class AnchorRule(Rule):
     def edit_lora(
         self, layer: Layer, w_prev: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> LoraEdit:
+        """The anchored edit of A. lora_a: (rank, c). lora_b: (r, rank). w_prev: (r, c) or None."""
         factor = self._factor(layer, lora_a)
         edited = factor.apply(lora_a.float()).to(lora_a.dtype)
         change, distance = (measure_lora(a, lora_b, scaling).norm for a in (lora_a, edited))

@@ -43,6 +43,8 @@ def step_grams(
 
     The task's are kept for the next step (in its mean with those of earlier tasks), second moments alone; the others go
     with the step's scratch folder. name: of the method that asks. samples: of the task, to draw from.
+
+    Raises: CalibrationError: what the edit rests on is not there.
     """
     safety, task = calibration_sets(ctx, config, name, samples)
     benign: list[Sample] = []
