@@ -23,7 +23,7 @@ from holdfast.stream.protocol import Checkpoint, TaskContext
 class CramAnchorConfig(CramMethodConfig, AnchorMethodConfig):
     """Options of CRAM, of the calibration, and of the edit."""
 
-    edit: AnchorConfig = field(default_factory=lambda: AnchorConfig(past_weight=0.0))
+    edit: AnchorConfig = field(default_factory=lambda: AnchorConfig(past_weight=0.0, benign_share=0.6))
 
 
 class CramAnchor(Cram):

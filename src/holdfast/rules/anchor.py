@@ -41,7 +41,7 @@ class AnchorConfig:
     safety_weight: float = 1.0
     past_weight: float = 0.3
     damping: float = 0.03
-    benign_share: float | None = 0.6
+    benign_share: float | None = None
     depth_slope: float = 0.0
 
     def __post_init__(self) -> None:

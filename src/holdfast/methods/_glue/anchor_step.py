@@ -25,7 +25,7 @@ class AnchorMethodConfig(EditingConfig):
     mean per token.
     """
 
-    edit: AnchorConfig = field(default_factory=AnchorConfig)
+    edit: AnchorConfig = field(default_factory=lambda: AnchorConfig(benign_share=0.6))
     benign_samples: int | None = None
     screen: bool = True
 
