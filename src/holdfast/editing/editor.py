@@ -51,7 +51,7 @@ from holdfast.editing.verify.compare import verify_export
 from holdfast.errors import CalibrationError, ConfigError, ExportError, StorageError
 from holdfast.files import atomic_path, write_json
 from holdfast.registry import is_builtin, origin_of
-from holdfast.rules.base import EditRule
+from holdfast.rules.base import EditRule, GramRule
 
 Export = Literal["dense", "adapter"]
 
@@ -85,7 +85,8 @@ def edit_checkpoint(
         before: folder, hub id, or checkpoint value (base and adapters): what the update started from.
         after: the same, or the folder of a LoRA adapter trained on `before`.
         rule: what is done to a layer. curvature: which layers, and their diagonals; None for a rule that needs none:
-            then `blocks` = (module name -> 0-based block, number of blocks), or the model's structure, says which.
+            then `blocks` = (module name -> 0-based block, number of blocks), or the model's structure, says which; a
+            rule with Gram matrices of its own has its layers.
         export: "dense" writes a full checkpoint; "adapter" a PEFT folder with the edited A (`after` is an adapter).
         coefficient: for "adapter", of what the rule takes from the base weight (HPA's projection): "drop" (the base is
             not read), "measure" (read once, dropped, the error reported), "keep" (an input-scaling vector per layer in
@@ -108,6 +109,10 @@ def edit_checkpoint(
     with open_pair(before, after) as pair:
         if curvature is not None and not allow_other_calibration:
             check_calibration(curvature, pair)
+        if isinstance(rule, GramRule):
+            if not allow_other_calibration:
+                rule.check_models(pair.fingerprints())
+            blocks = blocks or rule.layers()
         layers: Curvature | Blocks
         if curvature is not None:
             layers = curvature
