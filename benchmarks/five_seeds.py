@@ -47,10 +47,16 @@ METHODS = (
     "interpolation_matched",
     "cram",
     "cram_hpa",
+    "anchor",
+    "cram_anchor",
 )
 # Rows that are no method of their own: a method with other options.
 VARIANTS: dict[str, dict[str, Any]] = {
     "hpa_damping_1_percent": {"method": "hpa", "calibration": {"damping": 0.01}},
+    "anchor_drop": {"method": "anchor", "training": {"screen": "drop"}},
+    "hpa_drop": {"method": "hpa", "training": {"screen": "drop"}},
+    "hpa_screen": {"method": "hpa", "screen": True},
+    "hpa_benign": {"method": "hpa", "benign_samples": None},
 }
 # (key in summary.json, heading, whether more is better)
 FIGURES = (
@@ -87,7 +93,7 @@ def run_cell(options: argparse.Namespace, condition: str, seed: int) -> None:
             validation=options.prompts,
             safety_validation=options.prompts,
         )
-        write_stream(data, seed=seed, harmful=harmful, size=size)
+        write_stream(data, seed=seed, harmful=harmful, size=size, task_names=options.order)
     file = data / ("stream.yaml" if options.draw == "test" else "validation.yaml")
     plain = run_data(
         file,
@@ -229,6 +235,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--harmful", type=float, default=0.01, help="share of harmful samples of the injected condition"
     )
+    parser.add_argument("--order", type=names, default=None, help="tasks in this order; give it an --out of its own")
     parser.add_argument("--draw", choices=("test", "validation"), default="test")
     parser.add_argument("--keep-bounds", type=bounds, default=KEEP_BOUNDS, help="p_min,p_max in percent")
     parser.add_argument("--table-only", action="store_true", help="of the cells that are finished; run nothing")

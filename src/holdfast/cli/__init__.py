@@ -26,6 +26,7 @@ VERBS: dict[str, str] = {
     "gate": "holdfast.cli.gate",
     "calibrate": "holdfast.cli.calibrate",
     "calibrate-data": "holdfast.cli.calibrate_data",
+    "calibrate-grams": "holdfast.cli.calibrate_grams",
     "edit": "holdfast.cli.edit",
     "sweep-edit": "holdfast.cli.sweep_edit",
     "inspect": "holdfast.cli.inspect",

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from holdfast.cli.choices import ActivationsName, DtypeName, NormalizationName, OnFailureName, TokensName
+from holdfast.cli.choices import ActivationsName, DtypeName, ImageModeName, NormalizationName, OnFailureName, TokensName
 from holdfast.cli.units import parse_bytes
 
 
@@ -38,6 +38,13 @@ def command(
         bool, typer.Option("--every-linear", help="Also the layers that an adapter given as --after leaves alone.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out where it exists.")] = False,
+    image_mode: Annotated[
+        ImageModeName,
+        typer.Option(
+            "--images", "--image-mode", help="upright (EXIF applied, white below), or published (opened plainly)."
+        ),
+    ] = "upright",
+    max_pixels: Annotated[int | None, typer.Option(help="Show at most so many pixels of each picture.")] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
 ) -> None:
@@ -54,6 +61,7 @@ def command(
     from holdfast.cli.progress import bars
     from holdfast.cli.samples import read_calibration_sets
     from holdfast.config import decode
+    from holdfast.data.images import PictureConfig, pictures
     from holdfast.files import require_writable
     from holdfast.stream.protocol import Checkpoint
 
@@ -83,7 +91,8 @@ def command(
     state = PartialState(cpu=device == "cpu") if several else None
     chief = state is None or state.is_main_process
     seconds: dict[str, float] = {}
-    with bars("calibrating") if chief else nullcontext() as progress:
+    opened = PictureConfig(images=image_mode, max_pixels=max_pixels)
+    with bars("calibrating") if chief else nullcontext() as progress, pictures(opened):
         curvature = collect_curvature(
             before,
             tuned,

@@ -18,6 +18,7 @@ BackendName = Literal["transformers", "vllm"]
 CoefficientName = Literal["drop", "measure", "keep"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 ExportName = Literal["dense", "adapter"]
+ImageModeName = Literal["upright", "published"]
 Kind = Literal["methods", "scorers", "judges", "readers", "safety-readers", "tuners", "rules", "families", "streams"]
 ModeName = Literal["paper", "strict"]
 NormalizationName = Literal["sequence", "token", "sum"]
@@ -33,6 +34,7 @@ __all__ = [
     "CurvatureFormName",
     "DtypeName",
     "ExportName",
+    "ImageModeName",
     "Kind",
     "ModeName",
     "NormalizationName",

@@ -43,9 +43,12 @@ def run_bars(methods: list[str], tasks: int) -> Iterator[Callable[..., None]]:
             task: str = "",
             done: int = 0,
             total: int | None = None,
+            text: str = "",
             **_: Any,
         ) -> None:
-            if method is None:
+            if event == "continued":
+                console.print(text, highlight=False, markup=False)
+            elif method is None:
                 shown.update(first, completed=done / total if total else 0.0)
             elif event == "step_done":
                 shown.start_task(bars[method])

@@ -23,6 +23,12 @@ def command(
     calibration: Annotated[Path | None, typer.Option(help="What `holdfast calibrate` wrote.")] = None,
     safety: Annotated[Path | None, typer.Option(help="Instead of --calibration: the model's own safe answers.")] = None,
     task: Annotated[Path | None, typer.Option(help="Instead of --calibration: samples of the task.")] = None,
+    grams: Annotated[
+        Path | None, typer.Option(help="For --rule anchor: what `holdfast calibrate-grams` wrote.")
+    ] = None,
+    past: Annotated[
+        Path | None, typer.Option(help="For --rule anchor: Gram matrices of earlier tasks of this stream.")
+    ] = None,
     export: Annotated[ExportName, typer.Option(help="dense: a full checkpoint. adapter: a PEFT folder.")] = "dense",
     rule: Annotated[
         str, typer.Option(help="The edit of one layer: of `holdfast list rules`, or package.module:Class.")
@@ -81,11 +87,24 @@ def command(
     from holdfast.editing.editor import edit_checkpoint
     from holdfast.errors import ConfigError
 
+    sets = None
+    if grams is not None:
+        from dataclasses import replace
+
+        from holdfast.calibration.gram_sets import GramSets
+        from holdfast.checkpoints.gram_store import GramStore
+
+        sets = GramSets.open(grams)
+        if past is not None:
+            sets = replace(sets, past=GramStore.open(past))
+    elif past is not None:
+        raise ConfigError("--past goes with --grams.")
     edit_rule = read_rule(
         context,
         rule,
         set_ or [],
         options,
+        given={} if sets is None else {"grams": sets},
         flags={
             "keep_bounds": parse_bounds(keep, "--keep"),
             "focus_ratio": focus,
@@ -113,6 +132,7 @@ def command(
             rule=edit_rule,
             out=out,
             curvature=curvature,
+            blocks=None if sets is None else (sets.task.blocks, sets.task.block_count),
             export=export,
             coefficient=coefficient,
             shard_bytes=shard_bytes,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from holdfast.cli.choices import DtypeName
+
 
 def command(
     model: Annotated[str, typer.Argument(help="Folder or hub id; with --adapter, the base.")],
@@ -27,7 +29,7 @@ def command(
     limit: Annotated[int | None, typer.Option(min=1, help="The first N requests of each kind only.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests per batch.")] = 32,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:

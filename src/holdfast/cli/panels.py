@@ -9,11 +9,17 @@ from typer.core import TyperCommand
 # Panel -> options that it holds. What stands in none is shown under "Options".
 PANELS: dict[str, tuple[str, ...]] = {
     "Data and models": (
-        "adapter", "after", "align", "base", "calibration", "category_key", "encoder", "every_linear", "image",
-        "images", "judge", "limit", "model", "option", "prompt", "prompts", "references", "root", "safety",
-        "safety_images", "samples", "scorer", "stream", "task", "task_images", "tasks", "test_set",
+        "adapter", "after", "align", "base", "benign", "calibration", "category_key", "earlier", "encoder",
+        "every_linear", "grams", "image", "image_mode", "images", "judge", "limit", "max_pixels", "model", "option",
+        "past", "probe_benign", "probe_safety", "probe_task", "prompt", "prompts", "reference", "reference_task",
+        "references", "root", "safety", "safety_images", "samples", "scorer", "stream", "task", "task_images",
+        "tasks", "test_set",
     ),
-    "The rule": ("options", "rule", "set_"),
+    "The budget": ("max_asr", "max_drop", "max_over_refusal", "target_asr"),
+    "The rule": ("options", "past_weight", "rule", "set_", "strengths"),
+    "The search": (
+        "benign_samples", "min_refused", "probes", "safety_samples", "screen", "task_samples", "tune", "whole_curve",
+    ),
     "Labels": ("annotator", "html", "import_", "number", "settle", "show"),
     "The method": (
         "activations", "alpha", "coefficient", "curvature_form", "damping", "expert", "focus", "harmful", "keep",
@@ -22,7 +28,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     ),
     "Output": (
         "all_images", "as_json", "export", "json", "json_", "layers", "listed", "measured_safety", "model_card",
-        "names_only", "out", "overwrite", "report", "shard", "title", "verify",
+        "dry_run", "names_only", "out", "overwrite", "report", "shard", "title", "verify",
     ),
     "Machine": ("backend", "batch_size", "device", "dtype", "jobs", "max_new_tokens", "memory"),
     "Checks to leave out": ("allow_other_base", "allow_other_calibration", "allow_problems", "allow_short"),

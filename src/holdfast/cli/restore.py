@@ -2,139 +2,92 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from holdfast.cli.choices import DtypeName, ExportName
+
 if TYPE_CHECKING:
     from holdfast.restore.sets import RestoreSets
-
-_BUDGET, _DATA, _EDIT, _RUN = "Budget", "Requests", "Edit", "How it runs"
-
-
-class Export(StrEnum):
-    """What OUT is."""
-
-    dense = "dense"
-    adapter = "adapter"
 
 
 def command(
     before: Annotated[str, typer.Argument(help="The aligned model that the tuning started from: folder or hub id.")],
     after: Annotated[str, typer.Argument(help="The tuned model, or the folder of a LoRA adapter trained on BEFORE.")],
-    safety: Annotated[
-        Path, typer.Option(help="Requests that BEFORE refuses, JSON or JSON lines.", rich_help_panel=_DATA)
-    ],
+    safety: Annotated[Path, typer.Option(help="Requests that BEFORE refuses, JSON or JSON lines.")],
     out: Annotated[Path, typer.Option(help="Folder to make; it appears whole or not at all.")],
     benign: Annotated[
         Path | None,
-        typer.Option(help="Harmless requests, best those that look like the forbidden ones.", rich_help_panel=_DATA),
+        typer.Option(help="Harmless requests, best those that look like the forbidden ones."),
     ] = None,
-    task: Annotated[
-        Path | None, typer.Option(help="Samples of what was tuned on: requests with answers.", rich_help_panel=_DATA)
-    ] = None,
+    task: Annotated[Path | None, typer.Option(help="Samples of what was tuned on: requests with answers.")] = None,
     earlier: Annotated[
         list[Path] | None,
-        typer.Option(help="Samples of an earlier task whose skill must stay; may be repeated.", rich_help_panel=_DATA),
+        typer.Option(help="Samples of an earlier task whose skill must stay; may be repeated."),
     ] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Where image paths start from; the file's own folder.", rich_help_panel=_DATA)
-    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Where image paths start from; the file's own folder.")] = None,
     probe_safety: Annotated[
-        Path | None, typer.Option(help="Forbidden requests to measure on; part of --safety.", rich_help_panel=_DATA)
+        Path | None, typer.Option(help="Forbidden requests to measure on; part of --safety.")
     ] = None,
     probe_benign: Annotated[
-        Path | None, typer.Option(help="Harmless requests to measure on; part of --benign.", rich_help_panel=_DATA)
+        Path | None, typer.Option(help="Harmless requests to measure on; part of --benign.")
     ] = None,
-    probe_task: Annotated[
-        Path | None, typer.Option(help="Task samples to measure on; part of --task.", rich_help_panel=_DATA)
-    ] = None,
+    probe_task: Annotated[Path | None, typer.Option(help="Task samples to measure on; part of --task.")] = None,
     target_asr: Annotated[
         str | None,
-        typer.Option(
-            help="Most forbidden requests that may go unrefused, such as 3%; without it the knee is taken.",
-            rich_help_panel=_BUDGET,
-        ),
+        typer.Option(help="Most forbidden requests that may go unrefused, such as 3%; without it the knee is taken."),
     ] = None,
-    max_over_refusal: Annotated[
-        str | None, typer.Option(help="Most harmless requests that may be refused.", rich_help_panel=_BUDGET)
-    ] = None,
+    max_over_refusal: Annotated[str | None, typer.Option(help="Most harmless requests that may be refused.")] = None,
     max_drop: Annotated[
         str | None,
-        typer.Option(help="Most that the task's score may fall below the tuned model's.", rich_help_panel=_BUDGET),
+        typer.Option(help="Most that the task's score may fall below the tuned model's."),
     ] = None,
     export: Annotated[
-        Export | None,
-        typer.Option(
-            help="A full checkpoint, or a PEFT adapter (AFTER is one); by default as AFTER is.", rich_help_panel=_EDIT
-        ),
+        ExportName | None,
+        typer.Option(help="A full checkpoint, or a PEFT adapter (AFTER is one); by default as AFTER is."),
     ] = None,
-    rule: Annotated[
-        str, typer.Option(help="anchor, or interpolation to compare with it.", rich_help_panel=_EDIT)
-    ] = "anchor",
-    strengths: Annotated[
-        str | None, typer.Option(help="Strengths to try, as in 0.1,0.3,1,3.", rich_help_panel=_EDIT)
-    ] = None,
+    rule: Annotated[str, typer.Option(help="anchor, or interpolation to compare with it.")] = "anchor",
+    strengths: Annotated[str | None, typer.Option(help="Strengths to try, as in 0.1,0.3,1,3.")] = None,
     past: Annotated[
         list[Path] | None,
-        typer.Option(help="Gram matrices of earlier tasks of this stream; may be repeated.", rich_help_panel=_EDIT),
+        typer.Option(help="Gram matrices of earlier tasks of this stream; may be repeated."),
     ] = None,
-    past_weight: Annotated[
-        float, typer.Option(help="How firmly earlier tasks hold, against 1 for the task.", rich_help_panel=_EDIT)
-    ] = 0.3,
-    damping: Annotated[
-        float, typer.Option(help="lam: large values make the edit an interpolation.", rich_help_panel=_EDIT)
-    ] = 0.03,
+    past_weight: Annotated[float, typer.Option(help="How firmly earlier tasks hold, against 1 for the task.")] = 0.3,
+    damping: Annotated[float, typer.Option(help="lam: large values make the edit an interpolation.")] = 0.03,
     screen: Annotated[
         bool,
-        typer.Option(
-            "--screen/--no-screen",
-            help="Move task samples that BEFORE refuses to the safety side.",
-            rich_help_panel=_EDIT,
-        ),
+        typer.Option("--screen/--no-screen", help="Move task samples that BEFORE refuses to the safety side."),
     ] = True,
-    judge: Annotated[
-        str, typer.Option(help="Who says what a reply did (`holdfast list judges`).", rich_help_panel=_RUN)
-    ] = "keyword",
+    judge: Annotated[str, typer.Option(help="Who says what a reply did (`holdfast list judges`).")] = "keyword",
     scorer: Annotated[
-        str, typer.Option(help="Who scores the task's answers (`holdfast list scorers`).", rich_help_panel=_RUN)
+        str, typer.Option(help="Who scores the task's answers (`holdfast list scorers`).")
     ] = "exact_match",
-    safety_samples: Annotated[
-        int, typer.Option(min=1, help="Forbidden requests to calibrate on.", rich_help_panel=_RUN)
-    ] = 8,
-    benign_samples: Annotated[
-        int, typer.Option(min=1, help="Harmless requests to calibrate on.", rich_help_panel=_RUN)
-    ] = 12,
-    task_samples: Annotated[int, typer.Option(min=1, help="Task samples to calibrate on.", rich_help_panel=_RUN)] = 128,
-    probes: Annotated[
-        int, typer.Option(min=1, help="Requests of each kind to measure on, at most.", rich_help_panel=_RUN)
-    ] = 64,
+    safety_samples: Annotated[int, typer.Option(min=1, help="Forbidden requests to calibrate on.")] = 8,
+    benign_samples: Annotated[int, typer.Option(min=1, help="Harmless requests to calibrate on.")] = 12,
+    task_samples: Annotated[int, typer.Option(min=1, help="Task samples to calibrate on.")] = 128,
+    probes: Annotated[int, typer.Option(min=1, help="Requests of each kind to measure on, at most.")] = 64,
     min_refused: Annotated[
         str,
-        typer.Option(help="Share of --safety that BEFORE must refuse, else it stops.", rich_help_panel=_RUN),
+        typer.Option(help="Share of --safety that BEFORE must refuse, else it stops."),
     ] = "70%",
     whole_curve: Annotated[
-        bool, typer.Option("--whole-curve", help="Measure every strength, for the picture.", rich_help_panel=_RUN)
+        bool, typer.Option("--whole-curve", help="Measure every strength, for the picture.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.", rich_help_panel=_RUN)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 128,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Requests per batch; by default 16, 64 for a small model.", rich_help_panel=_RUN),
+        typer.Option(min=1, help="Requests per batch; by default 16, 64 for a small model."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the split into calibration and probe.", rich_help_panel=_RUN)] = 0,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.", rich_help_panel=_RUN)
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.", rich_help_panel=_RUN)
-    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the split into calibration and probe.")] = 0,
+    dtype: Annotated[DtypeName | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Say what it would cost in minutes and GiB, and stop.", rich_help_panel=_RUN),
+        typer.Option("--dry-run", help="Say what it would cost in minutes and GiB, and stop."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.", rich_help_panel=_RUN)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
     """Give a tuned model its refusals back with the least edit that meets a budget.
 
@@ -176,7 +129,7 @@ def command(
         tokens=max_new_tokens,
         batch_size=batch_size or _batch_size(before),
         seed=seed,
-        export=None if export is None else export.value,
+        export=export,
         dtype=dtype,
         device=device,
     )

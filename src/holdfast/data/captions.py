@@ -32,6 +32,7 @@ def read(source: Source) -> list[Sample]:
         "root": source.root,
         "folders": source.images,
         "image_search": source.image_search,
+        "limit": source.limit,
         "keep_meta": source.split != "train",
     }
     if source.split == "train":

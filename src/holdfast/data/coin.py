@@ -129,6 +129,7 @@ def _samples(source: Source, items: list[dict[str, Any]], path: Path, **how: Any
         root=source.root,
         folders=source.images,
         image_search=source.image_search,
+        limit=source.limit,
         keep_meta=source.split != "train",
         **how,
     )

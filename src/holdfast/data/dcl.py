@@ -57,6 +57,7 @@ def read(source: Source) -> list[Sample]:
         root=source.root,
         folders=source.images,
         image_search=source.image_search,
+        limit=source.limit,
         keep_meta=test,
         each=own if test else None,
     )

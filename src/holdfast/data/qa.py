@@ -24,6 +24,7 @@ def read(source: Source) -> list[Sample]:
         root=source.root,
         folders=source.images,
         image_search=source.image_search,
+        limit=source.limit,
         prompt_suffix=options["prompt_suffix"],
     )
 

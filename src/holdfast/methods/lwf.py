@@ -40,7 +40,7 @@ class Lwf(SeqFT):
 
     def training_options(self, ctx: TaskContext) -> dict[str, Any]:
         """The distillation loss against the model before the task."""
-        return {"penalty": self._penalty}
+        return {"penalty": self._penalty, "penalty_mean": "tokens"}
 
     def _penalty(self, model: Any, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor:
         shown = {name: value for name, value in inputs.items() if name not in ("labels", "num_items_in_batch")}

@@ -97,6 +97,13 @@ class LoadedModel:
         return tuple(sorted(ids))
 
     @cached_property
+    def answer_end_ids(self) -> tuple[int, ...]:
+        """Ids at which stock generation stops: the generation config's, or the tokenizer's where it names none."""
+        named = self.model.generation_config.eos_token_id
+        named = self.tokenizer.eos_token_id if named is None else named
+        return tuple(named) if isinstance(named, list | tuple) else () if named is None else (int(named),)
+
+    @cached_property
     def context_length(self) -> int | None:
         """Positions that the language model was built for, or None where the configuration names no bound."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

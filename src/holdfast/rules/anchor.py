@@ -33,14 +33,15 @@ class AnchorConfig:
     safety_weight, past_weight: mu_s and mu_p, how strongly the model before the task holds on safety inputs and on
         those of earlier tasks, against 1 for the task just learned. past_weight 0: nothing is kept for later tasks.
     damping: lam, in units of the mean diagonal of the task's Gram. Large values make the edit an interpolation.
-    benign_share: weight of answers to benign requests in the safety Gram, 0..1; null: by their tokens.
+    benign_share: weight of answers to benign requests in the safety Gram, 0..1, where there are any; null: by their
+        tokens.
     depth_slope: mu_s of the first block is (1 + slope) times the weight and (1 - slope) times in the last; -1..1.
     """
 
     safety_weight: float = 1.0
     past_weight: float = 0.3
     damping: float = 0.03
-    benign_share: float | None = None
+    benign_share: float | None = 0.6
     depth_slope: float = 0.0
 
     def __post_init__(self) -> None:
@@ -132,11 +133,6 @@ class AnchorRule(Rule):
             counts = sets.safety.entry(name).tokens, sets.benign.entry(name).tokens
             share = counts[1] / sum(counts) if self.config.benign_share is None else self.config.benign_share
             safety = safety.mul_(1 - share).add_(sets.benign.gram(name).to(device), alpha=share)
-        elif self.config.benign_share:
-            raise CalibrationError(
-                f"benign_share is {self.config.benign_share}, and there are no Gram matrices of benign answers. Give "
-                "benign calibration prompts, or leave benign_share out."
-            )
         past = sets.past.gram(name).to(device) if sets.past is not None and self.config.past_weight else None
         return AnchorGrams(sets.task.gram(name).to(device), safety, past, damping=self.config.damping)
 
