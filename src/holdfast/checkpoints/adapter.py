@@ -90,6 +90,8 @@ class LoraEntry:
 class LoraAdapter:
     """An adapter folder, opened: `modules` (name as in memory -> factors) and `saved` (whole tensors it replaces).
 
+    ties: what is done to one end of a tied embedding is done to the other (`ensure_weight_tying`). base_parameters: the
+        names in `saved` that PEFT loads into the base's own parameter, which a tied base shares between both ends.
     input_scale: module -> entry of a vector (c,) that the edit wrote beside the factors; the base weight's column j is
         multiplied by `scale[j]` before the update is added. Empty for an adapter of any other tool.
 
@@ -115,6 +117,8 @@ class LoraAdapter:
             raise
         except CheckpointError as error:
             raise AdapterError(str(error)) from error
+        self.ties = bool(self.config.get("ensure_weight_tying"))
+        self.base_parameters: set[str] = set()
         self.modules, self.saved = self._pair()
         self.input_scale = self._match_scales()
 
@@ -140,11 +144,28 @@ class LoraAdapter:
                 )
             else:
                 # A trained bias of an adapted layer sits in that layer's base_layer.
-                saved[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = entry
+                plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+                saved[plain] = entry
+                if ".modules_to_save." not in name and not self._is_module_to_save(plain):
+                    self.base_parameters.add(plain)
         if not factors:
             raise AdapterError(f"{self.folder} holds no LoRA factors (lora_A, lora_B); there is nothing to edit.")
         modules = {name: self._entry(name, pair) for name, pair in sorted(factors.items())}
         return modules, saved
+
+    def _is_module_to_save(self, name: str) -> bool:
+        """Whether PEFT gives the module of this tensor a copy of its own (PEFT: _set_trainable)."""
+        listed = self.config.get("modules_to_save") or ()
+        module = name.rpartition(".")[0]
+        return any(isinstance(end, str) and module.endswith(end) for end in listed)
+
+    def changes_one_end(self, name: str) -> bool:
+        """Whether the change of `name`, a saved tensor or a LoRA module, spares what a tied base shares it with."""
+        return not self.ties and (name in self.modules or name not in self.base_parameters)
+
+    def weight_names(self) -> list[tuple[str, str]]:
+        """(name in `saved` or `modules`, name of the tensor that it changes), of all."""
+        return [*((name, name) for name in self.saved), *((module, f"{module}.weight") for module in self.modules)]
 
     def _entry(self, name: str, pair: Mapping[str, TensorEntry]) -> LoraEntry:
         if len(pair) != 2:
@@ -230,6 +251,8 @@ class LoraAdapter:
     def meaning(self) -> dict[str, Any]:
         """What beside the factors decides the update (for the fingerprint): scaling by module, and input scales."""
         found: dict[str, Any] = {name: [e.rank, e.scaling, e.transposed] for name, e in self.modules.items()}
+        if self.ties:
+            found["ensure_weight_tying"] = True
         if self._scales is not None:
             digest = hashlib.sha256()
             for name, entry in sorted(self.input_scale.items()):

@@ -69,7 +69,7 @@ def cast_checkpoint(
                 return Path(out)
             rewrite(staging, shards, recipe)
             copy_side_files(checkpoint.folder, staging.folder)
-            write_json(staging.folder / "config.json", _with_dtype(checkpoint.base.config(), dtype))
+            write_json(staging.folder / "config.json", _with_dtype(checkpoint.config(), dtype))
             if len(shards) > 1:
                 write_json(staging.folder / INDEX_FILE, shard_index(shards))
             write_json(staging.folder / PROVENANCE_FILE, {"plan_hash": staging.plan_hash, "plan": plan})

@@ -254,6 +254,8 @@ class _Edit:
         """All but the weights and the card: side files, scaling vectors, index, report, provenance."""
         folder = staging.folder
         copy_side_files(self._side_folder(), folder)
+        if self.export == "dense" and self.pair.after.untied:
+            write_json(folder / "config.json", self.pair.after.config())
         if self.export == "adapter":
             rows = {target.lora.module: result.rows[target.lora.a.name] for target in lora_targets(self.targets)}
             scales = {module: read_scale_field(row[SCALE_FIELD]) for module, row in rows.items() if SCALE_FIELD in row}

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from holdfast.checkpoints.adapter import CONFIG_FILE, INPUT_SCALE_FILE, LoraAdapter
 from holdfast.checkpoints.merged import add_updates, locate
 from holdfast.checkpoints.naming import NameIndex
+from holdfast.checkpoints.tied import untie_in_memory
 from holdfast.checkpoints.value import Source, as_checkpoint
 from holdfast.errors import AdapterError, CheckpointError, ModelError
 from holdfast.models.families import build_processors_without_video, family_of
@@ -175,18 +176,52 @@ def merge_adapter(model: PreTrainedModel, adapter: str, *, base: str = "the mode
 def _merge_lora(model: PreTrainedModel, adapter: LoraAdapter, base: str) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = NameIndex(parameters, what=base)
-    for module, key in adapter.match(names).items():
-        weight, entry = parameters[key], adapter.modules[module]
+    matched = adapter.match(names)
+    for name in adapter.saved:
+        key = names.require(name, error=AdapterError)
+        if adapter.changes_one_end(name):
+            _give_own_parameter(model, key, parameters)
+        value = adapter.read_saved(name)
+        if value.shape != parameters[key].shape:
+            raise AdapterError(
+                f"{adapter.folder}: {name} is {tuple(value.shape)} in the adapter and {tuple(parameters[key].shape)} "
+                f"in {base}; resized tensors are not handled. Merge the adapter with PEFT first."
+            )
+        parameters[key].data.copy_(value)
+    done = set()
+    for module, key in matched.items():
+        entry = adapter.modules[module]
+        if adapter.changes_one_end(module):
+            _give_own_parameter(model, key, parameters)
+        weight = parameters[key]
         if tuple(weight.shape) != (entry.shape[::-1] if entry.transposed else entry.shape):
             raise AdapterError(
                 f"{adapter.folder} updates {module} as {entry.shape}, but it is {tuple(weight.shape)} in {base}; the "
                 "adapter was trained on another model."
             )
+        if id(weight) in done:  # the other end of a pair that the adapter keeps tied
+            continue
+        done.add(id(weight))
         a, b = (factor.to(weight.device) for factor in adapter.read_factors(module))
         scale = adapter.read_scale(module)
         add_updates(weight.data, [(a, b, entry, None if scale is None else scale.to(weight.device))], out=weight.data)
-    for name in adapter.saved:
-        parameters[names.require(name, error=AdapterError)].data.copy_(adapter.read_saved(name))
+
+
+def _give_own_parameter(model: PreTrainedModel, key: str, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Part a parameter from those it is tied to, for good: configuration and all. One that is not tied stays."""
+    shared = [name for name, parameter in parameters.items() if parameter is parameters[key] and name != key]
+    if not shared:
+        return
+    owner, _, name = key.rpartition(".")
+    own = torch.nn.Parameter(parameters[key].detach().clone(), requires_grad=parameters[key].requires_grad)
+    setattr(model.get_submodule(owner), name, own)
+    parameters[key] = own
+    untie_in_memory(model.config)
+    model.all_tied_weights_keys = {
+        target: source
+        for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
+        if key not in (target, source)
+    }
 
 
 def _merge_by_peft(model: PreTrainedModel, adapter: str, base: str) -> PreTrainedModel:
@@ -204,11 +239,21 @@ def _merge_by_peft(model: PreTrainedModel, adapter: str, base: str) -> PreTraine
         raise AdapterError(f"{adapter} does not fit {base}: {error}") from error
     if not any(isinstance(m, BaseTunerLayer) for m in wrapped.modules()):
         raise AdapterError(f"{adapter} matches no module of {base}; it was trained for another model.")
-    for name, parameter in wrapped.named_parameters():
+    everywhere = dict(wrapped.named_parameters(remove_duplicate=False))
+    for name, parameter in everywhere.items():
         if "lora_" in name:
             parameter.data = parameter.data.float()
+        if name.endswith(".base_layer.weight") and not wrapped.peft_config["default"].to_dict().get(
+            "ensure_weight_tying"
+        ):
+            # Merged in place, a tied head would take the embedding with it.
+            _give_own_parameter(wrapped, name, everywhere)
     # Not safe_merge: that rounds the change to the weight's dtype before the sum, and small edits vanish.
-    return wrapped.merge_and_unload()
+    merged = wrapped.merge_and_unload()
+    ends = [merged.get_input_embeddings(), merged.get_output_embeddings()]
+    if None not in ends and ends[0].weight is not ends[1].weight:
+        untie_in_memory(merged.config)
+    return merged
 
 
 def default_device() -> torch.device:
