@@ -17,14 +17,20 @@ from typing import Any
 
 from torch import Tensor
 
+from holdfast.checkpoints.contents import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INPUT_SCALE_FILE,
+    kind_of,
+    require_safe_adapter,
+)
 from holdfast.checkpoints.naming import NameIndex, strip_peft_prefix
 from holdfast.checkpoints.reader import read_json
 from holdfast.checkpoints.tensor_file import EDITABLE_DTYPES, TensorEntry, TensorFile
 from holdfast.errors import AdapterError, CheckpointError
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-INPUT_SCALE_FILE = "holdfast_input_scale.safetensors"
+CONFIG_FILE = ADAPTER_CONFIG
+WEIGHTS_FILE = ADAPTER_WEIGHTS
 
 # Keys of adapter_config.json that leave the meaning of the stored factors alone: which modules, how they were
 # initialised or trained, bookkeeping. Any other key with a value that says something is refused.
@@ -102,17 +108,15 @@ class LoraAdapter:
         self.folder = Path(folder)
         if not (self.folder / CONFIG_FILE).is_file():
             raise AdapterError(f"{self.folder} is no PEFT adapter: it has no {CONFIG_FILE}.")
+        extra = require_safe_adapter(self.folder)
         if not (self.folder / WEIGHTS_FILE).is_file():
-            pickled = (self.folder / "adapter_model.bin").exists()
-            raise AdapterError(
-                f"{self.folder} has no {WEIGHTS_FILE}"
-                + ("; adapter_model.bin is pickled and never loaded: save it again as safetensors." if pickled else ".")
-            )
+            raise AdapterError(f"{self.folder} has no {WEIGHTS_FILE}.")
         try:
             self.config = read_json(self.folder / CONFIG_FILE, "a PEFT configuration")
             _refuse_unusual(self.folder, self.config)
             self._file = TensorFile(self.folder / WEIGHTS_FILE)
             self._scales = self._open_scales()
+            self._extra = tuple(TensorFile(path) for path in extra)
         except AdapterError:
             raise
         except CheckpointError as error:
@@ -150,6 +154,12 @@ class LoraAdapter:
                     self.base_parameters.add(plain)
         if not factors:
             raise AdapterError(f"{self.folder} holds no LoRA factors (lora_A, lora_B); there is nothing to edit.")
+        for file in self._extra:
+            for key, entry in file.entries.items():
+                # Its tool loads it into the base's own parameters, over what the adapter's file says.
+                name = strip_peft_prefix(key)
+                saved[name] = entry
+                self.base_parameters.add(name)
         modules = {name: self._entry(name, pair) for name, pair in sorted(factors.items())}
         return modules, saved
 
@@ -229,7 +239,8 @@ class LoraAdapter:
 
     def read_saved(self, name: str) -> Tensor:
         """A whole tensor that the adapter replaces, in its stored type."""
-        return self._file.read(self.saved[name])
+        entry = self.saved[name]
+        return next(file for file in (self._file, *self._extra) if file.path == entry.path).read(entry)
 
     def raw(self, entry: TensorEntry) -> Tensor:
         """Any tensor of the adapter file in its stored type."""
@@ -258,12 +269,20 @@ class LoraAdapter:
             for name, entry in sorted(self.input_scale.items()):
                 digest.update(name.encode() + self._scales.read(entry).float().numpy().tobytes())
             found[INPUT_SCALE_FILE] = digest.hexdigest()
+        for file in self._extra:
+            with file.path.open("rb") as opened:
+                found[file.path.name] = hashlib.file_digest(opened, "sha256").hexdigest()
         return found
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that hold tensors."""
-        return tuple(file.path for file in (self._file, self._scales) if file is not None)
+        return tuple(file.path for file in (self._file, self._scales, *self._extra) if file is not None)
+
+    @property
+    def extra_files(self) -> tuple[Path, ...]:
+        """Trained weights that another tool saved beside the adapter; they are part of `saved`."""
+        return tuple(file.path for file in self._extra)
 
     def match(self, base: NameIndex) -> dict[str, str]:
         """module -> key of its weight in the base; every module and saved tensor must have one.
@@ -271,18 +290,33 @@ class LoraAdapter:
         Raises: AdapterError: a module that the base does not have.
         """
         for name in self.saved:
-            base.require(name, error=AdapterError)
+            self.key_of_saved(name, base)
         return {module: base.require(f"{module}.weight", error=AdapterError) for module in self.modules}
 
+    def key_of_saved(self, name: str, base: NameIndex) -> str:
+        """The key in the base of a whole tensor. Raises AdapterError, naming the file where it is not the adapter's."""
+        path = self.saved[name].path
+        try:
+            return base.require(name, error=AdapterError)
+        except CheckpointError as error:
+            if path == self._file.path:
+                raise
+            raise AdapterError(
+                f"{path} holds trained weights beside the adapter that do not fit the base: {error} Merge all into "
+                "the base with the tool that trained it, or move the file away if it is no part of the model."
+            ) from error
+
     def close(self) -> None:
+        for file in self._extra:
+            file.close()
         self._file.close()
         if self._scales is not None:
             self._scales.close()
 
 
 def is_adapter(folder: Path | str) -> bool:
-    """Whether the folder holds a PEFT adapter."""
-    return (Path(folder) / CONFIG_FILE).is_file()
+    """Whether the folder holds a PEFT adapter. Raises CheckpointError where it holds a full model too."""
+    return kind_of(folder) == "adapter"
 
 
 def _refuse_unusual(folder: Path, config: Mapping[str, Any]) -> None:

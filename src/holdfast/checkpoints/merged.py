@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from holdfast.checkpoints.adapter import LoraAdapter, LoraEntry
+from holdfast.checkpoints.contents import require_model_folder
 from holdfast.checkpoints.naming import NameIndex, normalised
 from holdfast.checkpoints.reader import CheckpointReader
 from holdfast.checkpoints.tensor_file import EDITABLE_DTYPES, TensorEntry
@@ -70,17 +71,21 @@ class MergedCheckpoint:
                 self.names = NameIndex(self.entries, what=f"checkpoint {self.base.folder}")
         return tied
 
-    def _key(self, name: str) -> str:
+    def _key(self, adapter: LoraAdapter, name: str) -> str:
         """The key of a name of an adapter; the end that a tied base does not store is the one it does."""
         if self._tied is not None and self._tied.missing is not None and not self.untied:
             ends = {EMBEDDING: self._tied.embedding, HEAD: self._tied.head}
             if ends.get(normalised(name)) == self._tied.missing:
                 return str(self._tied.other(self._tied.missing))
-        return self.names.require(name, error=AdapterError)
+        return (
+            adapter.key_of_saved(name, self.names)
+            if name in adapter.saved
+            else self.names.require(name, error=AdapterError)
+        )
 
     def _add(self, adapter: LoraAdapter) -> None:
-        replaced = {name: self._key(name) for name in adapter.saved}
-        updated = {module: self._key(f"{module}.weight") for module in adapter.modules}
+        replaced = {name: self._key(adapter, name) for name in adapter.saved}
+        updated = {module: self._key(adapter, f"{module}.weight") for module in adapter.modules}
         done: set[str] = set()
         for name, key in replaced.items():
             saved, entry = adapter.saved[name], self.entries[key]
@@ -253,7 +258,9 @@ def open_checkpoint(source: Source) -> MergedCheckpoint:
     Raises: CheckpointError, AdapterError: see `CheckpointReader`, `LoraAdapter`, `locate`.
     """
     value = as_checkpoint(source)
-    reader = CheckpointReader(locate(value.base))
+    folder = locate(value.base)
+    require_model_folder(folder)
+    reader = CheckpointReader(folder)
     opened: list[LoraAdapter] = []
     try:
         for folder in value.adapters:

@@ -262,6 +262,9 @@ class _Edit:
             if scales:
                 with atomic_path(folder / INPUT_SCALE_FILE) as temporary:
                     save_file({name: scales[name] for name in sorted(scales)}, temporary)
+            for path in self.pair.lora.extra_files if self.pair.lora is not None else ():
+                with atomic_path(folder / path.name) as temporary:
+                    shutil.copyfile(path, temporary)
         elif len(shards) > 1:
             write_json(folder / INDEX_FILE, shard_index(shards))
         report.save(folder / REPORT_FILE)

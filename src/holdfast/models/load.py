@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 from holdfast.checkpoints.adapter import CONFIG_FILE, INPUT_SCALE_FILE, LoraAdapter
+from holdfast.checkpoints.contents import require_model_folder, require_safe_adapter
 from holdfast.checkpoints.merged import add_updates, locate
 from holdfast.checkpoints.naming import NameIndex
 from holdfast.checkpoints.tied import untie_in_memory
@@ -95,6 +96,7 @@ def checkpoint_name(source: Source) -> str:
 def read_config(base: str) -> Any:
     """The configuration of a vision-language checkpoint. Raises ModelError where it is none."""
     path = Path(base)
+    require_model_folder(path)
     if path.exists() and not (path / "config.json").is_file():
         raise ModelError(f"{base} has no config.json; expected the folder of a saved transformers model.")
     try:
@@ -157,12 +159,13 @@ def merge_adapter(model: PreTrainedModel, adapter: str, *, base: str = "the mode
     Raises: AdapterError: no adapter there, tensors missing, unknown target modules, or nothing that it changes.
     """
     folder = locate(adapter)
+    extra = require_safe_adapter(folder)  # before PEFT sees it: PEFT would unpickle
     try:
         plain = LoraAdapter(folder)
     except AdapterError:
         # A kind that is not plain LoRA (DoRA, IA3, ...), or a damaged one: PEFT merges the first, and names the damage
         # of the second.
-        if not (folder / CONFIG_FILE).is_file() or (folder / INPUT_SCALE_FILE).is_file():
+        if not (folder / CONFIG_FILE).is_file() or (folder / INPUT_SCALE_FILE).is_file() or extra:
             raise
         return _merge_by_peft(model, str(folder), base)
     try:
@@ -178,7 +181,7 @@ def _merge_lora(model: PreTrainedModel, adapter: LoraAdapter, base: str) -> None
     names = NameIndex(parameters, what=base)
     matched = adapter.match(names)
     for name in adapter.saved:
-        key = names.require(name, error=AdapterError)
+        key = adapter.key_of_saved(name, names)
         if adapter.changes_one_end(name):
             _give_own_parameter(model, key, parameters)
         value = adapter.read_saved(name)

@@ -204,7 +204,7 @@ class _Guard:
         from peft import PeftModel
         from transformers import AutoModelForImageTextToText
 
-        from holdfast.editing.verify.child import forward, probe_ids
+        from holdfast.editing.verify.child import copy_extra_weights, forward, probe_ids
         from holdfast.models.load import load, quiet_transformers
 
         value = self._merged_value()
@@ -221,6 +221,7 @@ class _Guard:
                 model = AutoModelForImageTextToText.from_pretrained(
                     value.base, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
                 )
+            copy_extra_weights(model, Path(last))
             try:
                 wrapped = PeftModel.from_pretrained(model, last)
             except (UserWarning, ValueError, RuntimeError, KeyError):
