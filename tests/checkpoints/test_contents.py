@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_tied import close, edit_all, logits, stock_logits, train
 
+from adapter_kit import close, edit_all, logits, stock_logits, train
 from holdfast.calibration.curvature import model_identity
 from holdfast.checkpoints.contents import kind_of, require_safe_adapter
 from holdfast.checkpoints.merged import open_checkpoint
@@ -136,3 +136,27 @@ def test_safe_weights_of_another_model_are_named(pico_folder: Path, copied: Path
     for action in (lambda: load(value, device="cpu"), lambda: open_checkpoint(value)):
         with pytest.raises(AdapterError, match=r"new_embeddings\.safetensors.*input_embeddings"):
             action()
+
+
+SPELLINGS = {
+    "adapter's name": lambda key: key.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."),
+    "FSDP": lambda key: key.replace(".layers.0.", ".layers.0._fsdp_wrapped_module."),
+    "activation checkpointing": lambda key: key.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn."),
+    "torch.compile": lambda key: f"_orig_mod.{key}",
+    "data parallelism": lambda key: f"module.{key}",
+    "all": lambda key: (
+        f"module._orig_mod.{key.replace('.mlp.', '._fsdp_wrapped_module._checkpoint_wrapped_module.mlp.')}"
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_an_adapter_saved_from_within_a_wrapper_is_the_same_adapter(
+    spelling: str, pico_folder: Path, adapter: Path, copied: Path
+) -> None:
+    weights = copied / "adapter_model.safetensors"
+    renamed = {SPELLINGS[spelling](key): value for key, value in load_file(weights).items()}
+    save_file(renamed, weights, metadata={"format": "pt"})
+    expected = load(Checkpoint(base=str(pico_folder), adapters=(str(adapter),)), device="cpu")
+    found = load(Checkpoint(base=str(pico_folder), adapters=(str(copied),)), device="cpu")
+    assert torch.equal(logits(found), logits(expected))

@@ -70,6 +70,7 @@ _HARMLESS = frozenset(
 )
 # These initialisations subtract the initial factors from the base weights, so the adapter fits no saved base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_NAMED_FACTOR = re.compile(r"(\.lora_[AB])\.\w+(\.weight)$")
 _A_SUFFIX, _B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -135,7 +136,9 @@ class LoraAdapter:
         factors: dict[str, dict[str, TensorEntry]] = {}
         saved: dict[str, TensorEntry] = {}
         for key, entry in entries.items():
-            name = strip_peft_prefix(key)
+            # `lora_A.default.weight`: saved from the model's own state, with the adapter's name in memory.
+            name = _NAMED_FACTOR.sub(r"\1\2", strip_peft_prefix(key))
+            name = name.replace(".modules_to_save.default.", ".modules_to_save.")
             if name.endswith(_A_SUFFIX):
                 factors.setdefault(name.removesuffix(_A_SUFFIX), {})["a"] = entry
             elif name.endswith(_B_SUFFIX):

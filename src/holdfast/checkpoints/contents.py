@@ -24,6 +24,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _TRAINER_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states", "global_step")
 # The head of a reward or value model, which answers no question.
 _VALUE_HEADS = ("value_head", "v_head", "score_head")
+# What the CRAM tuner keeps beside an expert for its router.
+_CENTROID = "centroid.safetensors"
 
 Kind = Literal["model", "adapter", "none"]
 
@@ -74,7 +76,7 @@ def require_safe_adapter(folder: Path | str) -> tuple[Path, ...]:
             "safetensors."
         )
     names = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
-    own = {ADAPTER_WEIGHTS, PICKLED_ADAPTER, INPUT_SCALE_FILE, SINGLE_FILE, *PICKLED_MODELS}
+    own = {ADAPTER_WEIGHTS, PICKLED_ADAPTER, INPUT_SCALE_FILE, _CENTROID, SINGLE_FILE, *PICKLED_MODELS}
     extra = sorted(name for name in names - own if not name.startswith((*_TRAINER_STATE, *_VALUE_HEADS, ".")))
     found = [name for name in extra if name.endswith(".safetensors") and not _is_shard(name)]
     for name in extra:

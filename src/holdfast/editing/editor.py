@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 from safetensors.torch import save_file
 
 from holdfast.checkpoints.adapter import INPUT_SCALE_FILE, WEIGHTS_FILE
+from holdfast.checkpoints.adapter_settings import describe_overlay
 from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.reader import INDEX_FILE, SINGLE_FILE
-from holdfast.checkpoints.rewrite import RewriteResult, copy_side_files, hash_side_files, rewrite
+from holdfast.checkpoints.rewrite import RewriteResult, copy_side_files, hash_side_files, rewrite, side_contents
 from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
 from holdfast.checkpoints.writer import (
     DEFAULT_SHARD_BYTES,
@@ -189,7 +190,7 @@ class _Edit:
             **({} if is_builtin(type(self.rule)) else {"rule_code": origin_of(type(self.rule))}),
             "coefficient": self.coefficient if self.export == "adapter" else None,
             "fingerprints": self.pair.fingerprints(),
-            "side_files": hash_side_files(self._side_folder()),
+            "side_files": hash_side_files(self._side_folder(), self._settings_folders()),
             "calibration": self.curvature.digest() if self.curvature is not None else None,
             "layers": [[t.layer.name, t.layer.block, t.key] for t in self.targets],
             "block_count": self.targets[0].layer.block_count,
@@ -209,7 +210,10 @@ class _Edit:
             layers=rows,
             inputs=self._inputs(),
             plan_hash=plan_hash,
-            warnings=_warnings([*unprotected, *result.changed], self.pair, rows, self.curvature),
+            warnings=[
+                *_warnings([*unprotected, *result.changed], self.pair, rows, self.curvature),
+                *describe_overlay(side_contents(self._side_folder()), self._settings_folders()),
+            ],
             versions=versions(),
         )
 
@@ -253,7 +257,7 @@ class _Edit:
     ) -> None:
         """All but the weights and the card: side files, scaling vectors, index, report, provenance."""
         folder = staging.folder
-        copy_side_files(self._side_folder(), folder)
+        copy_side_files(self._side_folder(), folder, self._settings_folders())
         if self.export == "dense" and self.pair.after.untied:
             write_json(folder / "config.json", self.pair.after.config())
         if self.export == "adapter":
@@ -307,6 +311,10 @@ class _Edit:
         if self.curvature is not None:
             inputs["calibration"] = _calibration_input(self.curvature)
         return inputs
+
+    def _settings_folders(self) -> list[Path]:
+        """Adapter folders whose tokenizer, template and processor a dense result gets over those of the base."""
+        return [] if self.export == "adapter" else [adapter.folder for adapter in self.pair.after.adapters]
 
     def _side_folder(self) -> Path:
         """Whose configuration and tokenizer the result gets: the adapter's, or AFTER's (tuning may add tokens)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from holdfast.checkpoints.adapter import CONFIG_FILE, INPUT_SCALE_FILE, LoraAdap
 from holdfast.checkpoints.contents import require_model_folder, require_safe_adapter
 from holdfast.checkpoints.merged import add_updates, locate
 from holdfast.checkpoints.naming import NameIndex
+from holdfast.checkpoints.rewrite import copy_side_files
 from holdfast.checkpoints.tied import untie_in_memory
 from holdfast.checkpoints.value import Source, as_checkpoint
 from holdfast.errors import AdapterError, CheckpointError, ModelError
@@ -58,7 +60,7 @@ def load(
     target = find_device(device) if device is not None else default_device()
     weight_dtype = resolve_dtype(dtype, config, target)
     with quiet_transformers():
-        processor = read_processor(base, config)
+        processor = read_processor(base, config, adapters)
         try:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 base,
@@ -120,13 +122,37 @@ def read_config(base: str) -> Any:
     return config
 
 
-def read_processor(base: str, config: Any | None = None) -> Any:
-    """The processor of a checkpoint, with PIL images, a chat template and a padding token. Raises ModelError."""
+def read_processor(base: str, config: Any | None = None, adapters: Sequence[str] = ()) -> Any:
+    """The processor of a checkpoint, with PIL images, a chat template and a padding token.
+
+    adapters: folders on top of the base; a tokenizer, template or processor that one of them has wins over the base's.
+
+    Raises: ModelError: no processor, or a tokenizer with more tokens than the model has embeddings.
+    """
+    folders = [locate(adapter) for adapter in adapters if not is_tuner_folder(adapter)]
+    if not any(folder.is_dir() for folder in folders):
+        return _read_processor(base, config)
+    with tempfile.TemporaryDirectory(prefix="holdfast-settings-") as place:
+        copy_side_files(locate(base), Path(place), folders)
+        processor = _read_processor(place, read_config(base) if config is None else config, name=base)
+    rows = (config or read_config(base)).get_text_config().vocab_size
+    if len(processor.tokenizer) > rows:
+        raise ModelError(
+            f"{' + '.join((base, *adapters))}: the tokenizer knows {len(processor.tokenizer)} tokens and the model has "
+            f"{rows} embeddings. The embeddings were resized for this tuning and are not here; merge the adapter into "
+            "its base with the tool that trained it."
+        )
+    return processor
+
+
+def _read_processor(place: str, config: Any | None, *, name: str | None = None) -> Any:
+    """The processor whose files are in `place`. name: what errors call it."""
+    base = place if name is None else name
     config = read_config(base) if config is None else config
     build_processors_without_video()
     try:
         # The PIL backend everywhere: torchvision resizes a little differently, and is not always there.
-        processor = AutoProcessor.from_pretrained(base, trust_remote_code=False, backend="pil")
+        processor = AutoProcessor.from_pretrained(place, trust_remote_code=False, backend="pil")
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise ModelError(
             f"{base}: the processor cannot be loaded; expected processor_config.json or preprocessor_config.json and "

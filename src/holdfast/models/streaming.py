@@ -66,7 +66,7 @@ def load_streamed(
     if checkpoint.untied:
         untie_in_memory(config)
     with quiet_transformers():
-        processor = read_processor(base, config)
+        processor = read_processor(base, config, value.adapters)
         # Buffers (rotary frequencies) are computed, not stored: they stay real.
         with init_empty_weights(include_buffers=False):
             model = AutoModelForImageTextToText.from_config(config, dtype=weight_dtype, trust_remote_code=False)
