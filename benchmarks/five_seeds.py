@@ -27,6 +27,7 @@ from holdfast import experiment
 from holdfast.errors import HoldfastError
 from holdfast.files import atomic_path, write_json
 from holdfast.metrics.intervals import over_seeds
+from holdfast.metrics.paired import paired_seeds
 from holdfast.stream.summary import summarize_run
 from holdfast.tiny.recipe import DAMPING, KEEP_BOUNDS, run_data
 from holdfast.tiny.stream import SETTINGS, StreamSize, write_stream
@@ -46,10 +47,16 @@ METHODS = (
     "interpolation_matched",
     "cram",
     "cram_hpa",
+    "anchor",
+    "cram_anchor",
 )
 # Rows that are no method of their own: a method with other options.
 VARIANTS: dict[str, dict[str, Any]] = {
     "hpa_damping_1_percent": {"method": "hpa", "calibration": {"damping": 0.01}},
+    "anchor_drop": {"method": "anchor", "training": {"screen": "drop"}},
+    "hpa_drop": {"method": "hpa", "training": {"screen": "drop"}},
+    "hpa_screen": {"method": "hpa", "screen": True},
+    "hpa_benign": {"method": "hpa", "benign_samples": None},
 }
 # (key in summary.json, heading, whether more is better)
 FIGURES = (
@@ -86,7 +93,7 @@ def run_cell(options: argparse.Namespace, condition: str, seed: int) -> None:
             validation=options.prompts,
             safety_validation=options.prompts,
         )
-        write_stream(data, seed=seed, harmful=harmful, size=size)
+        write_stream(data, seed=seed, harmful=harmful, size=size, task_names=options.order)
     file = data / ("stream.yaml" if options.draw == "test" else "validation.yaml")
     plain = run_data(
         file,
@@ -196,7 +203,9 @@ def differences(rows: Mapping[str, Any]) -> list[str]:
 
 
 def difference(hpa: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    paired = over_seeds([a - b for a, b in zip(hpa["values"], other["values"], strict=True)]).to_json()
+    test = paired_seeds(hpa["values"], other["values"])
+    assert test.interval is not None
+    paired = test.interval.to_json()
     clear = paired["low"] is not None and (paired["low"] > 0 or paired["high"] < 0)
     return cell({**paired, "std": None}) + interval(paired) + (" *" if clear else "")
 
@@ -226,6 +235,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--harmful", type=float, default=0.01, help="share of harmful samples of the injected condition"
     )
+    parser.add_argument("--order", type=names, default=None, help="tasks in this order; give it an --out of its own")
     parser.add_argument("--draw", choices=("test", "validation"), default="test")
     parser.add_argument("--keep-bounds", type=bounds, default=KEEP_BOUNDS, help="p_min,p_max in percent")
     parser.add_argument("--table-only", action="store_true", help="of the cells that are finished; run nothing")

@@ -83,7 +83,10 @@ def current_names(cls: type, data: Mapping[str, Any], where: str = "") -> dict[s
 
 
 def decode(cls: type[T], data: Any, where: str = "") -> T:
-    """Build dataclass `cls` from the mapping `data`; `where` prefixes the path in error messages."""
+    """Build dataclass `cls` from the mapping `data`; `where` prefixes the path in error messages.
+
+    Raises: ConfigError: no mapping, an unknown or missing key, or a value of another type; it names the place.
+    """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or cls.__name__}: expected a mapping of keys, found {_show(data)}.")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
@@ -112,7 +115,10 @@ def decode(cls: type[T], data: Any, where: str = "") -> T:
 
 
 def encode(value: Any) -> Any:
-    """Plain data (dict, list, str, number, bool, None) of a dataclass, for a record or a YAML file."""
+    """Plain data (dict, list, str, number, bool, None) of a dataclass, for a record or a YAML file.
+
+    Raises: ConfigError: a value of a type that plain data have no form for.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -224,6 +224,7 @@ class Plugin:
 
     @property
     def module(self) -> str:
+        """Name that the plug-in's module is imported under."""
         return self.path.stem
 
 

@@ -84,9 +84,6 @@ def test_a_mean_merge_reports_weights_and_drift(world, tmp_path):
 
 
 def test_merge_needs_to_know_what_to_merge(world, tmp_path):
-    for arguments, message in (
-        (("--out", tmp_path / "a"), "Name one --expert, or pass --samples"),
-        (("--out", tmp_path / "a", "--expert", "warm", "--export", "gguf"), "expected adapter or dense"),
-    ):
+    for arguments, message in ((("--out", tmp_path / "a"), "Name one --expert, or pass --samples"),):
         result = run("merge-experts", world[0], *arguments)
         assert isinstance(result.exception, ConfigError) and message in str(result.exception)

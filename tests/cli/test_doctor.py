@@ -114,3 +114,68 @@ def test_a_run_file_is_checked_beyond_its_stream(stream: Path, change: dict[str,
     path.write_text(json.dumps(sound | change))
     code, text = run(path)
     assert code == 1 and message in " ".join(text.split()), text
+
+
+TALK = [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "an answer"}]
+
+
+@pytest.mark.parametrize(
+    "turns, message",
+    [
+        ([TALK[0], {"from": "gpt", "value": " "}, *TALK], "1 sample(s) have an empty answer before the last one: 1"),
+        ([TALK[1], *TALK], "1 sample(s) begin with an answer"),
+        ([{"from": "human", "value": "Q"}, {"from": "gpt", "value": "see <image>"}], "in an answer or a system text"),
+        ([{"from": "system", "value": "see <image>"}, *TALK], "in an answer or a system text"),
+        ([TALK[0], {**TALK[1], "loss": False}], "1 sample(s) have `loss` off in every answer"),
+    ],
+)
+def test_conversations_that_would_stop_a_run_are_found(stream: Path, turns: list[Any], message: str) -> None:
+    item = {"id": 1, "image": "a.png", "conversations": turns}
+    (stream.parent / "train.json").write_text(json.dumps([item]))
+    code, text = run(stream)
+    assert code == 1 and message in " ".join(text.split()), text
+
+
+def encoded(folder: Path, model: Path, items: list[dict[str, Any]], **training: Any) -> tuple[int, str]:
+    (folder / "train.json").write_text(json.dumps(items))
+    path = folder / "run.yaml"
+    path.write_text(json.dumps({"model": str(model), "stream": "s.yaml", "methods": {"seqft": {"training": training}}}))
+    code, text = run(path)
+    return code, " ".join(text.split())
+
+
+def sample(i: int, words: int, image: str = "a.png") -> dict[str, Any]:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "dot " * words}]
+    return {"id": str(i), "image": image, "conversations": turns}
+
+
+def test_max_length_is_held_against_real_lengths(stream: Path, pico_folder: Path) -> None:
+    items = [sample(i, 30 if i < 35 else 1) for i in range(40)]
+    assert encoded(stream.parent, pico_folder, items)[0] == 0
+    code, text = encoded(stream.parent, pico_folder, items, max_length=100)
+    assert code == 1 and "t, train (seqft): max_length 100 would cut" in text and "max_cut_share is 0.1" in text
+    code, text = encoded(stream.parent, pico_folder, items, max_length=100, max_cut_share=1.0)
+    assert code == 0 and "warning" in text
+    code, text = encoded(stream.parent, pico_folder, items, max_length=20, max_cut_share=1.0)
+    assert code == 1 and "max_length 20 would remove the whole answer of" in text
+    code, text = encoded(stream.parent, pico_folder, items, max_length=8, max_cut_share=1.0)
+    assert code == 1 and "max_length 8 would cut into the images of" in text
+
+
+def test_the_one_sample_that_the_context_cannot_hold_is_found(stream: Path, pico_folder: Path) -> None:
+    items = [sample(i, 1) for i in range(300)]
+    items[157] = sample(157, 200)
+    code, text = encoded(stream.parent, pico_folder, items)
+    assert code == 1 and "cannot be encoded for" in text and "'157' is" in text and "context of 512" in text
+
+
+def test_a_picture_that_this_processor_refuses_is_found(stream: Path, tmp_path: Path) -> None:
+    import model_zoo
+
+    model = model_zoo.save("qwen2_5_vl", tmp_path / "qwen")
+    Image.new("RGB", (4000, 1)).save(stream.parent / "thin.png")
+    items = [sample(i, 1) for i in range(300)]
+    assert encoded(stream.parent, model, items)[0] == 0
+    items[157] = sample(157, 1, "thin.png")
+    code, text = encoded(stream.parent, model, items)
+    assert code == 1 and "aspect ratio must be smaller than 200" in text and "'157'" in text

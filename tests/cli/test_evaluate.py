@@ -170,3 +170,14 @@ def test_a_judge_may_be_called_by_a_name_of_its_own(data, tmp_path, pico_folder)
         )  # fmt: skip
     config = json.loads((tmp_path / "o/config.json").read_text())
     assert config["config"]["evaluation"]["judges"][0]["options"]["name"] == "mine"
+
+
+def test_the_way_of_opening_pictures_is_part_of_the_question(pico_folder, data, tmp_path):
+    args = (pico_folder, "--tasks", data / "stream.yaml", "--out", tmp_path / "out")
+    assert call(*args, "--images", "published", "--max-pixels", 400).exit_code == 0
+    asked = json.loads((tmp_path / "out/config.json").read_text())["config"]
+    assert asked["pictures"] == {"images": "published", "max_pixels": 400}
+    with pytest.raises(RunError, match=r"pictures.images: 'published' -> 'upright'"):
+        call(*args)
+    with pytest.raises(ConfigError, match="images is 'odd'; expected upright or published"):
+        call(*args, "--images", "odd")

@@ -120,3 +120,19 @@ def test_limits_and_renamed_ids_are_told(layout: Any, tmp_path: Path) -> None:
     found = diagnose(layout, {**TASK, "duplicate_ids": "rename", "test_limit": 2})
     assert found.ok and "they are numbered (id#2, ...)" in messages(found, "warning")
     assert "the first 2 of 3 samples are used (limit)" in messages(found, "info")
+
+
+def test_pictures_that_published_pipelines_see_otherwise_are_counted(layout: Any) -> None:
+    sound(layout)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    names = [f"{i}.png" for i in range(6)]
+    layout.image(*names)
+    for name in names[:3]:
+        Image.new("RGB", (4, 2)).save(layout.root / name, exif=exif)
+    Image.new("LA", (4, 2)).save(layout.root / names[3])
+    layout.test("test.json", *({"image": name, "answer": "x"} for name in names))
+    found = messages(diagnose(layout), "warning")
+    assert (
+        "of 6 opened images the published pipelines see some differently: 3 turned by an EXIF tag, 1 with tr" in found
+    )

@@ -80,3 +80,27 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install 'holdfast\[hf\]'"):
         load_stream(stream_file(tmp_path, dataset="saved"))
+
+
+def test_a_class_is_its_name(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"question": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    split = datasets.Dataset.from_dict({"question": ["A?", "B?"], "label": [1, 0]}, features=features)
+    hidden = datasets.Dataset.from_dict({"question": ["A?"], "label": [-1]}, features=features)
+    datasets.DatasetDict({"train": split, "test[:2]": hidden}).save_to_disk(tmp_path / "saved")
+    (task,) = load_stream(stream_file(tmp_path, dataset="saved")).tasks
+    assert [s.answer for s in task.train] == ["dog", "cat"]
+    assert task.test[0].references == ()
+
+
+def test_columns_with_words_are_used_or_refused(tmp_path: Path) -> None:
+    def saved(**columns: list[Any]) -> Any:
+        split = datasets.Dataset.from_dict(columns)
+        datasets.DatasetDict({"train": split, "test[:2]": split}).save_to_disk(tmp_path / "saved")
+        return load_stream(stream_file(tmp_path, dataset="saved")).tasks[0].train
+
+    assert saved(instruction=["Translate."], input=["Gut"], output=["Good"])[0].turns[0].text == "Translate.\nGut"
+    assert saved(question=["Which?"], choices=[["cat", "dog"]], answer=[1])[0].answer == "B"
+    with pytest.raises(DataError, match="row 0: it has a key 'context'"):
+        saved(question=["Which?"], context=["A story."], answer=["x"])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
-from holdfast.data.images import image_size, open_image
+from holdfast.data.images import PictureConfig, image_size, open_image, opening_differs, pictures, shrunk
 from holdfast.errors import DataError
 
 
@@ -51,3 +52,104 @@ def test_a_truncated_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:600])
     with pytest.raises(DataError, match=r"a\.png cannot be decoded \(600 bytes\)"):
         open_image(tmp_path / "a.png")
+
+
+def ramp() -> np.ndarray:
+    """8-bit grey scene: what every deeper copy of it must come out as."""
+    return (np.arange(32 * 16).reshape(16, 32) * 255 / 511).round().astype(np.uint8)
+
+
+DEEP = {
+    "16-bit PNG": ("a.png", lambda x: x.astype(np.uint16) * 257, {}),
+    "16-bit TIFF": ("a.tif", lambda x: x.astype(np.uint16) * 257, {}),
+    "16-bit big-endian TIFF": ("a.tif", lambda x: (x.astype(np.uint16) * 257).astype(">u2"), {}),
+    "16-bit TIFF, white is zero": ("a.tif", lambda x: 65535 - x.astype(np.uint16) * 257, {"tiffinfo": {262: 0}}),
+    "16-bit PGM": ("a.pgm", lambda x: x.astype(np.int32) * 257, {}),
+    "32-bit TIFF, to 255": ("a.tif", lambda x: x.astype(np.int32), {}),
+    "32-bit TIFF, to 65535": ("a.tif", lambda x: x.astype(np.int32) * 257, {}),
+    "32-bit TIFF, to 2^31": ("a.tif", lambda x: (x * ((2.0**31 - 1) / 255)).astype(np.int32), {}),
+    "float TIFF, to 1": ("a.tif", lambda x: x.astype(np.float32) / 255, {}),
+    "float TIFF, to 255": ("a.tif", lambda x: x.astype(np.float32), {}),
+    "float TIFF, to 65535": ("a.tif", lambda x: x.astype(np.float32) * 257, {}),
+}
+
+
+@pytest.mark.parametrize("mode", ["upright", "published"])
+@pytest.mark.parametrize("kind", DEEP)
+def test_deep_grey_pictures_keep_their_scene(tmp_path: Path, kind: str, mode) -> None:
+    name, deepen, how = DEEP[kind]
+    Image.fromarray(deepen(ramp())).save(tmp_path / name, **how)
+    with Image.open(tmp_path / name) as raw:
+        assert raw.mode[0] in "IF"
+    found = np.asarray(open_image(tmp_path / name, PictureConfig(images=mode))).astype(int)
+    assert np.abs(found - ramp()[..., None]).max() <= 1
+    assert abs(found.mean() - 127.5) < 1
+
+
+@pytest.mark.parametrize("mode", ["LA", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB", "1"])
+def test_other_modes_keep_their_scene(tmp_path: Path, mode: str) -> None:
+    scene = Image.fromarray(np.stack([ramp(), ramp()[::-1], ramp()[:, ::-1]], axis=-1))
+    expected = scene.convert("L").convert("RGB") if mode in ("LA", "1") else scene
+    if mode == "1":
+        expected = scene.convert("L").point(lambda v: 255 * (v > 127)).convert("RGB")
+    if mode == "LAB":
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        stored = ImageCms.profileToProfile(scene, *profiles, outputMode="LAB")
+    elif mode == "P":
+        stored, expected = scene.quantize(16), scene.quantize(16).convert("RGB")
+    elif mode in ("LA", "1"):
+        stored = expected.convert(mode)
+    else:
+        stored = scene.convert(mode)
+    path = tmp_path / ("a.png" if mode in ("LA", "P", "RGB", "1") else "a.tif")
+    if mode == "HSV":
+        path = tmp_path / "a.tif"
+        stored = scene.convert("RGB")  # no format keeps it
+    stored.save(path)
+    off = np.abs(np.asarray(open_image(path)).astype(int) - np.asarray(expected).astype(int))
+    assert off.mean() < 2
+
+
+@pytest.mark.parametrize("values", [[-1.0, 0.5], [float("nan"), 0.5], [0.0, 1e6], [float("inf"), 0.0]])
+def test_numbers_without_an_agreed_white_are_refused(tmp_path: Path, values: list[float]) -> None:
+    Image.fromarray(np.array([values], dtype=np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(
+        DataError, match=r"a\.tif: its pixels are floating numbers from .* expected numbers from 0 to 1"
+    ):
+        open_image(tmp_path / "a.tif")
+
+
+def test_published_pictures_are_those_of_a_plain_conversion(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    scene = Image.fromarray(np.stack([ramp()] * 3, axis=-1))
+    scene.save(tmp_path / "turned.png", exif=exif)
+    clear = scene.convert("RGBA")
+    clear.putalpha(0)
+    clear.save(tmp_path / "clear.png")
+    marked = scene.quantize(8)
+    marked.save(tmp_path / "palette.png", transparency=0)
+    scene.save(tmp_path / "plain.png")
+    scene.convert("L").save(tmp_path / "grey.png", transparency=0)
+    differs = {"turned": ("turned",), "clear": ("transparent",), "palette": ("transparent",), "plain": ()}
+    for name, kinds in {**differs, "grey": ("transparent",)}.items():
+        path = tmp_path / f"{name}.png"
+        with Image.open(path) as raw:
+            published = raw.convert("RGB")
+        assert opening_differs(path) == kinds
+        with pictures(PictureConfig(images="published")):
+            assert open_image(path).tobytes() == published.tobytes()
+        assert (open_image(path).tobytes() == published.tobytes()) == (not kinds)
+
+
+def test_a_transparent_value_of_a_16_bit_picture_is_white(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 300], [65535, 301]], dtype=np.uint16)).save(tmp_path / "a.png", transparency=300)
+    assert np.asarray(open_image(tmp_path / "a.png"))[..., 0].tolist() == [[0, 255], [255, 1]]
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (640, 480), (3, 3), (20000, 20)])
+@pytest.mark.parametrize("bound", [1, 7, 1000, 50_000])
+def test_a_pixel_budget_is_kept(size: tuple[int, int], bound: int) -> None:
+    made = shrunk(Image.new("RGB", size), bound)
+    assert 1 <= made.width * made.height <= bound or made.size == size
+    assert made.width * made.height <= max(bound, 1)

@@ -18,8 +18,8 @@ from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.fingerprint import fingerprint
 from holdfast.checkpoints.merged import open_checkpoint
 from holdfast.editing import DenseEdit
-from holdfast.editing.editor import edit_checkpoint
 from holdfast.editing.account import EditReport
+from holdfast.editing.editor import edit_checkpoint
 from holdfast.errors import (
     AdapterError,
     CalibrationError,

@@ -95,8 +95,6 @@ def test_sweep_edit_prints_every_setting(world, tmp_path):
         (["--out", "OUT", "--calibration", "no.safetensors"], "No calibration at no.safetensors"),
         (["--out", "OUT", "--calibration", "C", "--keep", "five"], "--keep 'five' is not understood"),
         (["--out", "OUT", "--calibration", "C", "--keep", "50..150"], "expected two percentages"),
-        (["--out", "OUT", "--calibration", "C", "--ranking", "epsilon"], "expected one of eps"),
-        (["--out", "OUT", "--calibration", "C", "--projection", "colum"], "Did you mean 'column'"),
         (["--out", "OUT", "--calibration", "C", "--shard", "big"], "size 'big' is not understood"),
     ],
 )

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from holdfast.cli import app
 from holdfast.editing import editor
-from holdfast.editing.editor import edit_checkpoint
 from holdfast.editing.account import EditReport
+from holdfast.editing.editor import edit_checkpoint
 from holdfast.editing.verify import compare as verify
 from holdfast.errors import ExportError
 from holdfast.rules.hpa import HpaConfig, HpaRule

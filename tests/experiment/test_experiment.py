@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import pico
 from holdfast import experiment
@@ -225,3 +226,154 @@ def test_presets_stand_over_defaults_and_under_own_options(run_file):
     made = experiment.build_methods(config)
     assert (made["hpa_eps"].config.edit.saliency, made["hpa_eps"].config.edit.keep_bounds) == ("eps", (1.0, 2.0))
     assert made["mine"].config.edit.saliency == "phi" and made["mine"].name == "mine"
+
+
+@pytest.mark.parametrize("method", ["hpa", "anchor", "interpolation", "cram_anchor", "cram_hpa", "seqft"])
+def test_a_default_of_a_group_reaches_the_methods_whose_group_has_it(run_file, method):
+    """HPA and the anchored edit both have `edit`, with other options in it."""
+    config = experiment.read_run(run_file())
+    shared = {"edit": {"keep_bounds": [1, 2], "past_weight": 0.5}}
+    config = dataclasses.replace(config, methods={method: {}}, defaults={**config.defaults, **shared})
+    edit = getattr(experiment.build_methods(config)[method].config, "edit", None)
+    for option, value in (("keep_bounds", (1.0, 2.0)), ("past_weight", 0.5)):
+        assert getattr(edit, option, value) == value
+
+
+def test_a_member_of_a_group_that_no_method_has_is_named(run_file):
+    config = experiment.read_run(run_file())
+    config = dataclasses.replace(config, methods={"anchor": {}}, defaults={"edit": {"past_wieght": 0.5}})
+    with pytest.raises(UnknownNameError, match=r"edit\.past_wieght: unknown key\. Did you mean 'past_weight'\?"):
+        experiment.build_methods(config)
+
+
+@pytest.mark.parametrize("refused", [0, 2, 3])
+def test_benign_prompts_are_answered_by_theta_0_once(tmp_path, pico_folder, monkeypatch, refused):
+    from holdfast.calibration import own_answers
+
+    prompts = "".join(json.dumps({"id": f"twin-{i}", "prompt": f"Allowed too {i}"}) + "\n" for i in range(5))
+    (tmp_path / "twins.jsonl").write_text(prompts)
+    file = pico.run_file(tmp_path, pico_folder)
+    data = yaml.safe_load(file.read_text())
+    data["stream"]["benign_calibration"] = {"format": "qa", "file": "twins.jsonl", "limit": 4}
+    file.write_text(yaml.safe_dump(data))
+    made = experiment.resolve(experiment.read_run(file), tmp_path / "run", methods=["seqft"])
+    asked = []
+
+    def generate(loaded, samples, **options):
+        asked.append([s.id for s in samples])
+        return ["I'm sorry, I can't help with that." if i < refused else "Here it is." for i in range(len(samples))]
+
+    monkeypatch.setattr(own_answers, "generate", generate)
+    monkeypatch.setattr(type(made), "_safe_answers", lambda self, prompts: {"answers": {}})
+    if refused == 3:
+        with pytest.raises(DataError, match="helped with 1 of 4 benign calibration prompts"):
+            made.with_own_answers()
+        return
+    for _ in range(2):
+        stream = made.with_own_answers()
+        assert [s.answer for s in stream.benign_calibration] == ["Here it is."] * (4 - refused)
+    assert asked == [["twin-0", "twin-1", "twin-2", "twin-3"]]
+
+
+@pytest.mark.parametrize("shared", ["benign", "unsafe", "prompts"])
+def test_benign_prompts_that_are_tested_or_forbidden_are_refused(tmp_path, pico_folder, shared):
+    file = pico.run_file(tmp_path, pico_folder)
+    data = yaml.safe_load(file.read_text())
+    data["stream"]["benign_calibration"] = {"format": "qa", "file": f"{shared}.jsonl"}
+    file.write_text(yaml.safe_dump(data))
+    with pytest.raises(DataError, match=r"are part of the test set"):
+        experiment.resolve(experiment.read_run(file), tmp_path / "run", methods=["seqft"])
+
+
+def test_pictures_are_opened_as_the_run_file_says_and_the_directory_keeps_to_it(run_file, tmp_path, monkeypatch):
+    from holdfast.data.images import current_pictures
+    from holdfast.models import encode
+
+    seen = set()
+    plain = encode.open_image
+    monkeypatch.setattr(encode, "open_image", lambda path: (seen.add(current_pictures()), plain(path))[1])
+    config = experiment.read_run(run_file(images="published", max_pixels=900, tasks=["colour"]))
+    experiment.run(config, tmp_path / "out")
+    assert {(p.images, p.max_pixels) for p in seen} == {("published", 900)}
+    assert current_pictures().images == "upright"
+    with pytest.raises(RunError, match="images: 'published' -> 'upright'"):
+        experiment.run(dataclasses.replace(config, images="upright"), tmp_path / "out")
+    with pytest.raises(ConfigError, match="images: found 'sideways'"):
+        experiment.read_run(run_file(images="sideways"))
+    with pytest.raises(ConfigError, match="max_pixels is 0"):
+        experiment.read_run(run_file(max_pixels=0))
+
+
+def tuned(config, **training):
+    """The run with other options of training."""
+    methods = {"seqft": {"training": {"rank": 2, "max_steps": 2, "batch_size": 2, "precision": "fp32", **training}}}
+    return dataclasses.replace(config, methods=methods, defaults={}, tasks=("colour",))
+
+
+def test_what_mends_a_run_may_change_in_its_directory_and_is_recorded(run_file, tmp_path):
+    config, out = experiment.read_run(run_file()), tmp_path / "out"
+    experiment.run(tuned(config), out)
+    said = []
+    changed = tuned(config, micro_batch_size=1, save_steps=1, workers=0, max_length=300)
+    experiment.run(changed, out, progress=lambda event, text="", **_: said.append(text) if text else None)
+    assert said == [
+        "continued with methods.seqft.training.micro_batch_size: None -> 1",
+        "continued with methods.seqft.training.max_length: None -> 300",
+        "continued with methods.seqft.training.save_steps: None -> 1",
+    ]
+    (entry,) = json.loads((out / "config.json").read_text())["continued"]
+    assert entry["finished_tasks"] == {"seqft": 1} and len(entry["with"]) == 3
+    for option in ({"rank": 3}, {"batch_size": 4}, {"learning_rate": 1e-6}, {"epochs": 2.0}, {"dropout": 0.2}):
+        with pytest.raises(RunError, match=rf"methods\.seqft\.training\.{next(iter(option))}: .*"):
+            experiment.run(tuned(config, **option), out)
+
+
+def test_after_a_divergence_a_lower_learning_rate_goes_on_in_the_same_directory(run_file, tmp_path, monkeypatch):
+    from holdfast.errors import TrainingError
+    from holdfast.training import supervised
+
+    config, out = experiment.read_run(run_file()), tmp_path / "out"
+    monkeypatch.setattr(supervised.torch, "isfinite", lambda t: torch.zeros_like(t, dtype=torch.bool))
+    with pytest.raises(TrainingError, match="Lower learning_rate in the run file and repeat the command"):
+        experiment.run(tuned(config, learning_rate=1e-2), out)
+    monkeypatch.undo()
+    with pytest.raises(RunError, match=r"learning_rate: 0\.01 -> 0\.1"):
+        experiment.run(tuned(config, learning_rate=0.1), out)
+    experiment.run(tuned(config, learning_rate=1e-4), out)
+    fresh = tmp_path / "fresh"
+    experiment.run(tuned(config, learning_rate=1e-4), fresh)
+    assert tensors(out) == tensors(fresh)
+    assert not list(out.rglob("diverged.json"))
+
+
+def test_a_run_does_not_go_on_over_other_pictures_template_or_processor(run_file, tmp_path, pico_folder):
+    import os
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(pico_folder, model)
+    path = run_file(tasks=["colour"])
+    config, out = dataclasses.replace(experiment.read_run(path), model=str(model)), tmp_path / "out"
+    experiment.run(config, out)
+    picture = path.parent / "images" / "red.png"
+    kept, times = picture.read_bytes(), (picture.stat().st_atime_ns, picture.stat().st_mtime_ns)
+    os.utime(picture)  # touched, and the same by its hash
+    experiment.run(config, out)
+    shutil.copyfile(path.parent / "images" / "blue.png", picture)
+    with pytest.raises(RunError, match=r"1 picture\(s\) are others than when this run began: images/red\.png"):
+        experiment.run(config, out)
+    picture.write_bytes(kept)
+    os.utime(picture, ns=times)
+    experiment.run(config, out)
+    for name in ("chat_template.jinja", "processor_config.json", "tokenizer.json"):
+        text = (model / name).read_text()
+        (model / name).write_text(text + " ")
+        with pytest.raises(RunError, match=rf"model_settings\.{name}: "):
+            experiment.run(config, out)
+        (model / name).write_text(text)
+    record = json.loads((out / "config.json").read_text())
+    record["versions"]["transformers"] = "4.0"
+    (out / "config.json").write_text(json.dumps(record))
+    said = []
+    experiment.run(config, out, progress=lambda event, text="", **_: said.append(text) if text else None)
+    assert len(said) == 1 and said[0].startswith("continued with transformers: 4.0 -> ")

@@ -159,7 +159,7 @@ def test_an_all_redundant_buffer_is_padded_with_fresh_rows_that_write_nothing():
     torch.testing.assert_close(expert.lora_a.norm(dim=1), torch.full((4,), cram.FRESH_ROW_NORM))
 
 
-def test_padding_takes_the_most_novel_directions_and_does_not_amplify_them():
+def test_padding_takes_what_the_buffer_learnt_most_of_off_history_and_does_not_amplify_it():
     width = 40
     v = torch.linalg.qr(torch.randn(width, 6, generator=seeded(1)))[0].T
     hidden = torch.linalg.qr(torch.randn(56, 6, generator=seeded(2)))[0]
@@ -171,7 +171,7 @@ def test_padding_takes_the_most_novel_directions_and_does_not_amplify_them():
     rule = cram.RankRule(r_min=3, r_max=6, tau_novel=0.99, novelty="absolute")
     expert = cram.expert_from_buffer(v, hidden * strength, history, rule, generator=seeded())
     assert (expert.rank, expert.novel, expert.padded, expert.fresh) == (3, 0, 3, 0)
-    order = [4, 1, 3]
+    order = [1, 4, 3]  # 4.2, 3.2, 1.5
     expected = strength[order] * novelty[order]
     torch.testing.assert_close(expert.lora_b.norm(dim=0) * expert.lora_a.norm(dim=1), expected, rtol=1e-4, atol=1e-4)
 
@@ -349,3 +349,137 @@ def test_bad_inputs_say_what_was_wrong():
         cram.decide_group([0.3, math.nan])
     with pytest.raises(ConfigError, match=r"max_groups is 0"):
         cram.decide_group([0.3], max_groups=0)
+
+
+def test_what_is_left_of_a_nearly_redundant_direction_is_still_orthogonal_to_history():
+    """One projection leaves eps / novelty of history in a direction of novelty 1e-6, once it has unit length."""
+    basis = cram.row_basis([torch.randn(6, 40, generator=seeded(1))])
+    other = cram.residual(torch.randn(1, 40, generator=seeded(2)), basis)
+    row = (basis @ torch.randn(6, 1, generator=seeded(3))).T + 1e-5 * other
+    left = torch.nn.functional.normalize(cram.residual(row, basis))
+    assert float((left @ basis.to(left)).abs().max()) < 1e-5
+
+
+def test_a_fixed_rank_too_keeps_nothing_that_history_holds():
+    a, b = torch.eye(6, 12), torch.linalg.qr(torch.randn(20, 6, generator=seeded(4)))[0]
+    history = torch.eye(12)[:, :2]  # the first two directions of the buffer, to the last bit
+    rule = replace(cram.RankRule(r_min=4, r_max=4), fixed=True)
+    expert = cram.expert_from_buffer(
+        a * torch.tensor([[9.0], [8], [4], [3], [2], [1]]), b, history, rule, generator=seeded()
+    )
+    assert expert.rank == 4 and expert.novel == 2
+    assert float((expert.lora_a @ history).abs().max()) == 0
+
+
+SPECTRA = {
+    "one strong direction, weaker ones, noise": [1, 0.19, 0.18, 0.17, *[0.001] * 12],
+    "all equal": [1.0] * 16,
+    "a tie across r_max": [1, *[0.9] * 15],
+    "a tie across r_min": [1, 0.1, 0.1, 0.1, 0.1, 0.1, *[0.001] * 10],
+    "a tie with the bar of strength": [1, *[0.2] * 15],
+    "rank three": [1, 0.5, 0.25, *[0.0] * 13],
+    "rank one": [1, *[0.0] * 15],
+    "all apart": [0.8**j for j in range(16)],
+}
+RULES = {
+    "default": cram.RankRule(),
+    "wide": cram.RankRule(r_min=6, r_max=12),
+    "all strong": cram.RankRule(tau_alloc=0.0),
+    "all novel": cram.RankRule(tau_novel=0.0),
+    "fully novel only": cram.RankRule(tau_novel=1.0),
+    "fully novel only, absolute": cram.RankRule(tau_novel=1.0, novelty="absolute"),
+    "fixed": cram.RankRule(fixed=True),
+    "released": cram.RankRule(tau_alloc=0.08, alloc="absolute", novelty="absolute", cap_first=True),
+    "the bar on a tie, absolute": cram.RankRule(tau_alloc=0.2, alloc="absolute"),
+    "cap on a tie": cram.RankRule(r_min=2, r_max=3),
+}
+
+
+def planted(spectrum: list[float], seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A buffer with these singular values, as A and B of a training (neither orthogonal), and its right vectors."""
+    v = torch.linalg.qr(torch.randn(40, 16, generator=seeded(seed), dtype=torch.float64))[0].T
+    u = torch.linalg.qr(torch.randn(56, 16, generator=seeded(seed + 1), dtype=torch.float64))[0]
+    mix = torch.randn(16, 16, generator=seeded(seed + 2), dtype=torch.float64) / 4 + torch.eye(16)
+    b = u @ torch.diag(torch.tensor(spectrum, dtype=torch.float64)) @ mix.inverse()
+    return (mix @ v).float(), b.float(), v.float()
+
+
+def histories(v: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    """What older experts span: nothing, something unrelated, some of the buffer's own directions, halves of them."""
+    half = torch.nn.functional.normalize(v[2:4] + torch.randn(2, 40, generator=seeded(7)) / 6, dim=1)
+    return {
+        "none": None,
+        "unrelated": cram.row_basis([torch.randn(6, 40, generator=seeded(9))]),
+        "own": cram.row_basis([v[1:3]]),
+        "half": cram.row_basis([half]),
+    }
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
+def test_a_buffer_changed_by_rounding_gives_the_same_expert(spectrum, rule):
+    a, b, v = planted(spectrum, seed=3)
+    for name, history in histories(v).items():
+        first = cram.expert_from_buffer(a, b, history, rule, generator=seeded())
+        for seed in range(4):
+            noise = seeded(100 + seed)
+            near_a = a + 1e-8 * torch.randn(a.shape, generator=noise)
+            near_b = b + 1e-8 * torch.randn(b.shape, generator=noise)
+            other = cram.expert_from_buffer(near_a, near_b, history, rule, generator=seeded())
+            counts = [(e.rank, e.strong, e.novel, e.padded, e.fresh) for e in (first, other)]
+            assert counts[0] == counts[1], name
+            error = (first.lora_b @ first.lora_a - other.lora_b @ other.lora_a).norm()
+            assert float(error) < 2e-4 * spectrum[0], (name, float(error))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), turn=st.integers(0, 10_000), ties=st.integers(2, 16))
+def test_equal_directions_give_one_expert_whatever_basis_the_buffer_holds_them_in(seed, turn, ties):
+    a, b, v = planted([1.0] * ties + [0.05] * (16 - ties), seed)
+    rotation = torch.linalg.qr(torch.randn(16, 16, generator=seeded(turn), dtype=torch.float64))[0].float()
+    for history in histories(v).values():
+        first = cram.expert_from_buffer(a, b, history, cram.RankRule(), generator=seeded())
+        other = cram.expert_from_buffer(rotation @ a, b @ rotation.T, history, cram.RankRule(), generator=seeded())
+        torch.testing.assert_close(first.lora_b @ first.lora_a, other.lora_b @ other.lora_a, rtol=0, atol=1e-3)
+
+
+def test_padding_without_history_goes_by_strength():
+    a, b, _ = planted(SPECTRA["one strong direction, weaker ones, noise"], seed=1)
+    expert = cram.expert_from_buffer(a, b, None, cram.RankRule(), generator=seeded())
+    assert (expert.rank, expert.novel, expert.padded) == (4, 1, 3)
+    found = expert.lora_b.norm(dim=0) * expert.lora_a.norm(dim=1)
+    torch.testing.assert_close(found, torch.tensor([1, 0.19, 0.18, 0.17]), rtol=1e-4, atol=0)
+
+
+def test_a_redundant_direction_does_not_stop_the_padding():
+    """The strongest is nothing but history and comes early by strength; those behind it are still taken."""
+    a, b, v = planted([1.0, 0.5, 0.4, 0.3, 0.2, *[0.01] * 11], seed=4)
+    rule = cram.RankRule(r_min=4, tau_novel=1.0, novelty="absolute")
+    basis = cram.row_basis([v[:1], torch.nn.functional.normalize(v[1:5] + 0.1 * v[5:9], dim=1)])
+    expert = cram.expert_from_buffer(a, b, basis, rule, generator=seeded())
+    assert expert.fresh == 0 and expert.rank >= 4
+
+
+def test_history_that_is_rounding_noise_is_no_history():
+    rows = torch.randn(3, 20, generator=seeded())
+    assert cram.row_basis([rows, torch.zeros(1, 20)]).shape == (20, 3)
+    assert cram.row_basis([rows, 1e-8 * torch.randn(1, 20, generator=seeded(1))]).shape == (20, 3)
+
+
+@pytest.mark.parametrize("noise", [-1e-7, 0.0, 1e-7])
+def test_ties_on_level_one_do_not_depend_on_rounding(noise):
+    assert cram.decide_group([0.5 + noise, 0.5], max_groups=2).group == 0
+    assert cram.decide_group([0.5, 0.5 + noise], max_groups=2).group == 0
+    assert cram.decide_group([0.8 + noise], join_cosine=0.8).rule == "unlike"
+    assert cram.decide_group([0.9 + noise, 0.8], margin=0.1).rule == "ambiguous"
+    assert cram.decide_group([0.8 + noise, 0.1], floor=0.8).rule == "unlike"
+    similarity = torch.tensor([[0.2, 0.7 + noise, 0.7], [0.7, 0.7 + noise, 0.2]])
+    assert cram.best_group(similarity).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("noise", [-1e-7, 0.0, 1e-7])
+def test_experts_at_one_distance_share_whatever_rounding_says(noise):
+    c = torch.tensor([[1.0 + noise, 0.0], [0.0, 1.0], [5.0, 5.0]])
+    for sigma in (0.0, 0.3):
+        weights = cram.routing_weights(torch.zeros(1, 2), c, sigma, torch.ones(1, 3, dtype=torch.bool))
+        torch.testing.assert_close(weights, torch.tensor([[0.5, 0.5, 0.0]]), rtol=0, atol=1e-4)

@@ -319,3 +319,49 @@ def test_bf16_inputs_are_summed_as_exactly_as_their_float32_copies():
     for found in (narrow, wide):
         assert torch.linalg.norm(found.double() - exact) < 1e-6 * torch.linalg.norm(exact)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_an_error_is_asked_for_so_nothing_else_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.dtype] = []
+
+    def fails(matrix: torch.Tensor, *, engine: str) -> None:
+        asked.append(matrix.dtype)
+        raise inverse.NotPositiveDefiniteError("planted")
+
+    monkeypatch.setattr(inverse, "invert_factor_", fails)
+    gram = torch.eye(8)
+    with pytest.raises(NumericalError, match=r"not positive definite at damping 0\.01"):
+        inverse_diagonal_primal(gram, damping=0.01, on_failure="error")
+    assert asked == [torch.float32]
+    asked.clear()
+    with pytest.raises(NumericalError):
+        inverse_diagonal_primal(gram, damping=0.01, on_failure="retry")
+    # 1 %, 10 %, 100 %, then float64 with what was asked for.
+    assert asked == [torch.float32] * 3 + [torch.float64]
+
+
+@pytest.mark.parametrize("place", [(0, 1), (63, 2), (64, 3), (129, 128)])
+def test_a_nan_off_the_diagonal_is_named_wherever_it_is(place: tuple[int, int]) -> None:
+    gram = torch.eye(130)
+    gram[place] = gram[place[::-1]] = float("nan")
+    with pytest.raises(NumericalError, match=rf"holds nan at \({min(place)}, {max(place)}\)"):
+        inverse_diagonal_primal(gram, damping=0.01)
+
+
+def test_sums_that_grow_after_they_were_read_are_read_anew() -> None:
+    x = activations(4, 40, 32)
+    whole = InputGram(32).update(x).hessian()
+    grown = InputGram(32).update(x[:2])
+    grown.hessian()
+    torch.testing.assert_close(grown.update(x[2:]).hessian(), whole, rtol=1e-6, atol=1e-6)
+    merged = InputGram(32).update(x[:2])
+    merged.hessian()
+    torch.testing.assert_close(merged.merge(InputGram(32).update(x[2:])).hessian(), whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4, 3), (4,), (2, 2, 2)])
+def test_only_a_square_matrix_is_factorised(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="expected a contiguous square matrix"):
+        factorize.check_square(torch.zeros(shape))
+    with pytest.raises(ValueError, match="expected a contiguous square matrix"):
+        factorize.check_square(torch.zeros(8, 4)[::2])

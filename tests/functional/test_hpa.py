@@ -452,6 +452,13 @@ def test_configuration_is_checked_where_it_is_made() -> None:
             HpaConfig(**options)  # type: ignore[arg-type]
 
 
+def test_the_defaults_are_the_papers() -> None:
+    """arXiv 2511.20158: p from 15 to 5 % over depth, k = 2 p, alpha between 0.4 and 0.8."""
+    config = HpaConfig()
+    assert (config.keep_bounds, config.alpha_bounds, config.focus_ratio) == ((5.0, 15.0), (0.4, 0.8), 2.0)
+    assert (config.ranking, config.curvature_form, config.projection) == ("eps+phi", "divide", "layer")
+
+
 # -- one word per idea -------------------------------------------------------------------------------------------------
 
 OLD_NAMES = [

@@ -191,3 +191,11 @@ def test_bad_input_is_named(layer: Layer) -> None:
         ties([])
     with pytest.raises(ValueError, match=r"drop=1\.0"):
         dare(layer.w_prev, drop=1.0, generator=torch.Generator())
+
+
+def test_safelora_says_which_factors_do_not_belong_together() -> None:
+    a, b, v = torch.ones(2, 6), torch.ones(5, 2), torch.ones(5, 6)
+    with pytest.raises(ValueError, match=r"expected \(rank, c\) and \(r, rank\)"):
+        safelora(torch.ones(3, 6), b, v)
+    with pytest.raises(ValueError, match="The adapter is of another layer"):
+        safelora(a, b, torch.ones(5, 7))

@@ -13,7 +13,8 @@ import torch
 import cram_kit
 from holdfast import methods
 from holdfast.config import decode
-from holdfast.errors import ConfigError
+from holdfast.data.types import Sample
+from holdfast.errors import CalibrationError, ConfigError
 from holdfast.evaluation import CheckpointEvaluator, EvaluationConfig
 from holdfast.experiment import build_methods, decode_run
 from holdfast.functional.cram import RankRule
@@ -25,6 +26,7 @@ from holdfast.tiny.recipe import run_data
 from holdfast.tiny.stream import StreamSize, write_stream
 from holdfast.training.training_config import TrainingConfig
 from holdfast.tuners.cram.cram_config import CramConfig
+from holdfast.tuners.cram.folder import read_router
 from holdfast.tuners.cram.phases import Phase, Steps
 
 TRAINING = TrainingConfig(max_steps=4, batch_size=4, learning_rate=0.02, save_steps=1)
@@ -179,3 +181,61 @@ def test_the_evaluator_writes_down_which_expert_answered(learned, pico_stream, t
         for row in rows:
             assert set(row["weights"]) == {"colour", "name"}
             assert row["abstained"] or sum(row["weights"].values()) == pytest.approx(1.0, abs=1e-3)
+
+
+# The guard
+
+
+@pytest.fixture(scope="module")
+def guarded(pico_stream, pico_folder, tmp_path_factory):
+    """Two tasks learned with a guard; a pico model refuses nothing, so its own answers to some requests stand in."""
+    folder = tmp_path_factory.mktemp("guarded")
+    loaded = load(pico_folder)
+    asked = [*pico_stream.tasks[0].train[:4], *pico_stream.tasks[1].train[:4]]
+    answers = generate(loaded, asked, max_new_tokens=4)
+    own = [Sample.single(f"own-{s.id}", s.prompt, a, images=s.images) for s, a in zip(asked, answers, strict=True) if a]
+    stream = replace(pico_stream, safety_calibration=own)
+    found: list[Checkpoint] = []
+    for step in range(2):
+        cram = method()
+        cram.config = replace(cram.config, guard="openings", guard_false_alarm=0.9, guard_requests=8)
+        found.append(learn(cram, cram_kit.context(stream, pico_folder, folder, step, found[-1] if found else None)))
+    return folder, found
+
+
+def test_a_guard_is_released_with_the_experts_and_has_seen_every_task(guarded):
+    folder, checkpoints = guarded
+    for step, checkpoint in enumerate(checkpoints):
+        guard = read_router(Path(checkpoint.adapters[-1])).guard
+        written = json.loads((folder / str(step) / "guard.json").read_text())
+        assert guard is not None and guard.describe() == written
+        assert list(guard.tasks) == ["colour", "name"][: step + 1]
+        assert set(written["requests"].values()) == {8} and written["caught"] >= 0.5
+
+
+def test_the_evaluator_writes_down_what_the_guard_sent_to_the_base(guarded, pico_stream, tmp_path):
+    _, (_, second) = guarded
+    evaluate = CheckpointEvaluator(EvaluationConfig(limit=4))
+    evaluate(second, stream=pico_stream, step=1, out_dir=tmp_path, progress=silent)
+    threshold = read_router(Path(second.adapters[-1])).guard.threshold
+    for task in pico_stream.tasks:
+        rows = [json.loads(line) for line in (tmp_path / f"routing-task-{task.name}.jsonl").read_text().splitlines()]
+        for row in rows:
+            assert row["guarded"] == (row["guard_score"] >= threshold - 1e-3)
+            assert not row["guarded"] or not any(row["weights"].values())
+
+
+def test_a_guard_without_calibration_answers_is_refused_before_the_first_step(pico_stream):
+    cram = methods.get("cram_guard")
+    with pytest.raises(CalibrationError, match="cram_guard has guard 'openings', which needs safety calibration"):
+        cram.check_stream(replace(pico_stream, safety_calibration=()))
+    methods.get("cram").check_stream(replace(pico_stream, safety_calibration=()))
+
+
+@pytest.mark.parametrize("name", ["cram", "cram_hpa", "cram_fixed_rank"])
+def test_every_cram_takes_a_guard(name):
+    assert methods.get(name, guard="probe").config.guard == "probe"
+    with pytest.raises(ConfigError, match="guard_false_alarm is 1"):
+        methods.get(name, guard_false_alarm=1.0)
+    with pytest.raises(ConfigError, match="guard_requests is 1"):
+        methods.get(name, guard_requests=1)

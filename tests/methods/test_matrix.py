@@ -53,7 +53,7 @@ def needed(unaligned) -> dict[str, dict[str, str]]:
     return {"safe_lora": {"unaligned": unaligned}}
 
 
-def experiment(pico_folder, pico_stream, name, options, out, progress=silent) -> Experiment:
+def experiment(pico_folder, pico_stream, name, options, out, progress=silent, seed=0) -> Experiment:
     config = RunConfig(
         model=str(pico_folder),
         stream=StreamSpec(name="pico", tasks=(TaskSpec(name="unused", test="unused"),)),
@@ -61,6 +61,7 @@ def experiment(pico_folder, pico_stream, name, options, out, progress=silent) ->
         defaults={"training": TRAINING, "task_samples": 6},
         evaluation=EvaluationConfig(batch_size=8),
         threads=1,
+        seed=seed,
     )
     return Experiment(config=config, out=out, stream=pico_stream, methods=build_methods(config), progress=progress)
 
@@ -70,9 +71,9 @@ def run(made: Experiment, name: str) -> None:
         made.run_method(name)
 
 
-def weights(out: Path, name: str) -> dict[str, str]:
-    """Digest of every tensor file of the last checkpoint, adapters included."""
-    folders = sorted((out / "methods" / name).glob("2-*"))
+def weights(out: Path, name: str, t: int = 2) -> dict[str, str]:
+    """Digest of every tensor file of the checkpoint after task `t`, adapters included."""
+    folders = sorted((out / "methods" / name).glob(f"{t}-*"))
     files = sorted(p for p in folders[0].rglob("*.safetensors") if "curvature" not in p.name)
     return {str(p.relative_to(folders[0])): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
@@ -90,8 +91,8 @@ def finished(request, pico_folder, pico_stream, needed, tmp_path_factory) -> tup
     """A method's finished run, and how to make the same experiment in another directory."""
     name = request.param
 
-    def make(out: Path, progress=silent) -> Experiment:
-        return experiment(pico_folder, pico_stream, name, needed.get(name, {}), out, progress)
+    def make(out: Path, progress=silent, seed=0) -> Experiment:
+        return experiment(pico_folder, pico_stream, name, needed.get(name, {}), out, progress, seed)
 
     out = tmp_path_factory.mktemp(name) / "run"
     base = snapshot(pico_folder)
@@ -137,6 +138,16 @@ def test_a_second_call_recomputes_nothing(finished):
     before = snapshot(out)
     run(make(out), name)
     assert snapshot(out) == before
+
+
+def test_the_seed_of_the_run_file_reaches_the_training(finished, tmp_path):
+    name, out, make = finished
+    made = make(tmp_path / "run", seed=5)
+    run(replace(made, stream=replace(made.stream, tasks=made.stream.tasks[:1])), name)
+    ours, first = weights(tmp_path / "run", name, 1), weights(out, name, 1)
+    # What the second step carried on is gone from the finished run.
+    assert first and first.keys() <= ours.keys() and {file: ours[file] for file in first} != first
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["seed"] == 5
 
 
 def test_killed_in_the_second_task_it_resumes_to_the_same_bytes(finished, tmp_path):

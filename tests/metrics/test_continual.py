@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.errors import DataError
-from holdfast.metrics.continual import summarize
+from holdfast.metrics.continual import check_matrix, summarize
 
 NAN = math.nan
 BY_HAND = [[0.9, NAN, NAN], [0.7, 0.8, NAN], [0.5, 0.9, 0.6]]
@@ -97,3 +97,16 @@ def test_a_missing_score_is_refused_or_makes_its_figures_nan_never_skipped():
 def test_a_matrix_that_cannot_be_summarized_says_why(matrix, says):
     with pytest.raises(DataError, match=says):
         summarize(matrix)
+
+
+def test_a_checked_matrix_holds_nothing_above_its_diagonal():
+    checked = check_matrix([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]])
+    assert np.isnan(checked).tolist() == [[False, True, True], [False, False, True], [False, False, False]]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_the_ends_of_the_scale_are_scores(value):
+    assert summarize([[value]]).ap == value
+    for outside in (np.nextafter(0.0, -1.0), np.nextafter(1.0, 2.0)):
+        with pytest.raises(DataError, match="not percent"):
+            summarize([[outside]])

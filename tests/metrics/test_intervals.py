@@ -90,3 +90,23 @@ def test_bad_input_is_named():
         intervals.bootstrap([], lambda means: means[0])
     with pytest.raises(DataError, match=r"task 0: .* over the same samples"):
         intervals.bootstrap_bwt([[1.0]], [[1.0, 0.0]])
+
+
+def test_one_seed_counts_as_one():
+    assert intervals.over_seeds([0.4]).n == 1 and intervals.over_seeds([0.4, 0.5]).n == 2
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1)])
+def test_wilson_of_a_single_reply_is_open_on_one_side(successes, n):
+    interval = intervals.wilson(successes, n)
+    assert (interval.low == 0.0) == (successes == 0) and (interval.high == 1.0) == (successes == 1)
+    assert interval.high - interval.low > 0.5
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_a_level_is_between_0_and_1_and_neither(level):
+    with pytest.raises(DataError, match="between 0 and 1"):
+        intervals.over_seeds([0.1, 0.2], level=level)
+    with pytest.raises(DataError, match="at least 1"):
+        intervals.bootstrap_mean([0.1, 0.2], resamples=0)
+    assert intervals.bootstrap_mean([0.5], resamples=1).n == 1

@@ -78,3 +78,31 @@ def test_bad_input_is_named():
         paired.mcnemar([0.5], [1])
     with pytest.raises(DataError, match="over the same samples"):
         paired.sign_test([1, 0], [1])
+
+
+def test_the_bootstraps_p_counts_one_extra_draw_in_each_tail():
+    sure = paired.paired_bootstrap([1.0] * 8, [0.0] * 8, resamples=99)
+    assert sure.p == 2 / 100
+    assert paired.paired_bootstrap([1.0] * 4, [1.0] * 4, resamples=99).p == 1.0
+
+
+def test_the_bootstraps_interval_has_as_much_on_either_side():
+    rng = np.random.default_rng(5)
+    a, b = rng.random(60), rng.random(60)
+    interval = paired.paired_bootstrap(a, b, level=0.9).interval
+    assert interval is not None
+    means = [np.mean((a - b)[rng.integers(0, 60, 60)]) for _ in range(4000)]
+    assert np.mean(np.array(means) < interval.low) == pytest.approx(0.05, abs=0.015)
+    assert np.mean(np.array(means) > interval.high) == pytest.approx(0.05, abs=0.015)
+
+
+def test_many_seeds_p_is_never_zero_and_counts_the_pattern_seen():
+    result = paired.paired_seeds(np.full(20, 1.0), np.zeros(20), draws=999)
+    # No drawn pattern of 2^20 is likely to be all of one sign; the one that was seen is.
+    assert result.p == pytest.approx(1 / 1000, abs=1e-3) and result.p >= 1 / 1000
+
+
+@pytest.mark.parametrize("seeds", [16, 17])
+def test_sixteen_seeds_are_enumerated_and_seventeen_drawn(seeds):
+    result = paired.paired_seeds(np.arange(1.0, seeds + 1), np.zeros(seeds), draws=500)
+    assert result.p == (2 / 2**16 if seeds == 16 else pytest.approx(1 / 501, abs=1e-2))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import model_zoo
 from holdfast.data.types import Sample, Turn
 from holdfast.errors import DataError
 from holdfast.models import encode
@@ -24,7 +25,7 @@ def test_labels_are_the_assistants_tokens_and_its_end(loaded: LoadedModel, sampl
     inputs = encode_training(loaded, samples)
     assert targets(loaded, inputs, 0) == " Hello there.</s>"
     assert targets(loaded, inputs, 2) == " the second one</s>"
-    assert targets(loaded, inputs, 3) == " A square.  Yes.</s>"
+    assert targets(loaded, inputs, 3) == " A square.</s> Yes.</s>"
 
 
 def test_labels_begin_where_the_request_ends(loaded: LoadedModel, samples: list[Sample]) -> None:
@@ -72,7 +73,7 @@ def test_images_between_answers_keep_labels_on_answers(loaded: LoadedModel, pict
         Turn(role="assistant", text="Two."),
     )
     sample = Sample(id="interleaved", turns=turns, images=tuple(pictures[:2]))
-    assert targets(loaded, encode_training(loaded, [sample]), 0) == " One.  Two.</s>"
+    assert targets(loaded, encode_training(loaded, [sample]), 0) == " One.</s> Two.</s>"
 
 
 def test_token_kinds_name_every_position(loaded: LoadedModel, samples: list[Sample]) -> None:
@@ -118,6 +119,89 @@ def test_an_image_that_does_not_decode_is_named(loaded: LoadedModel, tmp_path: P
     broken.write_bytes(b"not a picture")
     with pytest.raises(DataError, match=r"broken\.png"):
         encode_request(loaded, [Sample.single("bad", "What?", images=[broken])])
+
+
+# Ways in which templates write the end of an answer, and the ids at which the model's generation config stops.
+ENDS = {
+    "none": ("{{ m['role'] + ': ' + c['text'] + ' ' }}", ["</s>"]),
+    "none, a newline": ("{{ m['role'] + ': ' + c['text'] + '\n' }}", ["</s>"]),
+    "none, glued": ("{{ '[' + m['role'] + ']' + c['text'] }}", ["</s>"]),
+    "eos": ("{{ m['role'] + ': ' + c['text'] + (eos_token if m['role'] == 'assistant' else ' ') }}", ["</s>"]),
+    "marker": ("{{ '<|a|>' + m['role'] + '\n' + c['text'] + '<|b|>\n' }}", ["<|b|>"]),
+    "marker beside eos": ("{{ '<|a|>' + m['role'] + '\n' + c['text'] + '<|b|>\n' }}", ["</s>", "<|b|>"]),
+    "marker that does not stop it": ("{{ '<|a|>' + m['role'] + '\n' + c['text'] + '<|b|>\n' }}", ["</s>"]),
+    "eos that does not stop it": ("{{ m['role'] + ': ' + c['text'] + eos_token }}", ["<|b|>"]),
+    "the next turn": ("{{ ('<|a|>' if m['role'] == 'user' else '<|b|>') + '\n' + c['text'] }}", ["</s>", "<|a|>"]),
+    "trimmed": ("{{ m['role'] + ': ' + c['text'] | trim + ' ' }}", ["</s>"]),
+}
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_every_answer_ends_as_the_generation_config_says(loaded: LoadedModel, kind: str) -> None:
+    from copy import deepcopy
+
+    template, ends = ENDS[kind]
+    tokens = model_zoo.tokenizer(["<|a|>", "<|b|>"], image_token="<image>")
+    processor, model = deepcopy(loaded.processor), deepcopy(loaded.model)
+    processor.tokenizer = tokens
+    roles = "".join(
+        f"{{% for m in ms %}}{{% for c in m['content'] %}}{part}{{% endfor %}}{{% endfor %}}" for part in [template]
+    )
+    prompt = template.split("c['text']")[0].replace("m['role']", "'assistant'").rstrip(" +(")
+    prompt = prompt.replace("('<|a|>' if 'assistant' == 'user' else '<|b|>')", "'<|b|>'") + " }}"
+    processor.chat_template = (
+        "{% set ms = messages %}" + roles + "{% if add_generation_prompt %}" + prompt + "{% endif %}"
+    )
+    model.generation_config.eos_token_id = tokens.convert_tokens_to_ids(ends)
+    changed = LoadedModel(model=model, processor=processor, name=kind)
+    answers = ["Yes.", "i", " It is: 3 ", "no\n"]
+    turns = [
+        turn
+        for number, answer in enumerate(answers)
+        for turn in (Turn(role="user", text=f"Question {number}?"), Turn(role="assistant", text=answer))
+    ]
+    inputs = encode_training(changed, [Sample(id="turns", turns=tuple(turns)), Sample.single("one", "Hi", "Hello")])
+    for row, expected in enumerate((answers, ["Hello"])):
+        runs = answers_of(inputs["labels"][row])
+        assert len(runs) == len(expected)
+        for run, answer in zip(runs, expected, strict=True):
+            *words, end = run
+            assert tokens.convert_ids_to_tokens(end) in ends
+            said = tokens.decode(words).replace("<|b|>", "").replace("</s>", "")
+            assert said.strip() == answer.strip()
+            assert not set(words) & set(tokens.convert_tokens_to_ids(ends))
+
+
+def answers_of(labels: torch.Tensor) -> list[list[int]]:
+    """The labels in unbroken runs: one per answer."""
+    runs: list[list[int]] = []
+    inside = False
+    for value in labels.tolist():
+        if value != -100:
+            if not inside:
+                runs.append([])
+            runs[-1].append(value)
+        inside = value != -100
+    return runs
+
+
+def test_an_answer_that_is_no_target_is_shown_and_not_learned(loaded: LoadedModel) -> None:
+    turns = tuple(
+        Turn(role=role, text=text, loss=loss)
+        for role, text, loss in [
+            ("user", "One?", True),
+            ("assistant", "first", False),
+            ("user", "Two?", True),
+            ("assistant", "second", True),
+            ("user", "Three?", True),
+            ("assistant", "third", False),
+        ]
+    )
+    inputs = encode_training(loaded, [Sample(id="some", turns=turns)])
+    assert targets(loaded, inputs, 0) == " second</s>"
+    assert "first" in loaded.tokenizer.decode(inputs["input_ids"][0])
+    with pytest.raises(DataError, match="'none' has `loss` off in every answer"):
+        encode_training(loaded, [Sample(id="none", turns=turns[:2])])
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(loaded: LoadedModel, samples: list[Sample]) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoProcessor
 
 import model_zoo
 from holdfast.calibration.curvature import collect_curvature
 from holdfast.calibration.walk import walk_grams
 from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.merged import open_checkpoint
-from holdfast.data.types import Sample
+from holdfast.data.images import PictureConfig, shrunk
+from holdfast.data.images import pictures as pictures_opened
+from holdfast.data.types import Sample, Turn
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.functional.hpa import HpaConfig, edit_weight
 from holdfast.models.encode import IMAGE, encode_request, encode_training, token_kinds
@@ -26,6 +30,8 @@ from holdfast.models.load import LoadedModel, load
 from holdfast.models.streaming import load_streamed
 from holdfast.rules.hpa import HpaRule
 from holdfast.stream.protocol import Checkpoint
+from holdfast.training.supervised import lora_adapter, train
+from holdfast.training.training_config import TrainingConfig
 
 # Layers of one block in a plain gated decoder; GLM fuses gate and up into one.
 LINEARS = dict.fromkeys(model_zoo.BUILDERS, 7) | {"glm4v": 6}
@@ -110,11 +116,35 @@ def test_labels_are_the_answer_alone_and_batched(case: Case) -> None:
         labels = batch["labels"][row]
         text = loaded.tokenizer.decode(labels[labels != -100], skip_special_tokens=True)
         assert text.strip() == sample.answer
-        ends = torch.isin(labels[labels != -100][-3:], torch.tensor(loaded.eos_token_ids))
-        assert bool(ends.any())
+        assert int(labels[labels != -100][-1]) == loaded.model.generation_config.eos_token_id
         assert bool((kinds[row] == IMAGE).any()) == bool(sample.images)
         alone = encode_training(loaded, [sample])
         assert labels[: alone["labels"].shape[1]].tolist() == alone["labels"][0].tolist()
+
+
+def test_every_answer_of_a_conversation_ends(case: Case) -> None:
+    """Answers, the middle ones too, are followed by the token at which stock generation stops."""
+    if case.loaded.family.answers_as_suffix:
+        pytest.skip("takes one question and one answer")
+    said = ["Red.", "Yes", "Two of them"]
+    turns = [Turn(role="user", text="<image>\nWhat colour?")]
+    for number, answer in enumerate(said):
+        turns += [Turn(role="assistant", text=answer), Turn(role="user", text=f"And {number}?")]
+    sample = Sample(id="turns", turns=tuple(turns[:-1]), images=case.samples[0].images)
+    inputs = encode_training(case.loaded, [sample])
+    labels, end = inputs["labels"][0].tolist(), case.loaded.model.generation_config.eos_token_id
+    text = case.loaded.tokenizer.decode([i for i in labels if i != -100])
+    closing = case.loaded.tokenizer.decode([end])
+    assert labels.count(end) == len(said)
+    pieces = text.split(closing)
+    assert [
+        p.replace("<|im_end|>", "").replace("<end_of_turn>", "").replace("<end_of_utterance>", "").strip()
+        for p in pieces
+    ] == [*said, ""]
+    # A label begins where the model takes over.
+    first = next(i for i, label in enumerate(labels) if label != -100)
+    request = encode_request(case.loaded, [Sample(id="ask", turns=tuple(turns[:1]), images=sample.images)])
+    assert inputs["input_ids"][0, :first].tolist() == request["input_ids"][0].tolist()
 
 
 def test_answers_do_not_depend_on_the_batch(case: Case) -> None:
@@ -130,6 +160,84 @@ def test_it_can_be_trained_on(case: Case) -> None:
     name, linear = next(iter(editable_linears(model).items()))
     assert torch.isfinite(loss), name
     assert float(linear.weight.grad.abs().max()) > 0
+
+
+def test_a_pixel_budget_is_the_processors_own_or_shrinks_the_picture(case: Case, tmp_path: Path) -> None:
+    """Qwen-VL and GLM-4V have a budget of their own, asked as stock code sets it; the others are shown less."""
+    bound = 56 * 28
+    large = model_zoo.picture(tmp_path / "large.png", size=(120, 90))
+    sample = replace(case.samples[0], images=(large,))
+    usual = encode_request(case.loaded, [sample])
+    with pictures_opened(PictureConfig(max_pixels=bound)):
+        found = encode_request(case.loaded, [sample])
+    own = case.name.startswith(("qwen", "glm"))
+    if own:
+        stock = AutoProcessor.from_pretrained(case.folder, backend="pil")
+        stock.image_processor.size["longest_edge"] = bound
+        stock.image_processor.size["shortest_edge"] = min(stock.image_processor.size["shortest_edge"], bound)
+        picture = Image.open(large).convert("RGB")
+    else:
+        stock, picture = case.loaded.processor, shrunk(Image.open(large).convert("RGB"), bound)
+    expected = stock.image_processor(images=[picture], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(found["pixel_values"].reshape(expected.shape), expected)
+    assert not own or found["input_ids"].shape[1] < usual["input_ids"].shape[1]
+
+
+def answers_of_unlike_length(case: Case) -> list[Sample]:
+    """Eight samples, each with another number of target tokens; the mean of means is far from the mean."""
+    said = [
+        "Red",
+        "A circle, I think",
+        "no",
+        "It is the one on the left side",
+        "3",
+        "Yes it is",
+        "blue",
+        "Hm, who knows?",
+    ]
+    return [
+        replace(case.samples[i % 2], id=f"s{i}", turns=(case.samples[i % 2].turns[0], Turn(role="assistant", text=t)))
+        for i, t in enumerate(said)
+    ]
+
+
+@pytest.mark.parametrize("micro", [1, 2, 8])
+def test_a_step_of_training_is_the_gradient_of_the_stock_model_whatever_the_micro_batch(
+    case: Case, micro: int, tmp_path: Path
+) -> None:
+    samples = answers_of_unlike_length(case)
+    config = TrainingConfig(
+        rank=2, alpha=4, dropout=0.0, max_steps=1, batch_size=8, micro_batch_size=micro, precision="fp32"
+    )
+
+    def fresh(loaded: LoadedModel, config: TrainingConfig) -> PeftModel:
+        torch.manual_seed(3)
+        wrapped = lora_adapter(loaded, config)
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)  # B = 0 would hide half of the gradient
+        return wrapped
+
+    stock = fresh(case.loaded, config)
+    stock(**encode_training(case.loaded, samples)).loss.backward()
+    expected = {name: p.grad.clone() for name, p in stock.named_parameters() if p.requires_grad}
+    stock.unload()
+    found: dict[str, Tensor] = {}
+
+    def watched(loaded: LoadedModel, config: TrainingConfig) -> PeftModel:
+        wrapped = fresh(loaded, config)
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p, name=name: found.__setitem__(name, p.grad.clone())
+                )
+        return wrapped
+
+    train(case.loaded, samples, config, work_dir=tmp_path, seed=0, adapter=watched)
+    assert set(found) == set(expected)
+    whole = torch.cat([g.flatten() for g in expected.values()])
+    off = torch.cat([(found[name] - g).flatten() for name, g in expected.items()])
+    assert float(off.norm() / whole.norm()) < 1e-4
 
 
 def test_calibration_in_passes_and_from_disk_is_the_same(case: Case) -> None:

@@ -154,3 +154,20 @@ def test_an_adapter_with_missing_tensors_is_refused(llava_folder: Path, tmp_path
 def test_a_device_that_is_not_there_is_named(llava_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"device is 'xpu:7'; expected one of this machine: cpu"):
         load(llava_folder, device="xpu:7")
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_bf16_checkpoint_is_widened_where_the_cpu_would_emulate_it(monkeypatch, llava_folder, tmp_path, has_bf16):
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from holdfast.models.load import load
+    from holdfast.models.streaming import load_streamed
+
+    model = AutoModelForImageTextToText.from_pretrained(llava_folder, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(llava_folder, backend="pil").save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16}, raising=False)
+    usual = torch.bfloat16 if has_bf16 else torch.float32
+    assert load(tmp_path, device="cpu").dtype is load_streamed(tmp_path, device="cpu").dtype is usual
+    assert load(tmp_path, device="cpu", dtype="bfloat16").dtype is torch.bfloat16

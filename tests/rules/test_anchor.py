@@ -125,8 +125,10 @@ def test_grams_of_another_model_are_refused(sets, tmp_path) -> None:
         AnchorRule(AnchorConfig(), sets).edit(Layer(name="layers.9.x", block=0, block_count=3), w_prev, w_new)
 
 
-def test_a_benign_share_without_benign_answers_is_refused(sets) -> None:
+@pytest.mark.parametrize("share", [None, 0.0, 0.5, 1.0])
+def test_without_benign_answers_the_safety_gram_is_the_refusals(sets, share) -> None:
     bare = GramSets(task=sets.task, safety=sets.safety)
     w_prev, w_new, _, _ = weights()
-    with pytest.raises(CalibrationError, match="benign"):
-        AnchorRule(AnchorConfig(benign_share=0.5), bare).edit(layer(), w_prev, w_new)
+    found = AnchorRule(AnchorConfig(benign_share=share), bare).edit(layer(), w_prev, w_new).weight
+    expected = anchor_weight(w_prev, w_new, sets.task.gram(NAMES[0]), sets.safety.gram(NAMES[0]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import RunError, StorageError
+from holdfast.stream import runner
 from holdfast.stream.protocol import Checkpoint
 from holdfast.stream.runner import _lock
 
@@ -51,6 +52,39 @@ def test_every_task_is_learned_from_the_one_before(fakes, tmp_path):
     assert set(records[0].seconds) == {"begin", "train", "end", "evaluate"}
     theta_0 = fakes.make_run(tmp_path / "run").directory.read_record(tmp_path / "run" / "theta_0")
     assert list(theta_0.scores) == list(fakes.TASKS)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 42])
+def test_the_runs_seed_reaches_every_phase_of_every_task_and_every_record(fakes, tmp_path, seed):
+    seen = []
+
+    class Watched(fakes.FakeMethod):
+        def begin_task(self, ctx):
+            seen.append(("begin", ctx.step, ctx.seed))
+            super().begin_task(ctx)
+
+        def train_task(self, ctx):
+            seen.append(("train", ctx.step, ctx.seed))
+            return super().train_task(ctx)
+
+        def end_task(self, ctx, trained):
+            seen.append(("end", ctx.step, ctx.seed))
+            return super().end_task(ctx, trained)
+
+    run = fakes.make_run(tmp_path / "run", seed=seed)
+    with run.claimed():
+        theta_0 = run.evaluate_theta_0(fakes.FakeEvaluator())
+        records = run.run_method(Watched(), fakes.FakeEvaluator())
+    assert seen == [(phase, step, seed) for step in range(3) for phase in ("begin", "train", "end")]
+    assert [record.seed for record in (theta_0, *records)] == [seed] * 4
+
+
+def test_another_seed_gives_other_weights(fakes, tmp_path):
+    found = set()
+    for seed in (0, 1, 2):
+        records = whole_run(fakes, tmp_path / str(seed), seed=seed, start=tmp_path / "start")
+        found.add(Path(records[-1].checkpoint.base, "weights").read_bytes())
+    assert len(found) == 3
 
 
 def test_a_stream_that_grows_at_its_end_goes_on_and_ends_as_if_it_had_been_whole(fakes, tmp_path):
@@ -162,6 +196,54 @@ def test_a_removal_that_was_killed_half_way_is_finished(fakes, tmp_path):
     (left / "weights").write_bytes(b"x")
     whole_run(fakes, tmp_path / "run")
     assert not left.exists()
+
+
+def test_what_the_previous_checkpoint_alone_builds_on_stays_until_the_next_step_is_done(fakes, tmp_path):
+    """Step 2 lies on step 1's folder, step 3 on its own: after step 3 the checkpoint before it must still be whole."""
+
+    class Skipping(fakes.FakeMethod):
+        def end_task(self, ctx, trained):
+            own = super().end_task(ctx, trained)
+            return Checkpoint(base=own.base, adapters=(ctx.previous.base,) if ctx.step == 1 else ())
+
+    run = fakes.make_run(tmp_path / "run")
+    with run.claimed():
+        records = run.run_method(Skipping(), fakes.FakeEvaluator())
+    for record in records[-2:]:
+        assert all(Path(path).is_dir() for path in record.checkpoint.paths), record.checkpoint
+    run = fakes.make_run(tmp_path / "longer", stream=(*fakes.TASKS, "more"), task_names=(*fakes.TASKS, "more"))
+    with run.claimed():
+        run.run_method(Skipping(), fakes.FakeEvaluator())
+    kept = sorted(path.parent.name for path in (tmp_path / "longer").glob("methods/fake/*/checkpoint"))
+    assert kept == ["3-caption", "4-more"], "and goes with it"
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_kill_in_the_middle_of_a_removal_never_leaves_half_a_checkpoint_under_its_name(tmp_path, monkeypatch, kind):
+    path = tmp_path / "checkpoint"
+    if kind == "file":
+        path.write_bytes(b"weights")
+    else:
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+        (path / "weights").write_bytes(b"weights")
+    names = []
+
+    def killed(doomed, *args, **kwargs):
+        if doomed.exists():
+            names.append(doomed.name)
+            if doomed.is_dir():
+                (doomed / "weights").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner.shutil, "rmtree", killed)
+        patched.setattr(Path, "unlink", killed) if kind == "file" else None
+        with pytest.raises(KeyboardInterrupt):
+            runner._remove(path)
+    assert not path.exists() and names == [".checkpoint.removed"]
+    runner._remove(path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_moved_run_directory_resumes(fakes, tmp_path):

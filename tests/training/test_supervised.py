@@ -123,6 +123,33 @@ def test_penalty_is_part_of_the_loss_whatever_the_micro_batch(loaded, samples, t
     assert first > 100 and second == pytest.approx(first, rel=1e-4)
 
 
+@pytest.mark.parametrize("mean", ["tokens", "samples"])
+def test_a_penalty_that_is_a_mean_is_one_over_the_whole_step(loaded, samples, tmp_path, mean):
+    said = ["red", "it is the red one", "no", "a square, and a red one at that", "yes"]  # the last batch is smaller
+    unlike = [Sample.single(f"s{i}", "<image>\nWhich?", t, images=samples[i].images) for i, t in enumerate(said)]
+
+    def of_tokens(model, inputs, outputs):
+        return 3.0 * outputs.loss
+
+    def of_samples(model, inputs, outputs):
+        return outputs.logits[:, -1].float().pow(2).mean()
+
+    def of(micro):
+        config = {"dropout": 0.0, "epochs": 1.0, "max_steps": None, "micro_batch_size": micro, "max_grad_norm": 0.0}
+        penalty = of_tokens if mean == "tokens" else of_samples
+        equal = (
+            unlike
+            if mean == "tokens"
+            else [replace(s, turns=(s.turns[0], replace(s.turns[1], text="red"))) for s in unlike]
+        )
+        return run(loaded, equal, tmp_path / str(micro), config=config, penalty=penalty, penalty_mean=mean)
+
+    whole, split = of(4), of(2 if mean == "samples" else 1)
+    assert [row["loss"] for row in split.history] == pytest.approx([row["loss"] for row in whole.history], rel=1e-4)
+    for name, value in factors(whole).items():
+        torch.testing.assert_close(factors(split)[name], value, rtol=2e-3, atol=2e-5)
+
+
 def test_epochs_count_the_last_smaller_batch(loaded, samples, tmp_path):
     config = {"max_steps": None, "epochs": 2.0, "batch_size": 3}
     assert len(samples) == 8
@@ -143,6 +170,49 @@ def test_a_long_sample_is_cut_and_counted_never_into_its_images(loaded, samples,
             run(short_context, [long], tmp_path / "whole", config={"max_length": bound})
     with pytest.raises(DataError, match=r"'long' is \d+ tokens long and max_length 5 would cut into its images"):
         run(loaded, [long], tmp_path, config={"max_length": 5})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cuts_are_counted_in_every_process_and_through_a_kill(loaded, samples, tmp_path, workers):
+    long = [
+        Sample.single(f"long{i}", "<image>\nWhat?", "red " * (30 if i % 2 else 1), images=samples[0].images)
+        for i in range(8)
+    ]
+    killed = []
+
+    def kill_once(event, *, done, total):
+        if done == 3 and not killed:
+            killed.append(done)
+            raise KeyboardInterrupt
+
+    config = {
+        "max_length": 100,
+        "max_cut_share": 0.5,
+        "max_steps": None,
+        "epochs": 2.0,
+        "workers": workers,
+        "save_steps": 2,
+    }
+    assert run(loaded, long, tmp_path / "whole", config=config).cut == 8
+    with pytest.raises(KeyboardInterrupt):
+        run(loaded, long, tmp_path / "killed", config=config, progress=kill_once)
+    assert run(loaded, long, tmp_path / "killed", config=config, progress=kill_once).cut == 8
+
+
+def test_training_stops_before_its_first_step_where_many_samples_would_be_cut(loaded, samples, tmp_path):
+    words = [30 if i < 35 else 1 for i in range(40)]
+    long = [Sample.single(f"s{i}", "<image>\nWhat?", "red " * n, images=samples[0].images) for i, n in enumerate(words)]
+    steps = []
+    with pytest.raises(
+        DataError, match=r"max_length 100 would cut 35 of 40 samples \(88 %.*allow it with max_cut_share"
+    ):
+        run(loaded, long, tmp_path, config={"max_length": 100}, progress=lambda event, **_: steps.append(event))
+    assert not steps and not (tmp_path / "adapter").exists()
+    assert run(loaded, long, tmp_path, config={"max_length": 100, "max_cut_share": 0.9, "max_steps": 1}).cut > 0
+    few = [*long[:2], *long[35:], *long[35:], *long[35:], *long[35:]]
+    assert run(loaded, few, tmp_path, config={"max_length": 100, "max_steps": 1}).steps == 1
+    with pytest.raises(ConfigError, match=r"max_cut_share is 1\.5"):
+        TrainingConfig(max_cut_share=1.5)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_last_good_state(loaded, samples, tmp_path):

@@ -22,6 +22,7 @@ from holdfast.checkpoints.fingerprint import fingerprint
 from holdfast.checkpoints.merged import open_checkpoint
 from holdfast.checkpoints.value import Checkpoint, as_checkpoint
 from holdfast.config import encode
+from holdfast.data.images import current_pictures
 from holdfast.data.types import Sample
 from holdfast.errors import CalibrationError, ConfigError, NumericalError
 from holdfast.functional.hessian import Normalization
@@ -172,6 +173,7 @@ def collect_curvature(
         "inputs": one.inputs,
         "weight_keys": _weight_keys(before, list(one.diagonals)),
         "config": encode(config),
+        "pictures": encode(current_pictures()),
         "sets": {name: side.describe() for name, side in sides.items()},
         "model": {"before": model_identity(before), "after": model_identity(after)},
         "versions": _versions(),
@@ -312,7 +314,7 @@ def samples_sha256(samples: Sequence[Sample]) -> str:
     """Content hash of samples: ids, turns and image bytes, in order; paths do not count."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(repr((sample.id, [(t.role, t.text) for t in sample.turns], sample.references)).encode())
+        digest.update(repr((sample.id, [t.said for t in sample.turns], sample.references)).encode())
         for path in sample.images:
             digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
     return digest.hexdigest()

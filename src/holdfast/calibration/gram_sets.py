@@ -53,10 +53,12 @@ class GramSets:
 
     @property
     def stores(self) -> dict[str, GramStore]:
+        """The stores of Gram matrices, by set."""
         found = {"task": self.task, "safety": self.safety, "past": self.past, "benign": self.benign}
         return {name: store for name, store in found.items() if store is not None}
 
     def digests(self) -> dict[str, str]:
+        """What identifies each set of samples."""
         return {name: store.digest() for name, store in self.stores.items()}
 
 

@@ -102,7 +102,10 @@ class GramCollector:
             raise CalibrationError(f"{name}, while calibrating on {self._label}: {error}") from error
 
     def synchronize(self) -> None:
-        """Sum every Gram over all processes; the layers and their sharing are those that rank 0 saw."""
+        """Sum every Gram over all processes; the layers and their sharing are those that rank 0 saw.
+
+        Raises: ModelError: processes disagree on which layers share an input.
+        """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
         shared = [self.leaders]
@@ -117,7 +120,10 @@ class GramCollector:
             self.grams[leader].all_reduce()
 
     def take(self, block: int, block_count: int) -> Iterator[LayerGram]:
-        """The Grams of one block, each given up by the collector as it is handed out."""
+        """The Grams of one block, each given up by the collector as it is handed out.
+
+        Raises: CalibrationError: a layer of the block never ran on the samples.
+        """
         layers = self.linears[block]
         silent = sorted(set(layers) - set(self.leaders))
         if silent:

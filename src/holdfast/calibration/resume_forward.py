@@ -43,6 +43,10 @@ class Spool:
         self._folder: TemporaryDirectory[str] | None = None
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Keep `tensors`, of any shape, under `key`: in memory while there is room, else in a temporary file.
+
+        Each is read back as it is, say (B, T, d). Raises: StorageError: the disk is full.
+        """
         self._drop(key)
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         if self.held_bytes + size <= self.limit_bytes:
@@ -56,9 +60,11 @@ class Spool:
             save_file(kept, self._file(key))
 
     def get(self, key: str) -> dict[str, Tensor]:
+        """What `put` was given under `key`, on the CPU; shapes and types as then, say (B, T, d)."""
         return self._memory[key] if key in self._memory else load_file(self._file(key))
 
     def close(self) -> None:
+        """Forget everything and remove the temporary files."""
         self._memory.clear()
         if self._folder is not None:
             self._folder.cleanup()
@@ -74,7 +80,10 @@ class Spool:
 
 @contextmanager
 def stop_after(blocks: Sequence[nn.Module], stop: int, record: Callable[[Tensor], None] | None) -> Iterator[None]:
-    """End every forward when block `stop - 1` is done; `record` receives what block `stop` was about to read."""
+    """End every forward when block `stop - 1` is done; `record` receives what block `stop` was about to read.
+
+    Within this context; `record` is given (B, T, d). Raises: nothing itself: each forward ends in StopForwardError.
+    """
 
     def at_next(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if record is not None:
@@ -101,6 +110,8 @@ def replayed(
     """Within, blocks before `start` pass their input on and block `start` reads `hidden()`.
 
     returns_tuple: which blocks return a tuple whose first item is the hidden state, rather than the state itself.
+
+    hidden: gives the input of block `start`, (B, T, d).
     """
     if start == 0:
         yield
@@ -140,12 +151,14 @@ class VisionMemory:
 
     @contextmanager
     def recording(self, batch: str) -> Iterator[None]:
+        """Within, what the vision tower gives for this batch is kept."""
         self._shapes[batch] = []
         with self._patched(lambda original: self._record(batch, original)):
             yield
 
     @contextmanager
     def replaying(self, batch: str) -> Iterator[None]:
+        """Within, the vision tower gives what was kept for this batch and does not run."""
         outputs = iter(self._shapes.get(batch, []))
         with self._patched(lambda original: lambda *args, **kwargs: self._restore(next(outputs))):
             yield

@@ -28,6 +28,7 @@ class Screened:
 
     @property
     def asked(self) -> int:
+        """Number of prompts that were asked."""
         return len(self.kept) + len(self.refused)
 
     def to_json(self) -> dict[str, Any]:

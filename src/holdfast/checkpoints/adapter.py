@@ -241,24 +241,35 @@ class LoraAdapter:
         return None if entry is None or self._scales is None else self._scales.read(entry).float()
 
     def read_saved(self, name: str) -> Tensor:
-        """A whole tensor that the adapter replaces, in its stored type."""
+        """A whole tensor that the adapter replaces, in its stored type.
+
+        Of the shape it is stored in, (out, in) for a linear.
+        """
         entry = self.saved[name]
         return next(file for file in (self._file, *self._extra) if file.path == entry.path).read(entry)
 
     def raw(self, entry: TensorEntry) -> Tensor:
-        """Any tensor of the adapter file in its stored type."""
+        """Any tensor of the adapter file in its stored type.
+
+        Of the shape it is stored in, such as A (rank, in).
+        """
         return self._file.read(entry)
 
     @property
     def entries(self) -> Mapping[str, TensorEntry]:
+        """Every tensor of the adapter file, by its key."""
         return self._file.entries
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        """The header's metadata, as the trainer wrote it."""
         return self._file.metadata
 
     def read_range(self, key: str, buffer: Tensor, start: int, stop: int) -> Tensor:
-        """Raw bytes of a tensor of the adapter file (for its fingerprint)."""
+        """Raw bytes of a tensor of the adapter file (for its fingerprint).
+
+        buffer: (n,) uint8, n >= stop - start. Returns: (stop - start,), a view of it.
+        """
         return self._file.read_into(self._file.entries[key], buffer, start, stop)
 
     @property
@@ -310,6 +321,7 @@ class LoraAdapter:
             ) from error
 
     def close(self) -> None:
+        """Close the adapter's files."""
         for file in self._extra:
             file.close()
         self._file.close()

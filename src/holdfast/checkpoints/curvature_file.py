@@ -83,10 +83,12 @@ class Curvature:
 
     @property
     def blocks(self) -> Mapping[str, int]:
+        """Layer -> 0-based index of its decoder block."""
         return self.meta["blocks"]
 
     @property
     def block_count(self) -> int:
+        """Number of decoder blocks of the model, edited or not."""
         return self.meta["block_count"]
 
     def weight_keys(self, module: str) -> tuple[str, ...]:

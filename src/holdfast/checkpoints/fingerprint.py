@@ -26,12 +26,20 @@ class Readable(Protocol):
     """An open `CheckpointReader` or `LoraAdapter`."""
 
     @property
-    def entries(self) -> Mapping[str, TensorEntry]: ...
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """Every tensor, by its key."""
+        ...
 
     @property
-    def meaning(self) -> Mapping[str, Any]: ...
+    def meaning(self) -> Mapping[str, Any]:
+        """What the configuration says that changes what the weights compute."""
+        ...
 
-    def read_range(self, key: str, buffer: Tensor, start: int, stop: int) -> Tensor: ...
+    def read_range(self, key: str, buffer: Tensor, start: int, stop: int) -> Tensor:
+        """Bytes start..stop of a tensor at the beginning of `buffer`, (n,) uint8; returns that part of it, (stop -
+        start,).
+        """
+        ...
 
 
 def fingerprint(checkpoint: Readable) -> str:

@@ -52,6 +52,7 @@ class GramInput:
 
     @property
     def leader(self) -> str:
+        """The layer that the matrix is stored under; the others that share its input point to it."""
         return self.modules[0]
 
 
@@ -109,6 +110,7 @@ class GramStore:
 
     @property
     def blocks(self) -> dict[str, int]:
+        """Layer -> 0-based index of its decoder block."""
         return {name: self._by_module[name].block for name in self.modules}
 
     def entry(self, module: str) -> GramInput:
@@ -150,6 +152,7 @@ class GramStore:
 
     @property
     def tokens(self) -> int:
+        """Tokens that the matrices are sums over."""
         return self.inputs[0].tokens
 
 

@@ -125,6 +125,7 @@ class MergedCheckpoint:
 
     @property
     def folder(self) -> Path:
+        """The base's folder."""
         return self.base.folder
 
     def __iter__(self) -> Iterator[str]:
@@ -145,6 +146,8 @@ class MergedCheckpoint:
         """The merged value of `weight`, the base's tensor under `key`; `out` may be `weight` itself.
 
         Without `out` the result is fp32 (fp64 for an fp64 base); with it, the sum is cast once into `out`.
+
+        weight, out: of the stored shape, (out, in) for a linear.
         """
         if key in self.replaced:
             adapter, name = self.replaced[key]
@@ -165,7 +168,12 @@ class MergedCheckpoint:
         )
 
     def read_float(self, key: str) -> Tensor:
-        """One tensor, merged, in fp32 or wider: what an edit computes with."""
+        """One tensor, merged, in fp32 or wider: what an edit computes with.
+
+        Of the stored shape, (out, in) for a linear.
+
+        Raises: CheckpointError: stored as integers or in 8 bits.
+        """
         key = self.names.require(key)
         entry = self.entries[key]
         if entry.dtype not in EDITABLE_DTYPES:
@@ -175,12 +183,16 @@ class MergedCheckpoint:
         return self.merge(key, self.base.read(entry.name))
 
     def read(self, key: str) -> Tensor:
-        """One tensor, merged, cast once to its stored type."""
+        """One tensor, merged, cast once to its stored type.
+
+        Of the stored shape, (out, in) for a linear.
+        """
         key = self.names.require(key)
         weight = self.base.read(self.entries[key].name)
         return weight if self.is_plain(key) else self.merge(key, weight, out=weight)
 
     def close(self) -> None:
+        """Close base and adapters."""
         self.base.close()
         for adapter in self.adapters:
             adapter.close()

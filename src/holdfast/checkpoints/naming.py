@@ -62,7 +62,10 @@ class NameIndex:
         return matches[0] if matches else None
 
     def require(self, name: str, *, error: type[CheckpointError] = CheckpointError) -> str:
-        """Like `find`; a missing name is an `error` that shows the nearest key."""
+        """Like `find`; a missing name is an `error` that shows the nearest key.
+
+        Raises: `error`: no tensor of this name.
+        """
         key = self.find(name)
         if key is None:
             hint = nearest(name, self.keys)

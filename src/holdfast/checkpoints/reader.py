@@ -121,7 +121,10 @@ class CheckpointReader:
         return self._files[entry.path].read(entry, buffer)
 
     def read_range(self, key: str, buffer: Tensor, start: int, stop: int) -> Tensor:
-        """Raw bytes start..stop of a tensor at the beginning of `buffer`."""
+        """Raw bytes start..stop of a tensor at the beginning of `buffer`.
+
+        buffer: (n,) uint8, n >= stop - start. Returns: (stop - start,), a view of it.
+        """
         entry = self.entry(key)
         return self._files[entry.path].read_into(entry, buffer, start, stop)
 
@@ -132,10 +135,12 @@ class CheckpointReader:
 
     @property
     def shard_paths(self) -> tuple[Path, ...]:
+        """Its safetensors files, in the order of the index."""
         return tuple(self._files)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors together."""
         return sum(entry.nbytes for entry in self.entries.values())
 
     def config(self) -> dict[str, Any]:
@@ -143,6 +148,7 @@ class CheckpointReader:
         return read_json(self.folder / "config.json", "a model's config.json")
 
     def close(self) -> None:
+        """Close its files."""
         for file in self._files.values():
             file.close()
 

@@ -46,7 +46,11 @@ _COPIED_FOLDERS = ("additional_chat_templates",)
 class ByteSource(Protocol):
     """Anything that can put a byte range of a named tensor into a buffer (a checkpoint or an adapter)."""
 
-    def read_range(self, key: str, buffer: Tensor, start: int, stop: int) -> Tensor: ...
+    def read_range(self, key: str, buffer: Tensor, start: int, stop: int) -> Tensor:
+        """Bytes start..stop of a tensor at the beginning of `buffer`, (n,) uint8; returns that part of it, (stop -
+        start,).
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ class RewriteResult:
     resumed_shards: int = 0
 
     def add(self, record: Mapping[str, Any]) -> None:
+        """Take in the record of one finished shard."""
         self.rows.update(record["rows"])
         self.changed.extend(record["changed"])
 

@@ -53,10 +53,15 @@ class TensorEntry:
 
     @property
     def numel(self) -> int:
+        """Number of values."""
         return math.prod(self.shape)
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """Its type in torch.
+
+        Raises: CheckpointError: an element type that torch has no name for.
+        """
         dtype = TORCH_DTYPES.get(self.dtype)
         if dtype is None:
             raise CheckpointError(f"{self.name} in {self.path} has element type {self.dtype}, which cannot be read.")
@@ -64,6 +69,7 @@ class TensorEntry:
 
     @property
     def itemsize(self) -> int:
+        """Bytes of one value."""
         return self.nbytes // self.numel if self.numel else 1
 
 
@@ -123,7 +129,12 @@ class TensorFile:
         )
 
     def read_into(self, entry: TensorEntry, buffer: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Bytes start..stop of a tensor into the beginning of a uint8 `buffer`; returns that part of the buffer."""
+        """Bytes start..stop of a tensor into the beginning of a uint8 `buffer`; returns that part of the buffer.
+
+        buffer: (n,) uint8, n >= stop - start. Returns: (stop - start,), a view of it.
+
+        Raises: CheckpointError: the file was closed, or ends before the tensor does.
+        """
         stop = entry.nbytes if stop is None else stop
         target = buffer[: stop - start]
         view = memoryview(target.numpy())  # type: ignore[arg-type]
@@ -139,12 +150,16 @@ class TensorFile:
         return target
 
     def read(self, entry: TensorEntry, buffer: Tensor | None = None) -> Tensor:
-        """The tensor in its stored type; in `buffer` (uint8, at least `entry.nbytes`) when given, else freshly made."""
+        """The tensor in its stored type; in `buffer` (uint8, at least `entry.nbytes`) when given, else freshly made.
+
+        Of the stored shape, (out, in) for a linear. buffer: (n,).
+        """
         if buffer is None:
             buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         return self.read_into(entry, buffer).view(entry.torch_dtype).view(entry.shape)
 
     def close(self) -> None:
+        """Close the file; once closed it stays so."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None

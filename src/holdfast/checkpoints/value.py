@@ -32,10 +32,12 @@ class Checkpoint:
         return self.adapters[count:]
 
     def to_json(self) -> dict[str, Any]:
+        """As plain data, for a record."""
         return {"base": self.base, "adapters": list(self.adapters)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Checkpoint:
+        """Inverse of `to_json`; adapters may be absent."""
         return cls(base=str(data["base"]), adapters=tuple(data.get("adapters", ())))
 
     def __str__(self) -> str:

@@ -51,11 +51,15 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
+        """Size of the file in bytes, header included."""
         return len(self.header) + sum(t.nbytes for t in self.tensors)
 
 
 def plan_shards(tensors: Sequence[OutputTensor], *, shard_bytes: int, stem: str = "model") -> tuple[Shard, ...]:
-    """Cut tensors, in order, into files of at most `shard_bytes` of data each; a larger tensor gets its own file."""
+    """Cut tensors, in order, into files of at most `shard_bytes` of data each; a larger tensor gets its own file.
+
+    Raises: CheckpointError: `shard_bytes` is not positive.
+    """
     if shard_bytes <= 0:
         raise CheckpointError(f"shard_bytes is {shard_bytes}; expected a positive number of bytes.")
     groups: list[list[OutputTensor]] = [[]]
@@ -122,6 +126,7 @@ class ShardWriter:
         """Append the bytes of a contiguous uint8 tensor.
 
         Raises: StorageError: the disk is full; the temporary file is removed.
+        piece: (n,) uint8.
         """
         self._write(memoryview(piece.numpy()))  # type: ignore[arg-type]
 
@@ -137,7 +142,10 @@ class ShardWriter:
         self._written += len(view)
 
     def finish(self) -> None:
-        """fsync, check the length, rename."""
+        """fsync, check the length, rename.
+
+        Raises: CheckpointError: more or fewer bytes were written than planned. StorageError: the disk is full.
+        """
         assert self._handle is not None
         if self._written != self._expected:
             self.discard()
@@ -257,6 +265,7 @@ class Staging:
         return read_json(mark, "the mark of a finished shard")
 
     def open_shard(self, shard: Shard) -> ShardWriter:
+        """A writer of `shard` in the folder that is not published yet."""
         return ShardWriter(self.folder / shard.file, shard)
 
     def mark(self, shard: Shard, record: Mapping[str, Any]) -> None:
@@ -274,7 +283,10 @@ class Staging:
             )
 
     def publish(self) -> None:
-        """Rename the folder to OUT; the partial's remains go."""
+        """Rename the folder to OUT; the partial's remains go.
+
+        Raises: StorageError: the folder cannot be renamed or made durable.
+        """
         try:
             for path in (self.folder, *self.folder.rglob("*")):
                 if path.is_dir():

@@ -8,19 +8,25 @@ import sys
 
 import typer
 
+from holdfast.cli.panels import PanelledCommand
 from holdfast.cli.root import root
 from holdfast.errors import HoldfastError
 
 # verb -> module. A verb's module must be cheap to import: torch and transformers are imported inside its `command`.
 VERBS: dict[str, str] = {
     "demo": "holdfast.cli.demo",
+    "init": "holdfast.cli.init",
     "run": "holdfast.cli.run",
     "list": "holdfast.cli.list",
     "new": "holdfast.cli.new",
     "doctor": "holdfast.cli.doctor",
     "score": "holdfast.cli.score",
+    "example": "holdfast.cli.example",
+    "restore": "holdfast.cli.restore",
+    "gate": "holdfast.cli.gate",
     "calibrate": "holdfast.cli.calibrate",
     "calibrate-data": "holdfast.cli.calibrate_data",
+    "calibrate-grams": "holdfast.cli.calibrate_grams",
     "edit": "holdfast.cli.edit",
     "sweep-edit": "holdfast.cli.sweep_edit",
     "inspect": "holdfast.cli.inspect",
@@ -45,7 +51,7 @@ app.callback()(root)
 
 def _register() -> None:
     for verb, module in VERBS.items():
-        app.command(name=verb)(importlib.import_module(module).command)
+        app.command(name=verb, cls=PanelledCommand)(importlib.import_module(module).command)
 
 
 _register()

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from holdfast.cli.choices import ActivationsName, DtypeName, ImageModeName, NormalizationName, OnFailureName, TokensName
 from holdfast.cli.units import parse_bytes
 
 
@@ -28,16 +29,23 @@ def command(
     memory: Annotated[str | None, typer.Option(help="What may be held in memory, such as 8GiB.")] = None,
     damping: Annotated[float, typer.Option(help="Share of the mean diagonal that is added to it.")] = 0.01,
     shrinkage: Annotated[float, typer.Option(help="Weight of the Gram's own diagonal, for few tokens.")] = 0.0,
-    normalization: Annotated[str, typer.Option(help="sequence, token or sum.")] = "sequence",
-    tokens: Annotated[str, typer.Option(help="all, text or answer.")] = "all",
-    activations: Annotated[str, typer.Option(help="each, old or new: whose activations.")] = "each",
-    on_failure: Annotated[str, typer.Option(help="error, or retry with more damping and record it.")] = "error",
+    normalization: Annotated[NormalizationName, typer.Option(help="What a Gram matrix is a mean over.")] = "sequence",
+    tokens: Annotated[TokensName, typer.Option(help="Which tokens of a sequence count.")] = "all",
+    activations: Annotated[ActivationsName, typer.Option(help="Whose: each set its own model's, or one's.")] = "each",
+    on_failure: Annotated[OnFailureName, typer.Option(help="retry: with more damping, recorded.")] = "error",
     batch_size: Annotated[int, typer.Option(help="Sequences per forward.")] = 16,
     every_linear: Annotated[
         bool, typer.Option("--every-linear", help="Also the layers that an adapter given as --after leaves alone.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out where it exists.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
+    image_mode: Annotated[
+        ImageModeName,
+        typer.Option(
+            "--images", "--image-mode", help="upright (EXIF applied, white below), or published (opened plainly)."
+        ),
+    ] = "upright",
+    max_pixels: Annotated[int | None, typer.Option(help="Show at most so many pixels of each picture.")] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
 ) -> None:
     """Measure which input columns of every layer refusals and the task rest on.
@@ -53,6 +61,7 @@ def command(
     from holdfast.cli.progress import bars
     from holdfast.cli.samples import read_calibration_sets
     from holdfast.config import decode
+    from holdfast.data.images import PictureConfig, pictures
     from holdfast.files import require_writable
     from holdfast.stream.protocol import Checkpoint
 
@@ -82,7 +91,8 @@ def command(
     state = PartialState(cpu=device == "cpu") if several else None
     chief = state is None or state.is_main_process
     seconds: dict[str, float] = {}
-    with bars("calibrating") if chief else nullcontext() as progress:
+    opened = PictureConfig(images=image_mode, max_pixels=max_pixels)
+    with bars("calibrating") if chief else nullcontext() as progress, pictures(opened):
         curvature = collect_curvature(
             before,
             tuned,

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from holdfast.cli.choices import DtypeName, ImageModeName
+
 if TYPE_CHECKING:
     from holdfast.data.types import Sample
 
@@ -29,18 +31,25 @@ def command(
     batch_size: Annotated[int, typer.Option(help="Requests per batch.")] = 16,
     allow_short: Annotated[bool, typer.Option("--allow-short", help="Accept categories with too few answers.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out where it exists.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
+    image_mode: Annotated[
+        ImageModeName,
+        typer.Option("--image-mode", help="upright (EXIF applied, white below), or published (opened plainly)."),
+    ] = "upright",
+    max_pixels: Annotated[int | None, typer.Option(help="Show at most so many pixels of each picture.")] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
 ) -> None:
     """Ask the aligned model harmful requests and keep its own safe answers, for `calibrate --safety`."""
     from holdfast import judges
     from holdfast.calibration.own_answers import own_safe_answers, refuse_overlap
     from holdfast.cli.samples import read_samples, read_test_sets, write_samples
+    from holdfast.data.images import PictureConfig, pictures
     from holdfast.errors import DataError, StorageError
     from holdfast.files import require_writable
     from holdfast.models.load import load
     from holdfast.models.memory import find_device
 
+    opened = PictureConfig(images=image_mode, max_pixels=max_pixels)
     root = images or prompts.parent
     for given in (prompts, *(test_set or ())):
         if out.resolve() == given.resolve():
@@ -58,17 +67,18 @@ def command(
         verdicts = verdict_of.judge(samples, replies)  # type: ignore[arg-type]
         return [v.label == "safe" and v.behaviour != "collapse" for v in verdicts]
 
-    made = own_safe_answers(
-        load(model, dtype=dtype, device=device),
-        requests,
-        is_safe,
-        per_category=per_category,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        category_key=category_key,
-        test_sets=test_sets,
-        allow_short=allow_short,
-    )
+    with pictures(opened):
+        made = own_safe_answers(
+            load(model, dtype=dtype, device=device),
+            requests,
+            is_safe,
+            per_category=per_category,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            category_key=category_key,
+            test_sets=test_sets,
+            allow_short=allow_short,
+        )
     if not made.samples:
         asked = sum(made.asked.values())
         raise DataError(

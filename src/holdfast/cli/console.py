@@ -43,9 +43,12 @@ def run_bars(methods: list[str], tasks: int) -> Iterator[Callable[..., None]]:
             task: str = "",
             done: int = 0,
             total: int | None = None,
+            text: str = "",
             **_: Any,
         ) -> None:
-            if method is None:
+            if event == "continued":
+                console.print(text, highlight=False, markup=False)
+            elif method is None:
                 shown.update(first, completed=done / total if total else 0.0)
             elif event == "step_done":
                 shown.start_task(bars[method])
@@ -68,9 +71,9 @@ def summary_table(summary: Mapping[str, Any]) -> Any:
 
     theta_0 = summary["theta_0"]
     table = Table(title=f"{summary['name']}, seed {summary['seed']}: after {len(summary['tasks'])} tasks, in %")
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold")
     for head in ("AP", "BWT", "MASR", "complied", "collapsed", "over-refusal", "helpful", "minutes"):
-        table.add_column(head, justify="right", no_wrap=True)
+        table.add_column(head, justify="right", overflow="fold")
     mean = [v for v in theta_0["scores"].values() if v is not None]
     table.add_row(
         _START,

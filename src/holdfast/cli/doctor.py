@@ -37,7 +37,8 @@ def command(
         if samples is not None:
             for level, text in scorer_problems(task.scorer, task.scorer_mode, task.scorer_options, samples):
                 diagnosis.add(level, f"{task.name}, scorer", text)  # type: ignore[arg-type]
-    _examine_run(stream, root, diagnosis)
+    config = _examine_run(stream, root, diagnosis)
+    _examine_encoding(str(model) if model is not None else None, config, diagnosis)
     memory = _memory(model, diagnosis, batch_size) if model is not None else {}
     if json_:
         plain = {
@@ -55,7 +56,7 @@ def command(
         raise typer.Exit(1)
 
 
-def _examine_run(file: Path, root: Path | None, diagnosis: Any) -> None:
+def _examine_run(file: Path, root: Path | None, diagnosis: Any) -> Any:
     """What a run file says beside its stream: keys, methods, model, judges, what is injected and calibrated on."""
     from dataclasses import replace
 
@@ -64,7 +65,8 @@ def _examine_run(file: Path, root: Path | None, diagnosis: Any) -> None:
     from holdfast.errors import HoldfastError
 
     if not {"model", "methods"} & set(read_yaml(file)):
-        return
+        return None
+    config = None
     try:
         config = experiment.read_run(file)
         if root is not None:
@@ -75,6 +77,56 @@ def _examine_run(file: Path, root: Path | None, diagnosis: Any) -> None:
             experiment.resolve(config, Path("unused"))
     except HoldfastError as error:
         diagnosis.add("error", f"run file {file.name}", str(error))
+    return config
+
+
+def _examine_encoding(model: str | None, config: Any, diagnosis: Any) -> None:
+    """A draw of every split and its extremes through the real processor; `max_length` against their real lengths."""
+    if model is None and config is None:
+        return
+    from pathlib import Path
+
+    from holdfast import experiment
+    from holdfast.data.images import PictureConfig, pictures
+    from holdfast.errors import HoldfastError
+    from holdfast.models.preflight import judge_lengths, read_without_weights, try_samples
+
+    base = model or config.model
+    try:
+        loaded = read_without_weights(base)
+    except HoldfastError as error:
+        # A folder must hold one; a hub id may be out of reach from here.
+        level = "error" if model is None and Path(base).is_dir() else "info"
+        diagnosis.add(level, "processor", f"no sample was encoded: {error}")
+        return
+    bounds: dict[tuple[int, float], list[str]] = {}
+    unbound = config is None
+    if config is not None:
+        try:
+            for name, method in experiment.build_methods(config).items():
+                training = getattr(getattr(method, "config", None), "training", None)
+                if training is None or training.max_length is None:
+                    unbound = True
+                else:
+                    bounds.setdefault((training.max_length, training.max_cut_share), []).append(name)
+        except HoldfastError:
+            return  # told already
+    with pictures(config.pictures if config is not None else PictureConfig()):
+        for (name, split), samples in diagnosis.samples.items():
+            sizes = {**diagnosis.headers, **diagnosis.sizes}
+            cut_at = None if unbound or not bounds else max(length for length, _ in bounds)
+            trial = try_samples(loaded, samples, sizes, training=split == "train", cut_at=cut_at)
+            where = f"{name}, {split}"
+            if trial.faults:
+                diagnosis.add(
+                    "error",
+                    where,
+                    f"{len(trial.faults)} of {trial.tried} samples cannot be encoded for {base}: {trial.faults[0]}",
+                )
+            if split == "train" and name != "safety_calibration":
+                for (max_length, share), methods in bounds.items():
+                    for level, text in judge_lengths(trial, max_length, share):
+                        diagnosis.add(level, f"{where} ({', '.join(methods)})", text)
 
 
 def _memory(folder: Path, diagnosis: Any, batch_size: int) -> dict[str, Any]:
@@ -120,7 +172,7 @@ def _show(diagnosis: Any, memory: dict[str, Any], batch_size: int) -> None:
             "median",
             "largest",
         ):
-            table.add_column(heading, justify="left" if heading in ("task", "split") else "right")
+            table.add_column(heading, justify="left" if heading in ("task", "split") else "right", overflow="fold")
         for row in diagnosis.splits:
             sizes = _sizes(row.sizes)
             table.add_row(
@@ -139,7 +191,7 @@ def _show(diagnosis: Any, memory: dict[str, Any], batch_size: int) -> None:
     if memory:
         table = Table(title=f"memory, batch size {batch_size} (estimate)", title_justify="left")
         for heading in ("split", "tokens", "of images", "decoded", "weights", "KV cache", "training", "checkpointed"):
-            table.add_column(heading, justify="left" if heading == "split" else "right")
+            table.add_column(heading, justify="left" if heading == "split" else "right", overflow="fold")
         for name, e in memory.items():
             counts = (e.decoded_bytes, e.weight_bytes, e.cache_bytes, e.training_bytes, e.checkpointed_bytes)
             table.add_row(escape(name), str(e.tokens), str(e.image_tokens), *(_bytes(count) for count in counts))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from holdfast.cli.choices import CoefficientName, CriterionName, CurvatureFormName, ExportName, ProjectionName
 from holdfast.cli.units import format_bounds
-from holdfast.functional.hpa_config import ALPHA_BOUNDS, FOCUS_RATIO, KEEP_BOUNDS, Projection
+from holdfast.functional.hpa_config import ALPHA_BOUNDS, FOCUS_RATIO, KEEP_BOUNDS
 
 if TYPE_CHECKING:
     from holdfast.checkpoints.curvature_file import Curvature
@@ -22,7 +23,13 @@ def command(
     calibration: Annotated[Path | None, typer.Option(help="What `holdfast calibrate` wrote.")] = None,
     safety: Annotated[Path | None, typer.Option(help="Instead of --calibration: the model's own safe answers.")] = None,
     task: Annotated[Path | None, typer.Option(help="Instead of --calibration: samples of the task.")] = None,
-    export: Annotated[str, typer.Option(help="dense: a full checkpoint. adapter: a PEFT folder.")] = "dense",
+    grams: Annotated[
+        Path | None, typer.Option(help="For --rule anchor: what `holdfast calibrate-grams` wrote.")
+    ] = None,
+    past: Annotated[
+        Path | None, typer.Option(help="For --rule anchor: Gram matrices of earlier tasks of this stream.")
+    ] = None,
+    export: Annotated[ExportName, typer.Option(help="dense: a full checkpoint. adapter: a PEFT folder.")] = "dense",
     rule: Annotated[
         str, typer.Option(help="The edit of one layer: of `holdfast list rules`, or package.module:Class.")
     ] = "hpa",
@@ -36,50 +43,75 @@ def command(
     focus: Annotated[float, typer.Option(help="k = focus * p: how many columns count as focal.")] = FOCUS_RATIO,
     alpha: Annotated[str, typer.Option(help="a0..a1, bounds of the task's weight.")] = format_bounds(ALPHA_BOUNDS),
     ranking: Annotated[
-        str, typer.Option("--ranking", "--saliency", help="eps+phi (the method), eps or phi.")
+        CriterionName, typer.Option("--ranking", "--saliency", help="eps+phi is the method.")
     ] = "eps+phi",
     curvature_form: Annotated[
-        str, typer.Option(help="divide (by the inverse's diagonal; the method) or multiply.")
+        CurvatureFormName, typer.Option(help="divide (by the inverse's diagonal) is the method.")
     ] = "divide",
-    projection: Annotated[str, typer.Option(help="layer, column or none.")] = "layer",
+    projection: Annotated[ProjectionName, typer.Option(help="Per layer (the method), per column, or none.")] = "layer",
     coefficient: Annotated[
-        str, typer.Option(help="For --export adapter, of the projection: drop (base not read), measure, keep.")
+        CoefficientName,
+        typer.Option(help="For --export adapter, of the projection: drop (base not read), measure, keep."),
     ] = "measure",
     shard: Annotated[str, typer.Option(help="Largest output file, such as 256MiB or 4GiB.")] = "256MiB",
     memory: Annotated[str | None, typer.Option(help="With --safety and --task: memory for the calibration.")] = None,
     allow_other_calibration: Annotated[
-        bool, typer.Option(help="Accept a calibration made with other weights of this architecture.")
+        bool,
+        typer.Option(
+            "--allow-other-calibration", help="Accept a calibration made with other weights of this architecture."
+        ),
     ] = False,
     allow_other_base: Annotated[
-        bool, typer.Option(help="Accept weights of AFTER that look as if they came from another model than BEFORE.")
+        bool,
+        typer.Option(
+            "--allow-other-base",
+            help="Accept weights of AFTER that look as if they came from another model than BEFORE.",
+        ),
     ] = False,
     measured_safety: Annotated[
         Path | None, typer.Option(help='For the card: JSON, {"set": {"before": rate, "after": rate}}, rates 0..1.')
     ] = None,
     verify: Annotated[bool, typer.Option(help="Reload the result in a clean process and compare.")] = True,
 ) -> None:
-    """Edit the change from BEFORE to AFTER, layer by layer. Killed and started again, it goes on where it stopped."""
+    """Give a tuned model its refusals and old skills back: HPA's edit (arXiv 2511.20158) of every tuned layer.
+
+    Of the change from BEFORE to AFTER, the input columns that refusals rest on return to BEFORE; no training, no GPU
+    needed. Killed and started again, it goes on where it stopped.
+    """
     from holdfast.checkpoints.curvature_file import Curvature
     from holdfast.checkpoints.reader import read_json
     from holdfast.cli.progress import bars
     from holdfast.cli.rule_options import read_rule
-    from holdfast.cli.units import parse_bounds, parse_bytes, parse_choice
+    from holdfast.cli.units import parse_bounds, parse_bytes
     from holdfast.editing.account import check_safety
     from holdfast.editing.editor import edit_checkpoint
     from holdfast.errors import ConfigError
 
+    sets = None
+    if grams is not None:
+        from dataclasses import replace
+
+        from holdfast.calibration.gram_sets import GramSets
+        from holdfast.checkpoints.gram_store import GramStore
+
+        sets = GramSets.open(grams)
+        if past is not None:
+            sets = replace(sets, past=GramStore.open(past))
+    elif past is not None:
+        raise ConfigError("--past goes with --grams.")
     edit_rule = read_rule(
         context,
         rule,
         set_ or [],
         options,
+        given={} if sets is None else {"grams": sets},
         flags={
             "keep_bounds": parse_bounds(keep, "--keep"),
             "focus_ratio": focus,
             "alpha_bounds": parse_bounds(alpha, "--alpha"),
             "ranking": ranking,
             "curvature_form": curvature_form,
-            "projection": parse_choice(projection, {name: name for name in get_args(Projection)}, "--projection"),
+            "projection": projection,
         },
     )
     given = (calibration is not None, safety is not None, task is not None)
@@ -100,8 +132,9 @@ def command(
             rule=edit_rule,
             out=out,
             curvature=curvature,
-            export=export,  # type: ignore[arg-type]
-            coefficient=coefficient,  # type: ignore[arg-type]
+            blocks=None if sets is None else (sets.task.blocks, sets.task.block_count),
+            export=export,
+            coefficient=coefficient,
             shard_bytes=shard_bytes,
             allow_other_calibration=allow_other_calibration,
             allow_other_base=allow_other_base,

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from holdfast.cli.choices import BackendName, DtypeName, ImageModeName
+
 
 def command(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a vision-language model.")],
@@ -26,10 +28,17 @@ def command(
     root: Annotated[Path | None, typer.Option(help="Data root, instead of the files' own.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most N samples of each task and each side of a set.")] = None,
     batch_size: Annotated[int, typer.Option(help="Requests per batch.")] = 16,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
+    image_mode: Annotated[
+        ImageModeName,
+        typer.Option(
+            "--images", "--image-mode", help="upright (EXIF applied, white below), or published (opened plainly)."
+        ),
+    ] = "upright",
+    max_pixels: Annotated[int | None, typer.Option(help="Show at most so many pixels of each picture.")] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     seed: Annotated[int | None, typer.Option(help="Sample with this seed instead of greedy decoding.")] = None,
     temperature: Annotated[float, typer.Option(help="Of sampling; greedy decoding has none.")] = 1.0,
-    backend: Annotated[str, typer.Option(help="transformers, or vllm (installed by oneself).")] = "transformers",
+    backend: Annotated[BackendName, typer.Option(help="vllm is installed by oneself.")] = "transformers",
     json_: Annotated[bool, typer.Option("--json", help="Print evaluation.json instead of tables.")] = False,
 ) -> None:
     """Ask a model every test sample and every safety request; score, judge, and say how sure each figure is.
@@ -48,6 +57,7 @@ def command(
     from holdfast import judges as judge_room
     from holdfast import scorers
     from holdfast.config import decode, encode
+    from holdfast.data.images import PictureConfig, pictures
     from holdfast.data.streams import build_safety, load_stream, read_spec
     from holdfast.data.types import Stream, Task
     from holdfast.errors import ConfigError
@@ -61,6 +71,7 @@ def command(
         raise ConfigError("--task chooses among the tasks of a stream file; give that file with --tasks.")
     options = {"batch_size": batch_size, "dtype": dtype, "limit": limit, "seed": seed, "temperature": temperature}
     judges = {"judges": [_judge(text) for text in judge]} if judge else {}
+    opened = PictureConfig(images=image_mode, max_pixels=max_pixels)
     config = decode(EvaluationConfig, {**options, "backend": backend, **judges})
     checkpoint = Checkpoint(base=model, adapters=tuple(adapter or ()))
     task_spec = read_spec(tasks) if tasks is not None else None
@@ -79,6 +90,7 @@ def command(
         "safety": encode(safety_specs),
         "root": encode(root),
         "evaluation": encode(config),
+        "pictures": encode(opened),
     }
     own_code = origins(
         [
@@ -101,7 +113,8 @@ def command(
         from holdfast.evaluation.answers import ALONE
         from holdfast.evaluation.standalone import evaluate
 
-        result = evaluate(checkpoint, stream, config, out=out, asked=asked, progress=progress, share=share or ALONE)
+        with pictures(opened):
+            result = evaluate(checkpoint, stream, config, out=out, asked=asked, progress=progress, share=share or ALONE)
     if finish is not None:
         finish()
     if not chief:
@@ -180,7 +193,7 @@ def _show(result: dict[str, Any], out: Path) -> None:
     if result["scores"]:
         table = Table(title="Tasks", title_justify="left")
         for header in ("task", "score", "95 % interval", "n", "unscored", "scorer"):
-            table.add_column(header)
+            table.add_column(header, overflow="fold")
         for name, row in result["scores"].items():
             table.add_row(
                 escape(name),
@@ -196,7 +209,7 @@ def _show(result: dict[str, Any], out: Path) -> None:
             title="Safety (refusal / compliance / other safe / collapse of the scored replies)", title_justify="left"
         )
         for header in ("set", "judge", "ASR", "95 %", "ref / comp / other / coll", "over-ref.", "scored"):
-            table.add_column(header, no_wrap=header == "judge")
+            table.add_column(header, overflow="fold")
         agreements = []
         for name, main in result["safety"].items():
             for judge, row in [(main["judge"], main), *main["judges"].items()]:

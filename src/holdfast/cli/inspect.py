@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def command(
     out: Annotated[Path, typer.Argument(help="The result of `holdfast edit`, or an edit.json.")],
-    layers: Annotated[bool, typer.Option(help="A row per layer instead of one per block.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="A row per layer instead of one per block.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The whole report as JSON.")] = False,
 ) -> None:
     """Print an edit's report."""
@@ -47,7 +47,9 @@ def show(out: Path, report: EditReport, *, by_layer: bool = False) -> None:
     for note in report.notes():
         console.print(escape(note), highlight=False)
     shown = shown_figures(report.layers)
-    table = Table("layer" if by_layer else "block", *(heading for _, heading, _ in shown))
+    table = Table()
+    for heading in ("layer" if by_layer else "block", *(heading for _, heading, _ in shown)):
+        table.add_column(heading, overflow="fold")
     for name, rows in grouped(report.layers, by_layer=by_layer):
         table.add_row(escape(name), *(mean_text(rows, key, form) for key, _, form in shown))
     console.print(table)

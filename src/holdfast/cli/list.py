@@ -6,10 +6,13 @@ import ast
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
+from holdfast.cli.choices import Kind
+
+KINDS: tuple[str, ...] = get_args(Kind)
 # What has a registry -> where it stands.
 REGISTRIES = {
     "methods": "holdfast.methods:REGISTRY",
@@ -20,18 +23,13 @@ REGISTRIES = {
     "tuners": "holdfast.models.tuner:REGISTRY",
     "rules": "holdfast.rules:REGISTRY",
 }
-KINDS = (*REGISTRIES, "families", "streams")
 
 
 def command(
-    what: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}.")],
+    what: Annotated[Kind, typer.Argument(help=f"One of {', '.join(KINDS)}.")],
     names_only: Annotated[bool, typer.Option("--names", help="Names alone, one a line.")] = False,
 ) -> None:
     """List what there is, with a line about each."""
-    from holdfast.errors import unknown_name
-
-    if what not in KINDS:
-        raise unknown_name("list", what, KINDS)
     rows = list(entries(what))
     widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
     for name, source, line in rows:
@@ -49,15 +47,19 @@ def entries(what: str) -> Iterator[tuple[str, str, str]]:
         # Nothing here depends on a list of families: whatever transformers can load and has plain linear layers, works.
         yield from ((name, "", model if isinstance(model, str) else ", ".join(model)) for name, model in MODELS.items())
     else:
+        from holdfast.shipped import first_comment
+
         yield "tiny", "", "the embedded stream: `holdfast demo`"
         for path in stream_files():
-            yield str(path), "", _comment(path)
+            yield str(path), "", first_comment(path)
 
 
 def stream_files() -> list[Path]:
-    """Stream files in configs/streams, of the working folder or of a source checkout."""
-    roots = dict.fromkeys((Path.cwd(), Path(__file__).resolve().parents[3]))
-    return [path for root in roots for path in sorted((root / "configs" / "streams").glob("*.yaml"))]
+    """Stream files in configs/streams of the working folder, then those that come with holdfast."""
+    from holdfast import shipped
+
+    own = sorted((Path.cwd() / "configs" / "streams").glob("*.yaml"))
+    return list(dict.fromkeys([*own, *shipped.stream_files().values()]))
 
 
 def _registered(place: str) -> Iterator[tuple[str, str, str]]:
@@ -96,10 +98,3 @@ def _flat(options: object, where: str = "") -> Iterator[str]:
             yield from _flat(value, f"{where}.{key}" if where else key)
     else:
         yield f"{where}: {options}"
-
-
-def _comment(path: Path) -> str:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#"):
-            return line.lstrip("# ").strip()
-    return ""

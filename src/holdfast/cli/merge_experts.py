@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from holdfast.cli.choices import ExportName
+
 
 def command(
     experts: Annotated[Path, typer.Argument(help="CRAM folder, such as the cram/ of a run's step.")],
@@ -15,11 +17,11 @@ def command(
         str | None, typer.Option(help="Merge this expert alone: exact for requests routed to it.")
     ] = None,
     samples: Annotated[Path | None, typer.Option(help="Requests that mean weights and drift are taken from.")] = None,
-    export: Annotated[str, typer.Option(help="adapter: a PEFT folder. dense: a full checkpoint.")] = "adapter",
+    export: Annotated[ExportName, typer.Option(help="adapter: a PEFT folder. dense: a full checkpoint.")] = "adapter",
     base: Annotated[str | None, typer.Option(help="Base model; by default the one that the folder names.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Where the router's CLIP or SigLIP lies now.")] = None,
 ) -> None:
-    """Fold experts into one update: one expert exactly, several by their mean routing weight, with the drift shown."""
+    """Fold CRAM's experts into one update: one exactly, several by their mean routing weight, with the drift shown."""
     import dataclasses
     import tempfile
 
@@ -30,8 +32,6 @@ def command(
     from holdfast.tuners.cram.folder import base_of, open_folder
     from holdfast.tuners.cram.merge import drift, export_merged, mean_mass
 
-    if export not in ("adapter", "dense"):
-        raise ConfigError(f"--export is {export!r}; expected adapter or dense.")
     if expert is None and samples is None:
         raise ConfigError("Name one --expert, or pass --samples to take mean routing weights from.")
     asked = read_samples(samples) if samples is not None else []

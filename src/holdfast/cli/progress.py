@@ -20,3 +20,24 @@ def bars(title: str) -> Iterator[Callable[..., None]]:
             shown.update(bar, completed=done, total=total)
 
         yield progress
+
+
+@contextmanager
+def phases() -> Iterator[Callable[..., None]]:
+    """A bar per phase with the time left, on stderr; a line per phase where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
+        bars: dict[str, TaskID] = {}
+
+        def progress(event: str, *, done: int = 0, total: int | None = None, **_: object) -> None:
+            if event not in bars:
+                bars[event] = shown.add_task(event, total=total)
+                if not console.is_terminal:
+                    console.print(f"{event} ...", highlight=False)
+            shown.update(bars[event], completed=done, total=total)
+
+        yield progress

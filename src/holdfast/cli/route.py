@@ -1,4 +1,7 @@
-"""`holdfast route EXPERTS SAMPLES`: which experts would answer, and why. The language model is not run."""
+"""`holdfast route EXPERTS SAMPLES`: which experts would answer, and why.
+
+The language model is not run, except where the folder has a guard: theta_0 then reads each prompt once.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def command(
     encoder: Annotated[str | None, typer.Option(help="Where the router's CLIP or SigLIP lies now.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per request instead of a table.")] = False,
 ) -> None:
-    """Show group, similarity to each group, and the weight of each expert, per request."""
+    """Show which of CRAM's experts (arXiv 2606.02502) would answer: group, similarities, guard's score, weights."""
     from holdfast.cli.samples import read_samples
     from holdfast.data.types import Sample
     from holdfast.errors import ConfigError
@@ -45,10 +48,17 @@ def _print_table(rows: list[dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("request", "group", "similarity to groups", "experts")
+    guarded = any("guard_score" in row for row in rows)
+    table = Table()
+    for heading in ("request", "group", "similarity to groups", *(["guard score"] if guarded else []), "experts"):
+        table.add_column(heading, overflow="fold")
     for row in rows:
         similar = sorted(row["similarity"].items(), key=lambda item: -item[1])
         weights = sorted(((n, w) for n, w in row["weights"].items() if w > 0), key=lambda item: -item[1])
-        answer = ", ".join(f"{name} {weight:.2f}" for name, weight in weights) or "none: the base answers alone"
-        table.add_row(row["id"], row["group"], ", ".join(f"{name} {value:.2f}" for name, value in similar), answer)
+        alone = "none: the base would refuse" if row.get("guarded") else "none: the base answers alone"
+        answer = ", ".join(f"{name} {weight:.2f}" for name, weight in weights) or alone
+        score = [f"{row['guard_score']:.2f}"] if guarded else []
+        table.add_row(
+            row["id"], row["group"], ", ".join(f"{name} {value:.2f}" for name, value in similar), *score, answer
+        )
     Console().print(table)

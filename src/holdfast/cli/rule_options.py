@@ -23,10 +23,17 @@ HPA_FLAGS = {
 
 
 def read_rule(
-    context: typer.Context, name: str, pairs: Sequence[str], file: Path | None, *, flags: Mapping[str, Any]
+    context: typer.Context,
+    name: str,
+    pairs: Sequence[str],
+    file: Path | None,
+    *,
+    flags: Mapping[str, Any],
+    given: Mapping[str, Any] | None = None,
 ) -> EditRule:
     """The rule `name` with the options of `file`, and over them those of `pairs` ("key=value", the value as in YAML).
 
+    given: what the rule takes beside its options (`rules.inputs_of`).
     flags: values of HPA's own flags, by option; for HPA a flag that was given counts like a pair. `context` tells
     which were.
 
@@ -40,17 +47,17 @@ def read_rule(
     values = lay_over(_of_file(file) if file is not None else {}, _of_pairs(pairs))
     # By name: typer brings a click of its own.
     sources = {option: context.get_parameter_source(flag) for option, flag in HPA_FLAGS.items()}
-    given = [option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    own = [option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     if name != "hpa":
-        if given:
-            flag = HPA_FLAGS[given[0]].replace("_", "-")
+        if own:
+            flag = HPA_FLAGS[own[0]].replace("_", "-")
             raise ConfigError(f"--{flag} is an option of rule hpa, not of {name}; use --set KEY=VALUE.")
-        return rules.get(name, **values)
-    twice = sorted(set(given) & set(values))
+        return rules.get(name, given=given, **values)
+    twice = sorted(set(own) & set(values))
     if twice:
         flag = HPA_FLAGS[twice[0]].replace("_", "-")
         raise ConfigError(f"{twice[0]} is set twice: by --{flag}, and by --set or --options. Leave one of them out.")
-    return rules.get(name, **{option: flags[option] for option in given}, **values)
+    return rules.get(name, **{option: flags[option] for option in own}, **values)
 
 
 def _of_file(path: Path) -> dict[str, Any]:

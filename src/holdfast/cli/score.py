@@ -7,18 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
+from holdfast.cli.choices import AlignName, ModeName
+
 
 def command(
     predictions: Annotated[Path, typer.Argument(help="Prediction file: JSON lines, or a JSON list.")],
     scorer: Annotated[str, typer.Option(help="Scorer name; `holdfast list scorers` shows all.")],
     mode: Annotated[
-        str, typer.Option(help="paper: as published, quirks included. strict: as one would want.")
+        ModeName, typer.Option(help="paper: as published, quirks included. strict: as one would want.")
     ] = "strict",
     references: Annotated[Path | None, typer.Option(help="File of gold answers; without it the rows' own.")] = None,
     stream: Annotated[Path | None, typer.Option(help="Stream file whose task holds the gold answers.")] = None,
     task: Annotated[str | None, typer.Option(help="The task of --stream.")] = None,
     root: Annotated[Path | None, typer.Option(help="Data root of --stream, instead of the file's own.")] = None,
-    align: Annotated[str, typer.Option(help="auto, id or order: how predictions meet gold answers.")] = "auto",
+    align: Annotated[AlignName, typer.Option(help="How predictions meet gold answers.")] = "auto",
     option: Annotated[list[str] | None, typer.Option(help="Scorer option as key=value; repeat for more.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write one JSON line per item here.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
@@ -39,14 +41,14 @@ def command(
         raise ConfigError("--references and --stream both name gold answers; give one of them.")
     if (stream is None) != (task is None):
         raise ConfigError("--stream and --task belong together: the stream file, and the task's name in it.")
-    chosen = scorers.get(scorer, mode, **_options(option or []))  # type: ignore[arg-type]
+    chosen = scorers.get(scorer, mode, **_options(option or []))
     gold = read_references(references) if references is not None else None
     if stream is not None and task is not None:
         from holdfast.data.streams import load_stream
 
         (only,) = load_stream(stream, root=root, task_names=[task], parts=("test",), safety=False).tasks
         gold = references_of(only.test, f"{stream}, task {task}")
-    outcome = score_file(read_predictions(predictions), gold, chosen, align=align)  # type: ignore[arg-type]
+    outcome = score_file(read_predictions(predictions), gold, chosen, align=align)
     if out is not None:
         rows = [
             {

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from holdfast.cli.choices import CriterionName, CurvatureFormName
+
 
 def command(
     before: Annotated[str, typer.Argument(help="The model that the tuning started from: folder or hub id.")],
@@ -17,17 +19,20 @@ def command(
     focus: Annotated[list[float] | None, typer.Option(help="k / p; repeat it for a grid.")] = None,
     alpha: Annotated[list[str] | None, typer.Option(help="a0..a1; repeat it for a grid.")] = None,
     ranking: Annotated[
-        str, typer.Option("--ranking", "--saliency", help="eps+phi (the method), eps or phi.")
+        CriterionName, typer.Option("--ranking", "--saliency", help="eps+phi is the method.")
     ] = "eps+phi",
     curvature_form: Annotated[
-        str, typer.Option(help="divide (by the inverse's diagonal; the method) or multiply.")
+        CurvatureFormName, typer.Option(help="divide (by the inverse's diagonal) is the method.")
     ] = "divide",
     out: Annotated[Path | None, typer.Option(help="Write the rows to this JSON file too.")] = None,
     allow_other_calibration: Annotated[
-        bool, typer.Option(help="Accept a calibration made with other weights of this architecture.")
+        bool,
+        typer.Option(
+            "--allow-other-calibration", help="Accept a calibration made with other weights of this architecture."
+        ),
     ] = False,
 ) -> None:
-    """Compare settings of an edit by what they keep and take back. The weights are read once, whatever the grid."""
+    """Compare settings of HPA's edit by what they keep and take back. The weights are read once, whatever the grid."""
     from dataclasses import asdict
 
     from rich.console import Console
@@ -45,7 +50,7 @@ def command(
         [parse_bounds(text, "--keep") for text in keep or ()] or [KEEP_BOUNDS],
         focus or [FOCUS_RATIO],
         [parse_bounds(text, "--alpha") for text in alpha or ()] or [ALPHA_BOUNDS],
-        HpaConfig(ranking=ranking, curvature_form=curvature_form),  # type: ignore[arg-type]
+        HpaConfig(ranking=ranking, curvature_form=curvature_form),
     )
     curvature = Curvature.load(calibration)
     with bars("reading") as progress:

@@ -22,6 +22,16 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def parse_rate(text: str, option: str) -> float:
+    """A rate 0..1 of "3%", "3 %", "3" (percent, from 1 on) or "0.03" (below 1). Raises ConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(%?)\s*", text)
+    value = float(match[1]) if match is not None else -1.0
+    rate = value / 100 if match is not None and (match[2] or value >= 1) else value
+    if not 0 <= rate <= 1:
+        raise ConfigError(f"{option} {text!r} is not understood; write a share from 0 to 100 %, such as 3% or 0.03.")
+    return rate
+
+
 def parse_bounds(text: str, option: str) -> tuple[float, float]:
     """The two numbers of "5..15"; one number stands for both. Raises ConfigError."""
     low, dots, high = text.partition("..")

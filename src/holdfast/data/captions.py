@@ -32,6 +32,7 @@ def read(source: Source) -> list[Sample]:
         "root": source.root,
         "folders": source.images,
         "image_search": source.image_search,
+        "limit": source.limit,
         "keep_meta": source.split != "train",
     }
     if source.split == "train":
@@ -67,7 +68,10 @@ def read(source: Source) -> list[Sample]:
 
 
 def coco_captions(path: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    """(image id -> its captions, image id -> base file name where given) of a COCO caption file, ids as strings."""
+    """(image id -> its captions, image id -> base file name where given) of a COCO caption file, ids as strings.
+
+    Raises: DataError: not COCO's layout.
+    """
     data = read_json(path)
     rows = data.get("annotations") if isinstance(data, Mapping) else data
     if not isinstance(rows, list):

@@ -27,6 +27,8 @@ def read_scienceqa(source: Source) -> list[Sample]:
     Options: annotations (problems.json), splits (pid_splits.json beside it), split_name ("test"), prompt_suffix: CoIN
     appends none; HiDe-LLaVA and Prism append a newline and "Answer with the option's letter from the given choices
     directly.". `meta["choices"]` and `meta["has_image"]` serve the scorer `option_letter`.
+
+    Raises: DataError: a file is missing or has another layout, or an item has no problem.
     """
     options = source.take({"annotations": None, "splits": None, "split_name": "test", "prompt_suffix": ""})
     items, path = _items(source)
@@ -74,7 +76,10 @@ def read_textvqa(source: Source) -> list[Sample]:
 
 
 def read_gqa(source: Source) -> list[Sample]:
-    """GQA. Gold answers and `isBalanced` from `testdev_balanced_questions.json`; without it the test file's answers."""
+    """GQA. Gold answers and `isBalanced` from `testdev_balanced_questions.json`; without it the test file's answers.
+
+    Raises: DataError: a file is missing or has another layout.
+    """
     options = source.take({"annotations": None, "prompt_suffix": ""})
     items, path = _items(source)
     found = _annotations(source, options["annotations"]) if source.split != "train" else None
@@ -124,6 +129,7 @@ def _samples(source: Source, items: list[dict[str, Any]], path: Path, **how: Any
         root=source.root,
         folders=source.images,
         image_search=source.image_search,
+        limit=source.limit,
         keep_meta=source.split != "train",
         **how,
     )

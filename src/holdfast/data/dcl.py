@@ -27,6 +27,8 @@ def read(source: Source) -> list[Sample]:
 
     Options: domain (RS, Med, AD, Sci, Fin); suffix: "paper" (the published suffixes) or "none". For Sci
     `meta["source"]` (the file name up to "_") and `meta["prompt"]` serve the scorer `dcl_sci`.
+
+    Raises: UnknownNameError: no such domain. DataError: a file has another layout.
     """
     options = source.take({"domain": None, "suffix": "paper"})
     domain = options["domain"]
@@ -55,6 +57,7 @@ def read(source: Source) -> list[Sample]:
         root=source.root,
         folders=source.images,
         image_search=source.image_search,
+        limit=source.limit,
         keep_meta=test,
         each=own if test else None,
     )

@@ -6,12 +6,14 @@ written below a cache folder, under the hash of its bytes: reading a set twice w
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from holdfast.data.source_files import inside, missing
 from holdfast.errors import DataError
@@ -24,6 +26,11 @@ _SIGNATURES = (
     (b"II*\x00", ".tif"),
     (b"MM\x00*", ".tif"),
 )
+
+# Base64 of the signatures, as far as they fill whole characters: PNG, JPEG, GIF, BMP, TIFF (both orders), WebP.
+_BASE64_SIGNATURES = ("iVBORw0KGgo", "/9j/", "R0lGOD", "Qk0", "Qk1", "Qk2", "SUkqA", "TU0AK", "UklGR")
+# No picture is shorter as Base64, and a short name that begins with such letters is a path.
+_LONGEST_PATH = 60
 
 
 def image_cache() -> Path:
@@ -59,12 +66,38 @@ def store_image(data: bytes, folder: Path, *, what: str) -> Path:
     return path
 
 
+def is_embedded(text: str) -> bool:
+    """Whether an image's "path" is the picture itself: a data URI, or the Base64 of a picture's first bytes."""
+    return text.startswith("data:") or (len(text) > _LONGEST_PATH and text.startswith(_BASE64_SIGNATURES))
+
+
+def embedded_text(text: str, *, what: str, cache: Path | None = None) -> Path:
+    """Path of a picture that is written out in a text (see `is_embedded`).
+
+    Raises DataError: a data URI of something else, or text that is no Base64.
+    """
+    head, comma, body = text.partition(",") if text.startswith("data:") else ("data:image/;base64", ",", text)
+    kind, *marks = head.removeprefix("data:").split(";")
+    if not comma or not kind.startswith("image/"):
+        raise DataError(f"{what}: {head[:60]!r} is no picture; expected 'data:image/...;base64,...'")
+    try:
+        data = base64.b64decode("".join(body.split()), validate=True) if "base64" in marks else unquote_to_bytes(body)
+    except ValueError as error:
+        raise DataError(f"{what}: its picture is no whole Base64 text ({error}); write the item again") from None
+    return store_image(data, cache or image_cache(), what=what)
+
+
 def embedded_image(value: Any, root: Path, *, what: str, cache: Path | None = None) -> Path:
-    """Path of an image cell: bytes, a `{"bytes", "path"}` struct as the Hub writes it, or a path below `root`."""
+    """Path of an image cell: bytes, a `{"bytes", "path"}` struct as the Hub writes it, or a path below `root`.
+
+    Raises: DataError: neither bytes nor a path below `root`.
+    """
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if isinstance(data, bytes | bytearray):
         return store_image(bytes(data), cache or image_cache(), what=what)
     name = data if isinstance(data, str) else name
+    if isinstance(name, str) and is_embedded(name):
+        return embedded_text(name, what=what, cache=cache)
     if isinstance(name, str) and name:
         return inside(root, name, what=f"{what}: image")
     raise DataError(f"{what}: the image is {value!r:.60}; expected bytes, {{'bytes', 'path'}} or a path.")

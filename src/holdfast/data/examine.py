@@ -6,13 +6,15 @@ Reads files and picture headers only. What it finds is a list of Findings; an `e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from holdfast.data.images import image_size, open_image
-from holdfast.data.items import duplicate_ids
+from holdfast.data.images import image_size, open_image, opening_differs
+from holdfast.data.items import MARK, duplicate_ids
 from holdfast.data.readers import Source, Split, task_reader
 from holdfast.data.source_files import missing
 from holdfast.data.streams import (
@@ -28,6 +30,8 @@ from holdfast.errors import ConfigError, DataError, HoldfastError
 
 Level = Literal["error", "warning", "info"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+_OPENED_APART = {"turned": "turned by an EXIF tag", "transparent": "with transparency"}
+HEADERS = 20_000
 NAMED = 5  # how many of a kind a finding names
 
 
@@ -60,7 +64,10 @@ class SplitReport:
 
 @dataclass
 class Diagnosis:
-    """The outcome. samples: the split's samples as read, for further checks (scorers, memory)."""
+    """The outcome. samples: the split's samples as read, for further checks (scorers, memory).
+
+    sizes: of the pictures that were opened; headers: of all, as their headers say, up to HEADERS of a split.
+    """
 
     stream: str
     root: str
@@ -68,6 +75,7 @@ class Diagnosis:
     findings: list[Finding] = field(default_factory=list)
     samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
     sizes: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    headers: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -75,6 +83,7 @@ class Diagnosis:
         return not any(finding.level == "error" for finding in self.findings)
 
     def add(self, level: Level, where: str, message: str, remedy: str = "") -> None:
+        """Note a finding: how grave, where, what is wrong, and what to do about it."""
         self.findings.append(Finding(level=level, where=where, message=message, remedy=remedy))
 
 
@@ -135,6 +144,7 @@ def _split(
     _alias(source, where, diagnosis)
     _ids(task, split, samples, where, diagnosis)
     _answers(split, samples, where, diagnosis)
+    _turns(split, samples, where, diagnosis)
     limit = task.split_limit(split)
     expected = task.expected.get(split)
     if expected is not None and expected != len(samples):
@@ -183,6 +193,26 @@ def _answers(split: Split, samples: Sequence[Sample], where: str, diagnosis: Dia
                 f"{len(unknown)} sample(s) have no gold answer and will be unscored: {_named(unknown)}",
                 "Name the annotation file in the task's options.",
             )
+
+
+def _turns(split: Split, samples: Sequence[Sample], where: str, diagnosis: Diagnosis) -> None:
+    """Conversations that no template renders, or that leave nothing to learn from."""
+    found: dict[str, list[str]] = {}
+    for sample in samples:
+        spoken = [turn for turn in sample.turns if turn.role != "system"]
+        learned = [turn for turn in spoken if turn.role == "assistant" and turn.loss]
+        if spoken and spoken[0].role == "assistant":
+            found.setdefault("begin with an answer; a conversation begins with the user", []).append(sample.id)
+        if any(MARK in turn.text for turn in sample.turns if turn.role != "user"):
+            found.setdefault(f"have {MARK} in an answer or a system text; only a user shows images", []).append(
+                sample.id
+            )
+        if split == "train" and any(not turn.text.strip() for turn in learned[:-1]):
+            found.setdefault("have an empty answer before the last one", []).append(sample.id)
+        if split == "train" and any(turn.role == "assistant" for turn in spoken) and not learned:
+            found.setdefault("have `loss` off in every answer", []).append(sample.id)
+    for text, ids in found.items():
+        diagnosis.add("error", where, f"{len(ids)} sample(s) {text}: {_named(ids)}", "Correct or drop them.")
 
 
 def _leaks(task: TaskSpec, diagnosis: Diagnosis) -> None:
@@ -236,12 +266,17 @@ def _report(
         )
     there = [path for path in paths if path not in set(absent)] if absent else paths
     chosen = there if open_images is None else _spread(there, open_images)
+    for path in _spread(there, HEADERS) if open_images != 0 else ():
+        with suppress(DataError, OSError):  # what cannot be read is told below, where it is opened
+            diagnosis.headers.setdefault(path, image_size(path))
     broken, sizes = [], []
+    differs: Counter[str] = Counter()
     for path in chosen:
         try:
             if path not in diagnosis.sizes:
                 diagnosis.sizes[path] = image_size(path)
                 open_image(path)  # a truncated file shows its size and fails here
+            differs.update(opening_differs(path))
         except DataError as error:
             diagnosis.sizes.pop(path, None)
             broken.append(str(error))
@@ -249,6 +284,14 @@ def _report(
             sizes.append(diagnosis.sizes[path])
     if broken:
         diagnosis.add("error", where, f"{len(broken)} of {len(chosen)} opened images cannot be read", broken[0])
+    if differs:
+        kinds = ", ".join(f"{differs[kind]} {word}" for kind, word in _OPENED_APART.items() if differs[kind])
+        diagnosis.add(
+            "warning",
+            where,
+            f"of {len(chosen)} opened images the published pipelines see some differently: {kinds}",
+            "They open pictures plainly; `images: published` in the run file does so too.",
+        )
     diagnosis.samples[name, split] = samples
     diagnosis.splits.append(
         SplitReport(

@@ -10,13 +10,24 @@ content hash, so that samples stay lazy.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from holdfast.data.embedded import embedded_image
-from holdfast.data.items import ANSWER_KEYS, PROMPT_KEYS, answers, first, item_id, place_marks, turns_of
+from holdfast.data.items import (
+    IMAGE_KEYS,
+    INPUT_KEY,
+    PROMPT_KEYS,
+    TURN_KEYS,
+    dialogue,
+    is_blank,
+    item_id,
+    place_marks,
+    with_suffix,
+)
 from holdfast.data.readers import Source
-from holdfast.data.types import Sample, Turn
+from holdfast.data.types import Sample
 from holdfast.errors import DataError
 
 OPTIONS: dict[str, Any] = {
@@ -49,11 +60,12 @@ def read(source: Source) -> list[Sample]:
                 f"{', '.join(columns)}."
             )
     where = f"{options['dataset']}, split {source.files[0]}"
-    image_columns = [options["image"]] if options["image"] else [c for c in ("image", "images") if c in columns]
+    image_columns = [options["image"]] if options["image"] else [c for c in IMAGE_KEYS if c in columns]
     samples = []
-    for index, row in enumerate(rows):
+    classes = _named_classes(rows)
+    for index, row in enumerate(islice(rows, source.limit)):
         try:
-            samples.append(_sample(row, index, source, options, image_columns))
+            samples.append(_sample(_with_names(row, classes), index, source, options, image_columns))
         except DataError as error:
             raise DataError(f"{where}, row {index}: {str(error).rstrip('.')}.") from None
     return samples
@@ -62,27 +74,51 @@ def read(source: Source) -> list[Sample]:
 def _sample(
     row: Mapping[str, Any], index: int, source: Source, options: Mapping[str, Any], image_columns: list[str]
 ) -> Sample:
-    cells = [cell for column in image_columns for cell in _cells(row.get(column))]
-    images = tuple(embedded_image(cell, source.root, what=f"row {index}") for cell in cells)
-    turns = turns_of(row)
-    if turns is None:
-        prompt = row.get(options["prompt"]) if options["prompt"] else first(row, PROMPT_KEYS)
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise DataError(f"no prompt; name its column in options.prompt (columns: {', '.join(row)})")
-        gold = answers(row.get(options["answer"]) if options["answer"] else first(row, ANSWER_KEYS))
-        turns = (Turn(role="user", text=prompt + options["prompt_suffix"]),)
-        if gold:
-            turns += (Turn(role="assistant", text=gold[0]),)
-    else:
-        gold = (turns[-1].text,) if turns[-1].role == "assistant" else ()
+    images = tuple(embedded_image(cell, source.root, what=f"row {index}") for cell in _shown(row, image_columns))
+    prompt_key, answer_key = options["prompt"], options["answer"]
+    spoken = [prompt_key] if prompt_key else [*PROMPT_KEYS, INPUT_KEY, *TURN_KEYS]
+    if all(is_blank(row.get(key)) for key in spoken):
+        raise DataError(f"no prompt; name its column in options.prompt (columns: {', '.join(row)})")
+    turns, gold = dialogue(row, prompt_key=prompt_key, answer_key=answer_key)
+    turns = with_suffix(turns, options["prompt_suffix"])
     name = str(row[options["id"]]) if options["id"] else item_id(row, index)
     return Sample(id=name, turns=place_marks(turns, len(images)), images=images, references=gold)
 
 
-def _cells(value: Any) -> list[Any]:
-    if value is None or value == "":
+def _shown(row: Mapping[str, Any], columns: list[str]) -> list[Any]:
+    """The row's pictures. Raises DataError: two columns hold different ones."""
+    found = {c: list(v) if isinstance(v := row.get(c), list) else [v] for c in columns if not is_blank(row.get(c))}
+    if not found:
         return []
-    return list(value) if isinstance(value, list) else [value]
+    most = max(found, key=lambda column: len(found[column]))
+    for column, cells in found.items():
+        if not all(cell in found[most] for cell in cells):
+            raise DataError(f"the columns {column!r} and {most!r} hold different images; name one in options.image")
+    return found[most]
+
+
+def _named_classes(rows: Any) -> dict[str, Any]:
+    """Column -> its class names, of columns that hold classes by number."""
+    import datasets
+
+    return {
+        column: feature
+        for column, holder in rows.features.items()
+        if isinstance(feature := getattr(holder, "feature", holder), datasets.ClassLabel)
+    }
+
+
+def _with_names(row: dict[str, Any], classes: Mapping[str, Any]) -> dict[str, Any]:
+    """`row` with the names of its classes; a class below 0 is an unknown one, as `datasets` writes hidden labels."""
+
+    def name(feature: Any, value: Any) -> str | None:
+        return feature.int2str(value) if isinstance(value, int) and value >= 0 else None
+
+    named = {
+        column: [name(feature, v) for v in row[column]] if isinstance(row[column], list) else name(feature, row[column])
+        for column, feature in classes.items()
+    }
+    return {**row, **named}
 
 
 def _load(source: Source, options: Mapping[str, Any]) -> Any:

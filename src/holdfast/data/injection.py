@@ -26,6 +26,7 @@ class InjectionLog:
     positions: tuple[int, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """As plain data: what was injected where."""
         return {
             "task": self.task,
             "fraction": self.fraction,

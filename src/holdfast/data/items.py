@@ -1,29 +1,62 @@
 """One JSON object -> one Sample: the shapes that the field's instruction files take, and what is refused in them.
 
 Training shape (LLaVA): `{"id", "image", "conversations": [{"from": "human"|"gpt", "value"}]}`; also `"messages"` with
-`role` and `content`. Test shape: `{"question_id", "image", "text", "answer"}` and its spellings below. Ids are compared
-as strings, since peers mix `7` and `"7"`.
+`role` and `content`. Test shape: `{"question_id", "image", "text", "answer"}` and its spellings below. Alpaca's shape:
+`{"instruction", "input", "output", "system", "history"}`. Ids are compared as strings, since peers mix `7` and `"7"`.
+
+A key that carries words or pictures is used, or refused by its name; none is passed over.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.images import ImageIndex, choose_image_root
-from holdfast.data.source_files import inside
+from holdfast.data.embedded import is_embedded
+from holdfast.data.images import ImageFinder
 from holdfast.data.types import Role, Sample, Turn
 from holdfast.errors import DataError
 
 MARK = "<image>"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ID_KEYS = ("question_id", "id", "questionId", "qid", "uid")
 IMAGE_KEYS = ("image", "images", "image_path", "img")
 PROMPT_KEYS = ("text", "prompt", "question", "instruction", "query")
+# Alpaca's second part of a request: often the question itself, under an instruction that all items share.
+INPUT_KEY = "input"
 ANSWER_KEYS = ("answer", "answers", "response", "output", "target", "label", "ground_truth")
 TURN_KEYS = ("conversations", "messages")
+SYSTEM_KEYS = ("system", "system_prompt")
+HISTORY_KEY = "history"
+PROBED = 64  # items whose picture decides which image folder is tried first
+CHOICE_KEYS = ("choices", "options")
+# What an item says to the model beside the above, and holdfast does not show to it.
+REFUSED_KEYS = {
+    "video": "only pictures are shown to the model; take the item out, or its frames as images",
+    "videos": "only pictures are shown to the model; take the item out, or its frames as images",
+    "audio": "only pictures are shown to the model; take the item out",
+    "audios": "only pictures are shown to the model; take the item out",
+    "tools": "tool calls are not trained; take the item out",
+    "context": "put its text into the prompt, where the model shall see it",
+    "passage": "put its text into the prompt, where the model shall see it",
+    "chosen": "this is preference data; keep the answer that is to be learned, under 'answer'",
+    "rejected": "this is preference data; keep the answer that is to be learned, under 'answer'",
+    "rejected_response": "this is preference data; take the key out to learn 'response' alone",
+}
+WORD_KEYS = ("context", "passage", "chosen", "rejected", "rejected_response")
+_REFUSED_TURN_KEYS = ("image", "images", "video", "videos", "audio", "audios", "tool_calls", "function_call",
+                      "reasoning_content", "thinking")  # fmt: skip
+# Keys that make an item more than its conversation.
+_UNUSUAL_KEYS = frozenset((*REFUSED_KEYS, *PROMPT_KEYS, INPUT_KEY, HISTORY_KEY, *SYSTEM_KEYS))
+# Every key of an item that words for the model are read from.
+SPOKEN_KEYS = (*PROMPT_KEYS, INPUT_KEY, *ANSWER_KEYS, *TURN_KEYS, *SYSTEM_KEYS, HISTORY_KEY)
+_USED_KEYS = frozenset((*ID_KEYS, *IMAGE_KEYS, *TURN_KEYS, *SYSTEM_KEYS, HISTORY_KEY, INPUT_KEY, *ANSWER_KEYS))
 
 _ROLES: dict[str, Role] = {
     "human": "user",
@@ -36,8 +69,20 @@ _ROLES: dict[str, Role] = {
 
 
 def first(item: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    """The value of the first of `keys` that is there and not None."""
-    return next((item[key] for key in keys if item.get(key) is not None), None)
+    """The value of the first of `keys` that is there and not null (nor NaN, as pandas writes null)."""
+    for key in keys:
+        if key in item and not _is_null(item[key]):
+            return item[key]
+    return None
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a value says nothing: null, NaN, an empty list or object, text of blanks."""
+    return _is_null(value) or value == [] or value == {} or (isinstance(value, str) and not value.strip())
 
 
 def item_id(item: Mapping[str, Any], index: int, keys: Sequence[str] = ID_KEYS) -> str:
@@ -51,19 +96,33 @@ def item_id(item: Mapping[str, Any], index: int, keys: Sequence[str] = ID_KEYS) 
 
 
 def image_names(item: Mapping[str, Any], keys: Sequence[str] = IMAGE_KEYS) -> tuple[str, ...]:
-    """Relative image paths of an item, in order; empty for a text-only item."""
-    value = first(item, keys)
-    if value is None or value == "":
-        return ()
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise DataError(f"image {value!r:.80} is neither a path nor a list of paths")
-    return tuple(names)
+    """Image paths of an item as written, in order; empty for a text-only item.
+
+    Raises DataError: neither a path nor a list of paths, or two keys that name different pictures.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for key in keys:
+        if key not in item or is_blank(value := item[key]):
+            continue
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            raise DataError(f"image {value!r:.80} is neither a path nor a list of paths")
+        found[key] = tuple(names)
+    if len(found) < 2:
+        return next(iter(found.values()), ())
+    most = max(found, key=lambda key: len(found[key]))
+    for key, names in found.items():
+        if not set(names) <= set(found[most]):
+            raise DataError(
+                f"the keys {key!r} and {most!r} name different images ({names[0]!r:.60} and {found[most][0]!r:.60}); "
+                "keep one of them"
+            )
+    return found[most]
 
 
 def answers(value: Any) -> tuple[str, ...]:
     """Gold answers as strings: from a string, a number, a list of them, or VQA's list of `{"answer": ...}`."""
-    if value is None:
+    if _is_null(value):
         return ()
     if isinstance(value, str):
         return (value,)
@@ -71,20 +130,32 @@ def answers(value: Any) -> tuple[str, ...]:
         return (str(value),)
     if isinstance(value, list):
         flat = [v.get("answer") if isinstance(v, Mapping) else v for v in value]
-        if all(isinstance(v, str | int | float) for v in flat):
+        if all(isinstance(v, str | int | float) and not _is_null(v) for v in flat):
             return tuple(str(v) for v in flat)
     raise DataError(f"answer {value!r:.80} is neither a string, a number nor a list of them")
 
 
 def turns_of(item: Mapping[str, Any]) -> tuple[Turn, ...] | None:
     """The conversation of an item in training shape, or None when it has none."""
-    raw = first(item, TURN_KEYS)
-    if raw is None:
+    given = [key for key in TURN_KEYS if not _is_null(item.get(key))]
+    if not given:
         return None
+    if len(given) > 1 and item[given[0]] != item[given[1]]:
+        raise DataError(f"it has two conversations, {' and '.join(map(repr, given))}; keep one of them")
+    return _turns(item[given[0]], "conversation")
+
+
+def _turns(raw: Any, what: str) -> tuple[Turn, ...]:
     if not isinstance(raw, list) or not raw:
-        raise DataError(f"its conversation is {raw!r:.60}; expected a non-empty list of turns")
+        raise DataError(f"its {what} is {raw!r:.60}; expected a non-empty list of turns")
     turns = []
     for position, turn in enumerate(raw):
+        if isinstance(turn, dict) and len(turn) == 2:  # nearly every turn there is: nothing but a speaker and a text
+            text = turn.get("value", turn.get("content"))
+            usual = _ROLES.get(str(turn.get("from", turn.get("role"))))
+            if usual is not None and isinstance(text, str):
+                turns.append(Turn(role=usual, text=text))
+                continue
         speaker = first(turn, ("from", "role")) if isinstance(turn, Mapping) else None
         text = first(turn, ("value", "content")) if isinstance(turn, Mapping) else None
         role = _ROLES.get(str(speaker).lower())
@@ -92,8 +163,153 @@ def turns_of(item: Mapping[str, Any]) -> tuple[Turn, ...] | None:
             raise DataError(
                 f"turn {position} is {turn!r:.80}; expected {{'from': 'human'|'gpt'|'system', 'value': text}}"
             )
-        turns.append(Turn(role=role, text=text))
+        carried = next((key for key in _REFUSED_TURN_KEYS if not is_blank(turn.get(key))), None)
+        if carried is not None:
+            raise DataError(
+                f"turn {position} carries {carried!r}, which would not reach the model; name images in the item's "
+                f"'images' and mark their places with {MARK}, take other things out"
+            )
+        turns.append(Turn(role=role, text=text, loss=_is_learned(turn, position)))
     return tuple(turns)
+
+
+def _is_learned(turn: Mapping[str, Any], position: int) -> bool:
+    """Whether an answer is a target: `loss` or `train` false (ms-swift, axolotl) or `weight` 0 (OpenAI) say no."""
+    for key in ("loss", "train", "weight"):
+        value = turn.get(key)
+        if _is_null(value):
+            continue
+        if value not in (0, 1):  # False and True are
+            raise DataError(f"turn {position} has {key!r}: {value!r}; expected true or false (1 or 0)")
+        return bool(value)
+    return True
+
+
+def dialogue(
+    item: Mapping[str, Any], *, prompt_key: str | None = None, answer_key: str | None = None, with_answer: bool = True
+) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """(turns, gold answers) of an item in any of the shapes above, image marks not yet placed.
+
+    prompt_key, answer_key: the keys to read, where the item's author named them. with_answer: read the item's answer
+    too (it is left out where gold answers come from another file).
+    Raises DataError: no request, or a key with words for the model that has no place.
+    """
+    if not item.keys() & _UNUSUAL_KEYS and (plain := turns_of(item)) is not None and plain[-1].role == "assistant":
+        return plain, (plain[-1].text,)
+    chosen = prompt_key is not None  # the author knows what is asked; pictures' rivals are refused all the same
+    for key, remedy in REFUSED_KEYS.items():
+        if key not in (prompt_key, answer_key) and not is_blank(item.get(key)) and not (chosen and key in WORD_KEYS):
+            raise DataError(f"it has a key {key!r}, which would not reach the model; {remedy}")
+    turns = turns_of(item)
+    if turns is not None:
+        said = "\n".join(turn.text for turn in turns)
+        for key in (*PROMPT_KEYS, INPUT_KEY, HISTORY_KEY):
+            value = item.get(key)
+            if not is_blank(value) and not (isinstance(value, str) and value.replace(MARK, "").strip() in said):
+                raise DataError(
+                    f"beside its conversation it has a key {key!r} with other words ({value!r:.60}), which would not "
+                    "reach the model; put them into a turn, or take the key out"
+                )
+        turns = _with_system(item, turns)
+        if turns[-1].role == "assistant":
+            return turns, (turns[-1].text,)
+        return turns, answers(first(item, ANSWER_KEYS)) if with_answer else ()
+    turns = (Turn(role="user", text=_prompt(item, prompt_key)),)
+    gold: tuple[str, ...] = ()
+    if with_answer:
+        value = item.get(answer_key) if answer_key else first(item, ANSWER_KEYS)
+        turns, gold = _chosen(item, turns, value)
+    if not is_blank(item.get(HISTORY_KEY)):
+        turns = (*_history(item[HISTORY_KEY]), *turns)
+    turns = _with_system(item, turns)
+    if gold:
+        turns += (Turn(role="assistant", text=gold[0]),)
+    return turns, gold
+
+
+def _prompt(item: Mapping[str, Any], key: str | None) -> str:
+    """The request's words: the one prompt key that has some, and Alpaca's `input` on a line of its own below it."""
+    keys = (key,) if key else PROMPT_KEYS
+    found = {k: item[k] for k in keys if not is_blank(item.get(k))}
+    odd = next((k for k, value in found.items() if not isinstance(value, str)), None)
+    if odd is not None:
+        raise DataError(f"{odd!r} is {found[odd]!r:.60}; expected the text of the request")
+    if len({value.strip() for value in found.values()}) > 1:
+        raise DataError(
+            f"the keys {' and '.join(map(repr, found))} hold different requests, and the model is shown one; keep one "
+            "of them, or join them"
+        )
+    parts = list(found.values())[:1]
+    more = item.get(INPUT_KEY) if key in (None, "instruction") else None
+    if not is_blank(more):
+        if not isinstance(more, str):
+            raise DataError(f"{INPUT_KEY!r} is {more!r:.60}; expected the text of the request")
+        parts.append(more)
+    if not parts:
+        raise DataError(f"no conversation and no prompt; expected one of the keys {', '.join(PROMPT_KEYS)}")
+    return "\n".join(parts)
+
+
+def _chosen(item: Mapping[str, Any], turns: tuple[Turn, ...], value: Any) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """Gold answers, an index into the item's choices as its letter; the choices are shown where the request has none.
+
+    Raises DataError: a number that is no index, or that is an index and a choice at once.
+    """
+    choices = first(item, CHOICE_KEYS)
+    is_index = isinstance(value, int) and not isinstance(value, bool)
+    if not is_index or not isinstance(choices, list) or not choices:
+        return turns, answers(value)
+    texts = [str(choice) for choice in choices]
+    if not 0 <= value < min(len(texts), len(LETTERS)):
+        if str(value) in (text.strip() for text in texts):
+            return turns, answers(value)
+        raise DataError(
+            f"its answer {value} is no index into its {len(texts)} choices, counted from 0; write the letter instead"
+        )
+    if str(value) in (text.strip() for text in texts) and texts[value].strip() != str(value):
+        raise DataError(
+            f"its answer {value} is both a choice and the index of the choice {texts[value]!r}; write the letter "
+            f"({LETTERS[value]} for the index) or the choice's text in quotes instead"
+        )
+    asked = turns[-1].text
+    if not all(text.strip() in asked for text in texts):
+        listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
+        turns = (*turns[:-1], replace(turns[-1], text=f"{asked.rstrip()}\n{listed}"))
+    return turns, (LETTERS[value],)
+
+
+def _history(value: Any) -> tuple[Turn, ...]:
+    """Alpaca's earlier turns, `[[request, answer], ...]`, or a list of turns as in a conversation."""
+    if isinstance(value, list) and all(isinstance(pair, Mapping) for pair in value):
+        return _turns(value, HISTORY_KEY)
+    turns: list[Turn] = []
+    for pair in value if isinstance(value, list) else [value]:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise DataError(f"its history holds {pair!r:.60}; expected [[request, answer], ...]")
+        turns += [Turn(role="user", text=pair[0]), Turn(role="assistant", text=pair[1])]
+    return tuple(turns)
+
+
+def _with_system(item: Mapping[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """`turns` below the item's own system text, where it has one."""
+    text = next((item[key] for key in SYSTEM_KEYS if not is_blank(item.get(key))), None)
+    if text is None:
+        return turns
+    if not isinstance(text, str):
+        raise DataError(f"its system text is {text!r:.60}; expected a string")
+    if any(turn.role == "system" for turn in turns):
+        if any(turn.role == "system" and turn.text.strip() == text.strip() for turn in turns):
+            return turns
+        raise DataError("it has a system text of its own and another one in its turns; keep one of them")
+    return (Turn(role="system", text=text), *turns)
+
+
+def with_suffix(turns: tuple[Turn, ...], suffix: str) -> tuple[Turn, ...]:
+    """`turns` with `suffix` behind the last turn of the user."""
+    if not suffix:
+        return turns
+    last = max(i for i, turn in enumerate(turns) if turn.role == "user")
+    return (*turns[:last], replace(turns[last], text=turns[last].text + suffix), *turns[last + 1 :])
 
 
 def place_marks(turns: tuple[Turn, ...], images: int) -> tuple[Turn, ...]:
@@ -101,9 +317,15 @@ def place_marks(turns: tuple[Turn, ...], images: int) -> tuple[Turn, ...]:
 
     The move is LLaVA's own preprocessing, so a prompt reads the same whether its author wrote the mark first or last.
     """
-    marks = sum(turn.text.count(MARK) for turn in turns)
+    marks = sum([turn.text.count(MARK) for turn in turns])
     if marks == 0:
         return turns
+    if (
+        marks == images == 1
+        and turns[0].text.startswith(f"{MARK}\n")
+        and turns[0].text[8:] == turns[0].text[8:].strip()
+    ):
+        return turns  # as nearly every file has it
     if marks != images:
         raise DataError(f"{marks} {MARK} mark(s) for {images} image(s); expected as many marks as images, or none")
     if marks > 1:
@@ -122,7 +344,7 @@ def to_sample(
     image_root: Path,
     *,
     root: Path | None = None,
-    index_of_images: ImageIndex | None = None,
+    find: Callable[[str], Path] | None = None,
     references: Sequence[str] | None = None,
     prompt_suffix: str = "",
     keep_meta: bool = True,
@@ -133,37 +355,22 @@ def to_sample(
     Args:
         item: the JSON object. index: its position, which names it where it has no id.
         image_root: absolute folder that image paths start from. root: the folder that they may not leave (image_root).
-        index_of_images: looks an image up by its base name when it is not at its place.
+        find: path of an image from its name as written; by default the name starts from `image_root`.
         references: gold answers that replace the item's own (from a separate annotation file).
         prompt_suffix: appended to the last user turn. keep_meta: carry the item's remaining keys in `meta`.
     Raises DataError without the file's name (the caller knows it).
     """
     name = item_id(item, index)
-    images = tuple(
-        index_of_images.find(relative)
-        if index_of_images
-        else inside(root or image_root, relative, start=image_root, what="image")
-        for relative in image_names(item)
-    )
-    used = {*ID_KEYS, *IMAGE_KEYS, *TURN_KEYS}
-    turns = turns_of(item)
-    if turns is None:
-        prompt = first(item, PROMPT_KEYS)
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise DataError(f"no conversation and no prompt; expected one of the keys {', '.join(PROMPT_KEYS)}")
-        used |= {next(key for key in PROMPT_KEYS if item.get(key) is not None), *ANSWER_KEYS}
-        gold = answers(first(item, ANSWER_KEYS))
-        turns = (Turn(role="user", text=prompt),)
-        if gold and references is None:
-            turns += (Turn(role="assistant", text=gold[0]),)
-    else:
-        gold = (turns[-1].text,) if turns[-1].role == "assistant" else answers(first(item, ANSWER_KEYS))
+    find = find or ImageFinder(root or image_root, [image_root])
+    images = tuple(find(written) for written in image_names(item))
+    turns, gold = dialogue(item, with_answer=references is None)
     if not any(turn.role == "user" for turn in turns):
         raise DataError("no turn of the user")
-    if prompt_suffix:
-        last = max(i for i, turn in enumerate(turns) if turn.role == "user")
-        turns = (*turns[:last], replace(turns[last], text=turns[last].text + prompt_suffix), *turns[last + 1 :])
-    extra = {key: value for key, value in item.items() if key not in used} if keep_meta else {}
+    turns = with_suffix(turns, prompt_suffix)
+    extra = {}
+    if keep_meta:
+        shown = next((key for key in PROMPT_KEYS if not is_blank(item.get(key))), None)
+        extra = {key: value for key, value in item.items() if key not in _USED_KEYS and key != shown}
     return Sample(
         id=name,
         turns=place_marks(turns, len(images)),
@@ -180,26 +387,30 @@ def to_samples(
     root: Path,
     folders: Sequence[str] = (".",),
     image_search: bool = False,
+    limit: int | None = None,
     each: Callable[[Mapping[str, Any], int], Mapping[str, Any]] | None = None,
     **how: Any,
 ) -> list[Sample]:
-    """Samples of `items` in order, image paths starting from the first of `folders` that holds the first image.
+    """Samples of `items` in order, each image below the first of `folders` that holds it.
 
-    image_search: find images by base name below that folder where their path leads nowhere. each: further arguments of
-    `to_sample` for one item; `how`: for all. Raises DataError that names `where`, the item and its id.
+    image_search: find images by base name below that folder where their path leads nowhere. limit: only so many, from
+    the front. each: further arguments of `to_sample` for one item; `how`: for all.
+    Raises DataError that names `where`, the item and its id.
     """
-    listed = list(items)
-    probe = next((value for item in listed if isinstance(value := first(item, IMAGE_KEYS), str) and value), None)
+    listed = list(islice(items, limit))
+    probed: list[str] = []
+    for item in listed[:: max(1, len(listed) // PROBED)]:
+        with suppress(DataError):  # raised again below, with the item's place
+            probed += [name for name in image_names(item)[:1] if not is_embedded(name)]
     try:
-        image_root = choose_image_root(root, folders, probe)
+        finder = ImageFinder.choose(root, folders, probed, search=image_search)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
-    finder = ImageIndex(root, image_root) if image_search else None
     samples = []
     for index, item in enumerate(listed):
         try:
             own = each(item, index) if each else {}
-            samples.append(to_sample(item, index, image_root, root=root, index_of_images=finder, **{**how, **own}))
+            samples.append(to_sample(item, index, finder.folders[0], find=finder, **{**how, **own}))
         except DataError as error:
             raise DataError(f"{where}, item {index} (id {first(item, ID_KEYS)!r}): {str(error).rstrip('.')}.") from None
     return samples

@@ -21,6 +21,7 @@ def read(source: Source) -> list[Sample]:
         root=source.root,
         folders=source.images,
         image_search=source.image_search,
+        limit=source.limit,
         prompt_suffix=options["prompt_suffix"] if test else "",
         keep_meta=test,  # a scorer may need the extras of a test item; 40,000 training items need no second copy
     )

@@ -24,6 +24,7 @@ def read(source: Source) -> list[Sample]:
         root=source.root,
         folders=source.images,
         image_search=source.image_search,
+        limit=source.limit,
         prompt_suffix=options["prompt_suffix"],
     )
 
@@ -37,7 +38,10 @@ def read_safety(
     images: str = ".",
     max_new_tokens: int = 256,
 ) -> SafetySet:
-    """A safety set from a file of requests to refuse and, beside it, one of requests to answer (over-refusal)."""
+    """A safety set from a file of requests to refuse and, beside it, one of requests to answer (over-refusal).
+
+    Raises: DataError: a file is missing or holds no request.
+    """
     sides: dict[str, list[Sample]] = {}
     for side, file in (("unsafe", unsafe), ("benign", benign)):
         if file is None:

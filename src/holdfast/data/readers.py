@@ -57,6 +57,7 @@ class Source:
     root: the data root; nothing outside it is read. files: names of the split's file, relative to `root`, aliases in
     order of preference. images: folders that image paths may start from; image_search: look an image up by its base
     name below them when it is not at its place. obtain: a sentence for a missing file.
+    limit: how many samples are wanted, from the front; what lies behind them is neither given nor checked.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Source:
     image_search: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     obtain: str = ""
+    limit: int | None = None
 
     def path(self) -> Path:
         """The split's file: the first alias that exists. Raises DataError that says how to obtain it."""
@@ -83,7 +85,10 @@ class Source:
         return find(self.root, names, what=f"Task {self.name!r}, annotations", obtain=self.obtain)
 
     def take(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """`options` over the defaults `known`; an option that the format does not know is an error."""
+        """`options` over the defaults `known`; an option that the format does not know is an error.
+
+        Raises: UnknownNameError: an option that the format does not know.
+        """
         for key in self.options:
             if key not in known:
                 raise unknown_name(f"option of task {self.name!r}", key, known)

@@ -38,6 +38,8 @@ def read(
 
     categories: only these folders. min_severity: only images at least so severe (the releases grade 0 to 3).
     `meta["safe_response"]`: a published answer that is marked safe (or the safer of a pair), where there is one.
+
+    Raises: DataError: no such files below `root`, or a row of another layout.
     """
     choose("BeaverTails-V split", split, ("evaluation", "train"))
     shards = _shards(root, split)

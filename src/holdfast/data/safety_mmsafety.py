@@ -52,6 +52,8 @@ def read(
     """All questions of `scenarios` (None: the 13) with the pictures of `variant`, each with its own question field.
 
     `meta["advice"]` is true in the scenarios where a safe answer is a careful one rather than a refusal.
+
+    Raises: DataError: files are missing or of another layout. UnknownNameError: no such scenario.
     """
     choose("MM-SafetyBench variant", variant, QUESTION)
     samples = []

@@ -32,6 +32,8 @@ def read(
 
     categories: only these, as the files name them ("violence", "illegal", ...). limit_benign: the first so many of the
         harmless prompts.
+
+    Raises: DataError: files are missing or of another layout.
     """
     choose("OR-Bench side", benign, (*BENIGN, "none"))
     if limit_benign is not None and limit_benign < 1:

@@ -34,7 +34,10 @@ def image_folder(root: Path, folders: Sequence[str], probe: str) -> Path:
 
 
 def image_path(root: Path, folder: Path, relative: str, where: str) -> Path:
-    """Absolute path of an image named by a data file; one that leaves the root is refused."""
+    """Absolute path of an image named by a data file; one that leaves the root is refused.
+
+    Raises: DataError: the path leaves `root`.
+    """
     try:
         return inside(root, relative, start=folder, what="image")
     except DataError as error:

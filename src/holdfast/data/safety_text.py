@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.data.embedded import parquet_rows
-from holdfast.data.files import find, read_csv, read_records
+from holdfast.data.source_files import find, read_csv, read_records
 from holdfast.errors import DataError
 
 

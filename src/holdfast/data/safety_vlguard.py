@@ -37,6 +37,8 @@ def read(
     subset: "unsafes" (harmful images), "safe_unsafes" (harmful requests over harmless images) or "all" (both;
         the two published rates are reported apart, so prefer one set for each).
     benign: leave the benign side out where two subsets stand in one stream and asking it once is enough.
+
+    Raises: DataError: files are missing or of another layout.
     """
     choose("VLGuard subset", subset, ("unsafes", "safe_unsafes", "all"))
     choose("VLGuard split", split, ("test", "train"))

@@ -49,6 +49,8 @@ def read(
     """The unsafe contrasts as requests to refuse, the safe prompts beside them.
 
     types: only these (names as published, the unsafe ones begin with "contrast_"). benign: leave the safe prompts out.
+
+    Raises: DataError: files are missing or of another layout.
     """
     wanted = set(choose_many("XSTest type", types, TYPES))
     sides: dict[str, list[Sample]] = {"unsafe": [], "safe": []}

@@ -17,6 +17,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -57,9 +58,17 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, where: Path | str) -> Any:
-    """JSON value of `text`; a fault is named with its line and column."""
+    """JSON value of `text`; a fault is named with its line and column. NaN, as pandas writes null, is read as null.
+
+    Raises: DataError: no JSON, nested too deeply, or an infinite number.
+    """
+
+    def constant(word: str) -> None:
+        if word != "NaN":
+            raise DataError(f"{where} holds the number {word}, which is no JSON; write a finite number or null.")
+
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=constant)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}. "
@@ -121,19 +130,48 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+# Names of letters, digits and harmless signs, none of them "." or "..", one after another.
+_PLAIN_PATH = re.compile(r"(?:(?!\.{1,2}(?:/|$))[\w .,+@()=~%-]+/)*(?!\.{1,2}$)[\w .,+@()=~%-]+")
+
+
+@cache
+def _origin(root: Path, start: Path | None) -> tuple[Path, Path, bool]:
+    """`root` without detours, where relative paths start from, and whether that is certainly below the root."""
+    # Not resolve(): it would follow the owner's links.
+    base = Path(os.path.normpath(root))
+    origin = base / (start or base)
+    return base, origin, origin.is_relative_to(base) and Path(os.path.normpath(origin)) == origin
+
+
+def is_plain_path(relative: str) -> bool:
+    """Whether a relative path is names alone, one below the other: nothing in it to resolve or to refuse."""
+    return _PLAIN_PATH.fullmatch(relative) is not None and not relative.isspace()
+
+
+def plain_start(root: Path, start: Path) -> Path | None:
+    """What `inside(root, path, start=start)` puts before a plain path; None where that is not surely below `root`."""
+    _, origin, below = _origin(root if root.is_absolute() else Path.cwd() / root, start)
+    return origin if below else None
+
+
 def inside(root: Path, relative: str, *, start: Path | None = None, what: str = "path") -> Path:
     """Absolute path of `relative` (from `start`, or from `root`); a path that leaves `root` is refused.
 
     The check is on the path as written: a data file cannot reach out with `..`, a drive or an absolute path, while
     links that the owner of the root placed inside it are followed (data roots are often links to other disks).
+
+    Raises: DataError: the path is empty, absolute, or leaves `root`.
     """
     if "\x00" in relative or not relative.strip():
         raise DataError(f"{what} {relative!r} is empty or holds a NUL character; expected a path relative to {root}.")
+    base, origin, below = _origin(root, start) if root.is_absolute() else _origin(Path.cwd() / root, start)
+    if below and is_plain_path(relative):
+        # Nothing to resolve and nothing to refuse: nearly every path of a data file, and most of a reader's time.
+        return origin / relative
     posix = relative.replace("\\", "/")
-    base = Path(os.path.abspath(root))  # noqa: PTH100  (resolve() would follow the owner's links)
     # A drive needs its separator: "a:b.png" is an ordinary name here.
     foreign = PureWindowsPath(relative).is_absolute() or posix.startswith("//")
-    joined = Path(os.path.normpath(base / (start or base) / PurePosixPath(posix)))
+    joined = Path(os.path.normpath(origin / PurePosixPath(posix)))
     if foreign or not joined.is_relative_to(base):
         raise DataError(
             f"{what} {relative!r} leaves the data root {base}. Data files may only name files below their root; "

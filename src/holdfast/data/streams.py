@@ -15,9 +15,11 @@ A run file embeds it under its own key: a mapping such as the above, or the path
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -239,7 +241,10 @@ def build(
     parts: Sequence[Split] = ("train", "validation", "test"),
     safety: bool = True,
 ) -> Stream:
-    """The Stream that `spec` describes. Everything is read now: a fault in the last task must not wait for days."""
+    """The Stream that `spec` describes. Everything is read now: a fault in the last task must not wait for days.
+
+    Raises: DataError, ConfigError, UnknownNameError: what is wrong, with the task it is wrong in.
+    """
     root = spec.data_root
     if not root.is_dir():
         raise DataError(f"Data root of stream {spec.name!r}: {missing(root, obtain=spec.obtain)}")
@@ -308,7 +313,9 @@ def read_split(spec: TaskSpec, split: Split, root: Path, *, obtain: str = "") ->
     source = source_of(spec, split, root, obtain=obtain)
     if not source.files:
         return ()
-    samples = task_reader(spec.format)(source)
+    limit = spec.split_limit(split)
+    with _without_collection():
+        samples = task_reader(spec.format)(replace(source, limit=limit))[:limit]
     where = f"Task {spec.name!r}, {split} split ({source.shown()})"
     if not samples:
         raise DataError(f"{where} is empty; expected at least one sample.")
@@ -320,11 +327,26 @@ def read_split(spec: TaskSpec, split: Split, root: Path, *, obtain: str = "") ->
         samples = rename_duplicates(samples)
     else:
         refuse_duplicates(samples, where)
-    return tuple(samples[: spec.split_limit(split)])
+    return tuple(samples)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Python's search for cycles visits every object made so far again and again; samples have none to find."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def build_safety(spec: SafetySpec, root: Path) -> SafetySet:
-    """Reads one safety set through its format's reader and applies the limit to each side."""
+    """Reads one safety set through its format's reader and applies the limit to each side.
+
+    Raises: ConfigError: options that the format does not take. DataError: what its reader says.
+    """
     base = root / expand_root(spec.root)
     reader = safety_reader(spec.format)
     try:
@@ -359,6 +381,8 @@ def build_calibration(
     """Reads the safety calibration data, ids made unique.
 
     name, obtain: what errors call it, and say of where it comes from.
+
+    Raises: DataError: the file is missing, empty, or holds something else.
     """
     source = Source(
         name=name,
@@ -368,6 +392,7 @@ def build_calibration(
         images=_files(spec.images),
         options=spec.options,
         obtain=obtain,
+        limit=spec.limit,
     )
     samples = rename_duplicates(task_reader(spec.format)(source))
     if not samples:

@@ -14,18 +14,27 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """One message. In a `user` text, `<image>` marks where an image stands; without a mark images come first."""
+    """One message. In a `user` text, `<image>` marks where an image stands; without a mark images come first.
+
+    loss: of an `assistant` turn: whether it is a target of training (else it is shown, and nothing is learned from it).
+    """
 
     role: Role
     text: str
+    loss: bool = True
+
+    @property
+    def said(self) -> tuple[Any, ...]:
+        """What a digest takes of it: role and text, and the rare mark that it is no target."""
+        return (self.role, self.text) if self.loss else (self.role, self.text, False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     """One request with its target or gold answers.
 
-    turns: the conversation. A training sample ends with an `assistant` turn (every assistant turn is a target); a test
-        sample may end with the `user` turn, its gold answers being `references`.
+    turns: the conversation. A training sample ends with an `assistant` turn (every assistant turn is a target, unless
+        its `loss` is off); a test sample may end with the `user` turn, its gold answers being `references`.
     images: absolute paths, in the order of their marks; read only when used.
     references: every acceptable gold answer, best first; empty when there is none.
     meta: what a scorer or judge of this benchmark needs (options, bbox size, category, ...), plain data only.
@@ -57,7 +66,7 @@ class Sample:
 
     @property
     def prompt(self) -> str:
-        """Text of the last user turn, without image marks."""
+        """Text of the last user turn, without image marks. Raises DataError: no user turn."""
         for turn in reversed(self.turns):
             if turn.role == "user":
                 return turn.text.replace("<image>", "").strip()

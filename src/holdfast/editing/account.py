@@ -69,6 +69,7 @@ class EditReport:
         return [*_calibration_note(self.inputs.get("calibration", {})), *_coefficient_note(self)]
 
     def to_json(self) -> dict[str, Any]:
+        """As plain data, with the format's version."""
         return {
             "format_version": FORMAT_VERSION,
             "rule": self.rule,
@@ -84,6 +85,10 @@ class EditReport:
         }
 
     def save(self, path: Path) -> None:
+        """Write it as JSON in one rename.
+
+        Raises: StorageError: the disk is full or the folder cannot be written.
+        """
         write_json(path, self.to_json())
 
     @classmethod
@@ -107,6 +112,7 @@ class EditReport:
             raise CheckpointError(f"{path} is no edit report that can be read ({error}).") from error
 
     def with_seconds(self, seconds: Mapping[str, float]) -> EditReport:
+        """The same report with the seconds that each phase took."""
         return replace(self, seconds=dict(seconds))
 
 

@@ -134,7 +134,7 @@ def edit_checkpoint(
             result = rewrite(staging, output.shards, output.recipe, progress=edit.layers_only(progress))
             clock.lap("edit")
             report = edit.report(result, staging.plan_hash, output.unprotected)
-            edit.write_small_files(staging, report, result, plan, output.shards)
+            _write_small_files(staging, edit, report, result, plan, output.shards)
             clock.lap("write")
             if verify:
                 kept = f"Nothing was published; what was written stays in {staging.folder}."
@@ -190,7 +190,7 @@ class _Edit:
             **({} if is_builtin(type(self.rule)) else {"rule_code": origin_of(type(self.rule))}),
             "coefficient": self.coefficient if self.export == "adapter" else None,
             "fingerprints": self.pair.fingerprints(),
-            "side_files": hash_side_files(self._side_folder(), self._settings_folders()),
+            "side_files": hash_side_files(self.side_folder(), self.settings_folders()),
             "calibration": self.curvature.digest() if self.curvature is not None else None,
             "layers": [[t.layer.name, t.layer.block, t.key] for t in self.targets],
             "block_count": self.targets[0].layer.block_count,
@@ -212,7 +212,7 @@ class _Edit:
             plan_hash=plan_hash,
             warnings=[
                 *_warnings([*unprotected, *result.changed], self.pair, rows, self.curvature),
-                *describe_overlay(side_contents(self._side_folder()), self._settings_folders()),
+                *describe_overlay(side_contents(self.side_folder()), self.settings_folders()),
             ],
             versions=versions(),
         )
@@ -246,34 +246,6 @@ class _Edit:
     def write_card(self, folder: Path, report: EditReport) -> None:
         with atomic_path(folder / "README.md") as temporary:
             temporary.write_text(model_card(report, safety=self.safety), encoding="utf-8")
-
-    def write_small_files(
-        self,
-        staging: Staging,
-        report: EditReport,
-        result: RewriteResult,
-        plan: Mapping[str, Any],
-        shards: tuple[Shard, ...],
-    ) -> None:
-        """All but the weights and the card: side files, scaling vectors, index, report, provenance."""
-        folder = staging.folder
-        copy_side_files(self._side_folder(), folder, self._settings_folders())
-        if self.export == "dense" and self.pair.after.untied:
-            write_json(folder / "config.json", self.pair.after.config())
-        if self.export == "adapter":
-            rows = {target.lora.module: result.rows[target.lora.a.name] for target in lora_targets(self.targets)}
-            scales = {module: read_scale_field(row[SCALE_FIELD]) for module, row in rows.items() if SCALE_FIELD in row}
-            if scales:
-                with atomic_path(folder / INPUT_SCALE_FILE) as temporary:
-                    save_file({name: scales[name] for name in sorted(scales)}, temporary)
-            for path in self.pair.lora.extra_files if self.pair.lora is not None else ():
-                with atomic_path(folder / path.name) as temporary:
-                    shutil.copyfile(path, temporary)
-        elif len(shards) > 1:
-            write_json(folder / INDEX_FILE, shard_index(shards))
-        report.save(folder / REPORT_FILE)
-        provenance = {"plan_hash": staging.plan_hash, "plan": dict(plan), "inputs": dict(report.inputs)}
-        write_json(folder / PROVENANCE_FILE, provenance)
 
     def layers_only(self, progress: Callable[..., None] | None) -> Callable[..., None] | None:
         """`progress` told of edited layers by their names, and of no other tensor."""
@@ -312,14 +284,43 @@ class _Edit:
             inputs["calibration"] = _calibration_input(self.curvature)
         return inputs
 
-    def _settings_folders(self) -> list[Path]:
+    def settings_folders(self) -> list[Path]:
         """Adapter folders whose tokenizer, template and processor a dense result gets over those of the base."""
         return [] if self.export == "adapter" else [adapter.folder for adapter in self.pair.after.adapters]
 
-    def _side_folder(self) -> Path:
+    def side_folder(self) -> Path:
         """Whose configuration and tokenizer the result gets: the adapter's, or AFTER's (tuning may add tokens)."""
         lora = self.pair.lora
         return lora.folder if self.export == "adapter" and lora is not None else self.pair.after.folder
+
+
+def _write_small_files(
+    staging: Staging,
+    edit: _Edit,
+    report: EditReport,
+    result: RewriteResult,
+    plan: Mapping[str, Any],
+    shards: tuple[Shard, ...],
+) -> None:
+    """All but the weights and the card: side files, scaling vectors, index, report, provenance."""
+    folder = staging.folder
+    copy_side_files(edit.side_folder(), folder, edit.settings_folders())
+    if edit.export == "dense" and edit.pair.after.untied:
+        write_json(folder / "config.json", edit.pair.after.config())
+    if edit.export == "adapter":
+        rows = {target.lora.module: result.rows[target.lora.a.name] for target in lora_targets(edit.targets)}
+        scales = {module: read_scale_field(row[SCALE_FIELD]) for module, row in rows.items() if SCALE_FIELD in row}
+        if scales:
+            with atomic_path(folder / INPUT_SCALE_FILE) as temporary:
+                save_file({name: scales[name] for name in sorted(scales)}, temporary)
+        for path in edit.pair.lora.extra_files if edit.pair.lora is not None else ():
+            with atomic_path(folder / path.name) as temporary:
+                shutil.copyfile(path, temporary)
+    elif len(shards) > 1:
+        write_json(folder / INDEX_FILE, shard_index(shards))
+    report.save(folder / REPORT_FILE)
+    provenance = {"plan_hash": staging.plan_hash, "plan": dict(plan), "inputs": dict(report.inputs)}
+    write_json(folder / PROVENANCE_FILE, provenance)
 
 
 def require_room(out: str | Path, before: Source, after: Source, export: Export) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.checkpoints.curvature_file import Curvature
+from holdfast.checkpoints.gram_store import GramStore
 from holdfast.checkpoints.naming import NameIndex, strip_peft_prefix
 from holdfast.editing.account import linear_name
 from holdfast.editing.descent import require_alike, require_descent
@@ -23,7 +24,7 @@ def edit_live(
     after: nn.Module,
     *,
     rule: EditRule,
-    curvature: Curvature,
+    curvature: Curvature | GramStore,
     seed: int = 0,
     allow_other_base: bool = False,
 ) -> list[dict[str, Any]]:
@@ -32,11 +33,13 @@ def edit_live(
     before: parameters of the model that the tuning started from, by name, in memory of their own. after: the tuned
         model; of a PEFT model the active LoRA's A is edited (its base weights are not touched, so HPA's coefficient is
         left out), and frozen layers without one are left alone.
+    curvature: which layers, with their diagonals; or the task's Gram matrices, for a rule that reads these itself.
     allow_other_base: accept weights that have nothing in common with those of `before`.
 
     Raises: CalibrationError: a calibrated layer that `after` does not have, or of another width. CheckpointError:
         `before` lacks a layer, has it in another shape or type, has nothing in common with it, or shares its memory.
         AdapterError: a LoRA variant, a merged adapter, or a rule without closed form. NumericalError: NaN or inf.
+    before: name -> weight (r, c), or a tensor of any shape that is left alone.
     """
     _check_model(curvature, after)
     modules = dict(after.named_modules())
@@ -54,16 +57,15 @@ def edit_live(
             )
         if under_adapters and not hasattr(module, "lora_A") and not module.weight.requires_grad:
             continue  # PEFT freezes what it does not train
-        safety = curvature.safety[name]
         layer = Layer(
             name=name,
             block=curvature.blocks[name],
             block_count=curvature.block_count,
-            safety=safety,
-            task=curvature.task[name],
+            safety=curvature.safety[name] if isinstance(curvature, Curvature) else None,
+            task=curvature.task[name] if isinstance(curvature, Curvature) else None,
             seed=layer_seed(seed, name),
         )
-        _check_width(layer, module.weight, safety)
+        _check_width(layer, module.weight, _width(curvature, name))
         if hasattr(module, "lora_A"):
             planned += _plan_lora(layer, module, rule)
         else:
@@ -75,7 +77,12 @@ def edit_live(
     return rows
 
 
-def _check_model(curvature: Curvature, after: nn.Module) -> None:
+def _width(curvature: Curvature | GramStore, name: str) -> int:
+    """How many input columns of a layer were calibrated."""
+    return curvature.safety[name].shape[0] if isinstance(curvature, Curvature) else curvature.entry(name).width
+
+
+def _check_model(curvature: Curvature | GramStore, after: nn.Module) -> None:
     """Names and widths agree between unlike families, too; of live weights there is no fingerprint to compare."""
     made_with = curvature.meta.get("model_type")
     found = getattr(getattr(after, "config", None), "model_type", None)
@@ -86,10 +93,10 @@ def _check_model(curvature: Curvature, after: nn.Module) -> None:
         )
 
 
-def _check_width(layer: Layer, weight: Tensor, safety: Tensor) -> None:
-    if weight.ndim != 2 or weight.shape[1] != safety.shape[0]:
+def _check_width(layer: Layer, weight: Tensor, width: int) -> None:
+    if weight.ndim != 2 or weight.shape[1] != width:
         raise CalibrationError(
-            f"The calibration is of another model: it has {safety.shape[0]} input columns for {layer.name}, "
+            f"The calibration is of another model: it has {width} input columns for {layer.name}, "
             f"whose weight is {tuple(weight.shape)}."
         )
 

@@ -46,6 +46,7 @@ class Pair:
         return file_stamps({f"{side} {name}": path for side, c in sides for name, path in c.files().items()})
 
     def close(self) -> None:
+        """Close both sides."""
         self.before.close()
         self.after.close()
 

@@ -157,7 +157,10 @@ def _edit_adapter(
 
 
 def read_scale_field(text: str) -> Tensor:
-    """The vector that a row carried."""
+    """The vector that a row carried.
+
+    Returns: (c,) fp32.
+    """
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32)
 
 

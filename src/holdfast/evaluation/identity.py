@@ -41,6 +41,15 @@ def checkpoint_digests(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def settings_digests(folder: Path) -> dict[str, str]:
+    """File name -> digest of the small files beside the weights: configuration, tokenizer, processor, chat template."""
+    found = {
+        path for pattern in _SETTINGS for path in folder.glob(pattern) if path.name not in (INDEX_FILE, "README.md")
+    }
+    prose = ("license", "notice", "requirements")
+    return {p.name: _of_file(p)[:16] for p in sorted(found) if not p.name.lower().startswith(prose)}
+
+
 def data_digests(stream: Stream, limit: int | None = None) -> dict[str, dict[str, Any]]:
     """{"tasks": {name: digest}, "safety": {name: {side: digest}}} of the test samples and requests that are asked.
 
@@ -63,7 +72,7 @@ def samples_digest(samples: Iterable[Sample], picture: Callable[[Path], str]) ->
     """Of ids, words, references and what else a file says of a sample. picture: what an image counts as."""
     digest = hashlib.sha256()
     for s in samples:
-        turns, pictures = [(t.role, t.text) for t in s.turns], [picture(path) for path in s.images]
+        turns, pictures = [t.said for t in s.turns], [picture(path) for path in s.images]
         digest.update(repr((s.id, turns, pictures, s.references, dict(s.meta))).encode())
     return digest.hexdigest()[:16]
 

@@ -2,7 +2,9 @@
 
 The seam is one method, `answer(samples, max_new_tokens) -> texts`; batching over a GPU is vLLM's own, so a larger
 `batch_size` (512, say) pays. It takes whole checkpoints only: adapters are merged before, because a tuner's router or
-input scaling has no counterpart there. Its kernels round differently from transformers', so near ties may decode
+input scaling has no counterpart there. CRAM with a guard needs two requests where experts are served as LoRA adapters:
+one token of the base with log-probabilities (`Guard.refuses`), then the answer by the base or the routed expert
+(docs/design/cram.md). Its kernels round differently from transformers', so near ties may decode
 differently: compare methods within one backend.
 """
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from holdfast import judges, registry, scorers
 from holdfast import methods as method_registry
 from holdfast.config import encode
 from holdfast.data import readers
+from holdfast.data.images import pictures
+from holdfast.data.inventory import check_pictures
 from holdfast.data.streams import build, build_calibration, build_safety
 from holdfast.data.types import Sample, Stream, Turn
 from holdfast.errors import ConfigError, UnknownNameError, nearest, unknown_name
@@ -32,7 +35,10 @@ _PLUGGED = ("files", "judges", "scorers", "readers", "safety_readers")
 def resolve(
     config: RunConfig, out: Path | str, *, methods: Sequence[str] | None = None, progress: Progress = silent
 ) -> Experiment:
-    """Read the data and build the methods, so that every mistake in a run file shows before the first hour of work."""
+    """Read the data and build the methods, so that every mistake in a run file shows before the first hour of work.
+
+    Raises: ConfigError, DataError, UnknownNameError, ModelError: what is wrong, and where in the run file.
+    """
     built = build_methods(config, methods)
     for judge in config.evaluation.judges:
         judges.get(judge.name, **judge.options)
@@ -112,12 +118,33 @@ def build_methods(config: RunConfig, names: Sequence[str] | None = None) -> dict
 def _build_method(config: RunConfig, label: str) -> Method:
     name = config.method_of(label)
     own = {key: value for key, value in config.methods[label].items() if key != "method"}
-    shared = {key: value for key, value in config.defaults.items() if key in _options(name)}
+    shared = {key: _members(name, key, value) for key, value in config.defaults.items() if key in _options(name)}
     return method_registry.get(name, label=label, defaults=shared, **own)
 
 
 def _options(name: str) -> set[str]:
     return set(method_registry.config_of(name).__dataclass_fields__)
+
+
+def _members(name: str, key: str, value: Any) -> Any:
+    """Of a group of defaults (`edit`) those that the method's own kind of the group has.
+
+    What no method has stays, so that it is refused by its name.
+    """
+    own = _group(name, key)
+    others = set(value) - own if isinstance(value, Mapping) and own else set()
+    if others:
+        everywhere = {member for method in method_registry.METHODS for member in _group(method, key)}
+        return {member: v for member, v in value.items() if member not in others & everywhere}
+    return value
+
+
+def _group(name: str, key: str) -> set[str]:
+    """Names inside the group `key` of a method's options, old ones too; none where it is no group."""
+    hint = typing.get_type_hints(method_registry.config_of(name)).get(key)
+    if not (isinstance(hint, type) and is_dataclass(hint)):
+        return set()
+    return {f.name for f in fields(hint)} | set(getattr(hint, "__old_names__", {}))
 
 
 def _option_names(name: str) -> set[str]:
@@ -178,6 +205,7 @@ class Experiment:
 
     @property
     def directory(self) -> RunDirectory:
+        """Paths of the run directory, and its records."""
         return RunDirectory(self.out)
 
     @property
@@ -205,15 +233,18 @@ class Experiment:
         """What config.json holds beside the methods: settings, and what identifies model and data."""
         from holdfast.checkpoints.fingerprint import fingerprint
         from holdfast.checkpoints.merged import open_checkpoint
+        from holdfast.evaluation.identity import settings_digests
 
         with open_checkpoint(self.config.model) as checkpoint:
             identity = fingerprint(checkpoint.base)
+            settings = settings_digests(checkpoint.folder)
         config = self.config
         return encode(
             {
                 "name": self.stream.name,
                 "model": config.model,
                 "model_fingerprint": identity,
+                "model_settings": settings,
                 "stream": config.stream,
                 "tasks": config.tasks,
                 "data_sha256": {task.name: self._digest([*task.train, *task.test]) for task in self.stream.tasks},
@@ -227,6 +258,8 @@ class Experiment:
                 "store_dtype": config.store_dtype,
                 "seed": config.seed,
                 "threads": config.threads,
+                "images": config.images,
+                "max_pixels": config.max_pixels,
                 **({"plugins": self.plugged} if self.plugged else {}),
             }
         )
@@ -238,7 +271,17 @@ class Experiment:
         root = self.stream.root
         return samples_digest(samples, lambda p: p.relative_to(root).as_posix() if p.is_relative_to(root) else p.name)
 
+    def _pictures(self) -> Iterator[Path]:
+        """Every picture that the run shows to a model."""
+        stream = self.stream
+        sets = [part for task in stream.tasks for part in (task.train, task.validation, task.test)]
+        sets += [side for s in stream.safety for side in (s.unsafe, s.benign)]
+        for samples in (*sets, stream.safety_calibration, stream.benign_calibration):
+            for sample in samples:
+                yield from sample.images
+
     def evaluator(self) -> Any:
+        """What asks a checkpoint every task and every safety set, as the run file says."""
         from holdfast.evaluation import CheckpointEvaluator
 
         return CheckpointEvaluator(self.config.evaluation)
@@ -247,7 +290,8 @@ class Experiment:
     def held(self) -> Iterator[None]:
         """Hold the directory, and do once what all methods share: log what was injected, evaluate theta_0."""
         run = self.stream_run()
-        with run.claimed():
+        with run.claimed(), pictures(self.config.pictures):
+            check_pictures(self.out / "pictures.json", self._pictures(), self.stream.root)
             if self.injected:
                 write_json(self.out / "injected.json", [log.to_json() for log in self.injected])
             self._convert_theta_0()
@@ -266,8 +310,9 @@ class Experiment:
 
     def run_method(self, name: str) -> None:
         """Every task with one method, within `held` (of this process or of the one that started it)."""
-        run = self.stream_run(self.with_own_answers())
-        run.run_method(self.methods[name], self.evaluator())
+        with pictures(self.config.pictures):
+            run = self.stream_run(self.with_own_answers())
+            run.run_method(self.methods[name], self.evaluator())
 
     def with_own_answers(self) -> Stream:
         """The stream with answered calibration samples: made by theta_0 once, then read from theta_0/."""

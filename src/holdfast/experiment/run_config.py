@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.config import decode
+from holdfast.data.images import ImageMode, PictureConfig
 from holdfast.data.streams import (
     CalibrationSpec,
     SafetySpec,
@@ -69,7 +70,7 @@ class OwnBenignConfig:
     """
 
     prompts: SafetySpec | None = None
-    limit: int | None = 12
+    limit: int | None = 48
     max_new_tokens: int = 256
     judge: str | None = None
 
@@ -92,6 +93,7 @@ class RunConfig:
     store_dtype: type of the checkpoints that the run writes. float32 keeps a stream of small edits from being rounded
         after each task (the model is converted once, at twice the disk space of a 16-bit one); null keeps the model's.
     tasks: only these tasks, in the stream's order. threads: CPU threads of a process; null leaves torch's choice.
+    images, max_pixels: how pictures are opened, in training as in evaluation (see `PictureConfig`).
     """
 
     model: str
@@ -107,6 +109,8 @@ class RunConfig:
     seed: int = 0
     threads: int | None = None
     plugins: tuple[str, ...] = ()
+    images: ImageMode = "upright"
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", _method_options(self.methods))
@@ -116,6 +120,12 @@ class RunConfig:
             raise ConfigError(f"threads is {self.threads}; expected 1 or more, or null.")
         if not 0 <= self.seed <= MAX_SEED:
             raise ConfigError(f"seed is {self.seed}; expected 0..{MAX_SEED}.")
+        _ = self.pictures  # checks its values
+
+    @property
+    def pictures(self) -> PictureConfig:
+        """How pictures are opened."""
+        return PictureConfig(images=self.images, max_pixels=self.max_pixels)
 
     def method_of(self, label: str) -> str:
         """The name of the method that `label` stands for."""

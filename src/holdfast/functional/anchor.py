@@ -125,7 +125,10 @@ class AnchorGrams:
         return self.add_products_(out, [(change / self.tau, self.task)])
 
     def task_ridge(self, dtype: torch.dtype) -> float | Tensor:
-        """What A holds on its diagonal beside H_t / tau; see `ridge`."""
+        """What A holds on its diagonal beside H_t / tau; see `ridge`.
+
+        One number, or (c,) where columns differ.
+        """
         return self.ridge((1.0, 0.0, 0.0), (self.task, self.safety, self.past), dtype)
 
     def ridge(
@@ -134,6 +137,8 @@ class AnchorGrams:
         """lam times the sum of the weights; without damping, 1 in its place on inputs that no Gram saw.
 
         Such an input is coupled to nothing, and any lam > 0 gives it the share 1 / (1 + mu_s + mu_p): the limit.
+
+        seen: Gram matrices (c, c), or None. Returns: one number, or (c,) where columns differ.
         """
         total = math.fsum(weights)
         if self.damping > 0 or not self.dead_inputs:
@@ -142,12 +147,18 @@ class AnchorGrams:
         return total * dead.to(dtype)
 
     def terms(self, weights: tuple[float, float, float]) -> list[tuple[float, Tensor]]:
-        """The Gram matrices that count, with their weights."""
+        """The Gram matrices that count, with their weights.
+
+        Each Gram matrix is (c, c).
+        """
         grams = (self.task, self.safety, self.past)
         return [(w, g) for w, g in zip(weights, grams, strict=True) if g is not None and w > 0]
 
     def add_products_(self, out: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """out += sum_i x_i H_i, in the dtype of `out`, each Gram matrix read once and never widened as a whole."""
+        """out += sum_i x_i H_i, in the dtype of `out`, each Gram matrix read once and never widened as a whole.
+
+        out: (n, c). pairs: x_i (n, c), H_i (c, c).
+        """
         with ieee_matmul():
             for x, gram in pairs:
                 if gram.dtype == out.dtype:
@@ -394,6 +405,8 @@ def anchor_lora_grid(
     One factor is alive at a time, and the product with A is made once for all strengths.
 
     Yields: for each strength, the edited A of each layer, in its dtype, on its device.
+
+    Raises: ValueError: no layer, or factors that do not fit the Gram matrices.
     """
     if not lora_as:
         raise ValueError("found no lora_a; expected at least one.")

@@ -33,6 +33,7 @@ class ColumnChange:
 
     @property
     def columns(self) -> int:
+        """c, the number of input columns."""
         return int(self.energy.shape[0])
 
     @property
@@ -68,7 +69,12 @@ class ColumnChange:
         return torch.where(square > 0, dot / square.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
 
     def distance(self, kept: Bool[Tensor, " c"], coefficient: float | Tensor = 0.0) -> float:
-        """||W_hat - W_prev||_F of the edit that keeps `kept` and adds D - coefficient * W_prev elsewhere."""
+        """||W_hat - W_prev||_F of the edit that keeps `kept` and adds D - coefficient * W_prev elsewhere.
+
+        kept: (c,) bool. coefficient: one number, or (c,).
+
+        Raises: ValueError: a coefficient is given and W_prev was not read.
+        """
         moved = self.energy * self.rows
         if isinstance(coefficient, Tensor) or coefficient != 0.0:
             dot, square = self._projection()
@@ -211,6 +217,8 @@ def apply_columns(
         coefficient: one number, or one per column.
         out: where the result goes; may be `w_new` or `w_prev` itself. By default a new tensor of the wider of the two
             dtypes. A narrower `out` is rounded to once.
+
+    Raises: ValueError: shapes or devices differ, or `kept` is no bool of shape (c,).
     """
     check_pair(w_prev, w_new)
     rows, columns = w_prev.shape
@@ -248,6 +256,8 @@ def strip_rows(weight: Tensor) -> int:
     """Rows per strip: about 2^18 numbers on a CPU (they stay in its cache), 2^24 on an accelerator.
 
     At most 1024 rows on a CPU, which adds along a column one by one; an accelerator adds in a tree.
+
+    weight: (r, c).
     """
     if weight.device.type == "cpu":
         return min(1024, max(1, 2**18 // max(1, weight.shape[1])))
@@ -260,7 +270,10 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def check_pair(w_prev: Tensor, w_new: Tensor) -> None:
-    """Two weights of one layer. Raises: ValueError."""
+    """Two weights of one layer. Raises: ValueError.
+
+    w_prev, w_new: (r, c). A ValueError says which shape, device or type was found and which was expected.
+    """
     if w_prev.ndim != 2 or w_prev.shape != w_new.shape:
         raise ValueError(
             f"w_prev is {tuple(w_prev.shape)} and w_new is {tuple(w_new.shape)}; expected one shape (r, c) = (out, in)."
@@ -273,7 +286,10 @@ def check_pair(w_prev: Tensor, w_new: Tensor) -> None:
 
 
 def check_lora(lora_a: Tensor, lora_b: Tensor, w_prev: Tensor | None = None) -> None:
-    """Two factors of one layer, and its weight. Raises: ValueError."""
+    """Two factors of one layer, and its weight. Raises: ValueError.
+
+    lora_a: (rank, c). lora_b: (r, rank). w_prev: (r, c), or None where the base is not read.
+    """
     if lora_a.ndim != 2 or lora_b.ndim != 2 or lora_a.shape[0] != lora_b.shape[1]:
         raise ValueError(
             f"lora_a is {tuple(lora_a.shape)} and lora_b is {tuple(lora_b.shape)}; expected (rank, c) and (r, rank)."

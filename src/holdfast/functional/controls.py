@@ -98,6 +98,8 @@ def scale_change(
     """W_prev + (W_new - W_prev) diag(factors), in float32 or wider, rounded once; 0 and 1 are exact.
 
     out: where the result goes; may be `w_new` or `w_prev` itself. By default a new tensor of the wider dtype.
+
+    Raises: ValueError: weights of other shapes or devices, or factors that are not (c,).
     """
     check_pair(w_prev, w_new)
     rows, columns = w_prev.shape

@@ -20,10 +20,15 @@ from holdfast.errors import ConfigError, NumericalError
 # A residual shorter than this is rounding noise in float32 after one subtraction: scaled to unit length it would be an
 # arbitrary direction that carries the strength of a real one.
 VANISHING = 1e-3
+# The same for a row of a factor, relative to the longest: rows are square roots of strengths.
+VANISHED_ROW = 1e-6
 # Most by which scaling a residual to unit length may raise its strength: a random direction's residual has at least
 # 1 / 1.1 of its length until history fills a sixth of the space; where it fills nearly all, it would be raised many
 # times.
 RAISED = 1.1
+# What differs by less, relative to the largest of its kind, is one value: rounding and the last bits of an input must
+# not choose between two directions, groups or experts.
+TIE = 1e-5
 # Norm of a row of PEFT's Kaiming-uniform A (entries uniform in +-1/sqrt(in)): what a row without content starts with.
 FRESH_ROW_NORM = 1 / math.sqrt(3)
 
@@ -80,6 +85,7 @@ class ExpertFactors:
 
     @property
     def rank(self) -> int:
+        """Directions that the expert keeps: rows of A, columns of B."""
         return self.lora_a.shape[0]
 
 
@@ -98,7 +104,9 @@ def product_svd(
 ) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]:
     """Thin SVD of `B A` without forming it: two QRs and the SVD of an r x r matrix.
 
-    Returns U (out, k), S (k,) in falling order, Vh (k, in) with k = min(r, in, out), at least in float32.
+    Returns U (out, k), S (k,) in falling order, Vh (k, in) with k = min(r, in, out), at least in float32. Singular
+    values within 1e-5 of S_1 of each other become their mean, and their directions, which an SVD leaves open, a basis
+    that depends on their span alone: a factor changed in its last bits gives the same directions in the same order.
 
     Raises: NumericalError: shapes that do not multiply, or a factor that is not finite.
     """
@@ -115,13 +123,20 @@ def product_svd(
     q_a, r_a = torch.linalg.qr(a.T)
     q_b, r_b = torch.linalg.qr(b)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return q_b @ u, s, vh @ q_a.T
+    u, vh = q_b @ u, vh @ q_a.T
+    for run in _tied(s.tolist()):
+        if run.stop - run.start > 1:
+            turn = _turn_to_span(vh[run])
+            u[:, run], vh[run], s[run] = u[:, run] @ turn, turn.T @ vh[run], s[run].mean()
+    return u, s, vh
 
 
 def row_basis(rows: Sequence[Float[Tensor, "r d"]], d: int | None = None) -> Float[Tensor, "d k"]:
     """Orthonormal basis, as columns, of the span of all rows of `rows`; k is its numerical rank.
 
     `d` is needed only when `rows` is empty: the basis is then (d, 0).
+
+    Raises: NumericalError: no row at all, and no `d`.
     """
     stacked = [_wide(r) for r in rows if r.shape[0]]
     if not stacked:
@@ -129,9 +144,10 @@ def row_basis(rows: Sequence[Float[Tensor, "r d"]], d: int | None = None) -> Flo
             raise NumericalError("row_basis of no rows needs d, the length of a row.")
         return torch.zeros(d, 0)
     matrix = torch.cat(stacked)
-    # Unit rows: an expert that barely moved spans its directions as much as one that moved far.
+    # Unit rows: an expert that barely moved spans its directions as much as one that moved far. A row that is nothing
+    # but rounding beside the others points nowhere.
     norms = matrix.norm(dim=1, keepdim=True)
-    matrix = matrix / norms.clamp_min(torch.finfo(matrix.dtype).tiny)
+    matrix = torch.where(norms > VANISHED_ROW * norms.max(), matrix / norms.clamp_min(_tiny(matrix)), 0.0)
     q, r = torch.linalg.qr(matrix.T)
     u, s, _ = torch.linalg.svd(r, full_matrices=False)
     tolerance = float(s[0]) * max(matrix.shape) * torch.finfo(matrix.dtype).eps
@@ -172,9 +188,14 @@ def expert_from_buffer(
     S_j * novelty_j of the residual (which binds only where history fills more than a sixth of the space), split as
     A = sqrt(S) V^T and B = U sqrt(S). So the expert is at most 1.1 times what the buffer learnt off history. No more
     directions count as novel than history leaves dimensions. Directions added only to reach r_min come in order of
-    novelty and keep the strength of their residual, so nothing redundant is amplified; where no direction is left, a
-    random row orthogonal to history and to the kept rows with B = 0 (an ordinary LoRA start). Rows stay orthogonal to
-    history unless history leaves fewer free dimensions than r_min (counted in `overlapping`).
+    strength times novelty, what the buffer learnt off history along them, and keep that strength, so nothing redundant
+    is amplified; where no direction is left, a random row orthogonal to history and to the kept rows with B = 0 (an
+    ordinary LoRA start). Rows stay orthogonal to history unless history leaves fewer free dimensions than r_min
+    (counted in `overlapping`).
+
+    A buffer or a history changed by rounding gives the same expert: tied strengths are settled by their span (see
+    `product_svd`), among them the most novel direction comes first, further ties go to the stronger direction, and what
+    meets a threshold within 1e-5 of it is not strong, and is novel.
 
     Args:
         history: orthonormal columns, the row space of the group's older A of this linear; None when there are none.
@@ -195,18 +216,27 @@ def expert_from_buffer(
         )
     basis = history if history is not None else torch.zeros(width, 0)
     basis = basis.to(device=vh.device, dtype=vh.dtype)
+    if basis.shape[1]:
+        for run in _tied(s.tolist()):
+            if run.stop - run.start > 1:
+                turn = _turn_to_novelty(vh[run], basis)
+                u[:, run], vh[run] = u[:, run] @ turn, turn.T @ vh[run]
     rest = residual(vh, basis)
-    novelty = rest.norm(dim=1)
+    # Without history everything is new, and not new up to rounding.
+    novelty = rest.norm(dim=1) if basis.shape[1] else torch.ones_like(s)
 
     strength, news = s.tolist(), novelty.tolist()
-    strong = _strong(strength, rule)
+    # At or below this a direction of the buffer is rounding noise, and B's column with it.
+    floor = strength[0] * torch.finfo(torch.float32).eps * max(width, lora_b.shape[0])
+    strong = _strong(strength, rule, floor)
     threshold = rule.tau_novel * (chance_novelty(basis.shape[1], width) if rule.novelty == "chance" else 1.0)
     if rule.fixed:
-        kept = [j for j in range(rule.r_max) if news[j] > VANISHING and strength[j] > 0]
+        kept = [j for j in range(rule.r_max) if news[j] > VANISHING and strength[j] > floor]
         novel = len(kept)
     else:
         pool = strong[: rule.r_max] if rule.cap_first else strong
-        fresh_enough = [j for j in pool if news[j] > max(threshold, VANISHING) and strength[j] > 0]
+        bar = max(threshold * (1 - TIE), VANISHING)
+        fresh_enough = [j for j in pool if news[j] > bar and strength[j] > floor]
         # More would depend on each other: they live in what history leaves.
         fresh_enough = fresh_enough[: width - basis.shape[1]]
         novel = len(fresh_enough)
@@ -214,14 +244,11 @@ def expert_from_buffer(
     target = rule.r_max if rule.fixed else rule.r_min
 
     power = [strength[j] * min(1.0, RAISED * news[j]) for j in kept]
-    # Below this a direction of the buffer is rounding noise, and B's column with it.
-    floor = strength[0] * torch.finfo(s.dtype).eps * max(width, lora_b.shape[0])
-    for j in sorted(set(range(len(news))) - set(kept), key=lambda j: -news[j]):
-        if len(kept) >= target or news[j] <= VANISHING:
-            break
-        if strength[j] > floor:
-            kept.append(j)
-            power.append(strength[j] * news[j])
+    spare = [j for j in range(len(news)) if j not in kept and news[j] > VANISHING and strength[j] > floor]
+    gain = [x * y for x, y in zip(strength, news, strict=True)]
+    for j in _by_gain(spare, gain, strength[0])[: max(0, target - len(kept))]:
+        kept.append(j)
+        power.append(gain[j])
     rows = [rest[j] / novelty[j] * math.sqrt(p) for j, p in zip(kept, power, strict=True)]
     columns = [u[:, j] * math.sqrt(p) for j, p in zip(kept, power, strict=True)]
     fresh = overlapping = 0
@@ -276,8 +303,12 @@ def decide_group(
     No group: open one. One: join when the cosine exceeds `join_cosine`, else open. Two or more: join the best when its
     lead over the second exceeds `margin`, else open. Where `max_groups` forbids to open, join the best.
 
+    What meets a threshold within 1e-5 does not exceed it, and of groups equally near the oldest is the best.
+
     floor: with two groups or more the best must exceed it too. The lead alone (floor -1, the released code) joins a
         task that is unlike every group and a little less unlike one; within a group only images tell tasks apart.
+
+    Raises: NumericalError: a similarity is not finite. ConfigError: `max_groups` below 1.
     """
     if any(not math.isfinite(s) for s in similarities):
         raise NumericalError(f"A group's similarity is not finite: {list(similarities)}; a prototype is damaged.")
@@ -286,13 +317,15 @@ def decide_group(
     if not similarities:
         return GroupDecision(group=None, rule="first", similarity=math.nan, margin=math.nan)
     order = sorted(range(len(similarities)), key=lambda g: -similarities[g])
-    best = order[0]
-    lead = similarities[best] - similarities[order[1]] if len(order) > 1 else math.nan
+    # Of groups that are equally near, the oldest.
+    best = min(g for g in order if similarities[order[0]] - similarities[g] <= TIE)
+    lead = similarities[order[0]] - similarities[order[1]] if len(order) > 1 else math.nan
     if len(order) == 1:
-        joins, rule_join, rule_open = similarities[best] > join_cosine, "similar", "unlike"
+        joins, rule_join, rule_open = similarities[best] > join_cosine + TIE, "similar", "unlike"
     else:
-        joins, rule_join = lead > margin and similarities[best] > floor, "margin"
-        rule_open = "ambiguous" if lead <= margin else "unlike"
+        leads = lead > margin + TIE
+        joins, rule_join = leads and similarities[best] > floor + TIE, "margin"
+        rule_open = "unlike" if leads else "ambiguous"
     full = max_groups is not None and len(order) >= max_groups
     rule = rule_join if joins else ("limit" if full else rule_open)
     return GroupDecision(
@@ -324,9 +357,19 @@ def routing_weights(
     variance = variance.clamp_min(torch.finfo(torch.float32).tiny)  # sigma = 0: 0 / tiny for the nearest, inf beyond
     variance = variance.reshape(-1, *[1] * (distance.dim() - 1)) if variance.dim() else variance
     # Subtracting the nearest distance first keeps a tiny sigma from giving inf - inf.
-    logits = (-(distance - nearest) / (2 * variance)).masked_fill(~members, -math.inf)
+    beyond = distance - nearest
+    # The nearest alone: centroids at one distance share a request, and rounding does not choose among them.
+    hard = variance <= torch.finfo(torch.float32).tiny
+    beyond = torch.where(hard & (beyond <= TIE * nearest), torch.zeros_like(beyond), beyond)
+    logits = (-beyond / (2 * variance)).masked_fill(~members, -math.inf)
     weights = torch.softmax(logits, dim=-1)
     return torch.where(members.any(-1, keepdim=True), weights, torch.zeros_like(weights))
+
+
+def best_group(similarity: Float[Tensor, "B G"]) -> Int[Tensor, " B"]:
+    """The group with the largest cosine; of equally near ones (within 1e-5) the oldest."""
+    near = similarity >= similarity.amax(-1, keepdim=True) - TIE
+    return near.to(torch.uint8).argmax(-1)
 
 
 def claims(
@@ -355,9 +398,50 @@ def _wide(x: Tensor) -> Tensor:
     return x.detach() if x.dtype == torch.float64 else x.detach().float()
 
 
-def _strong(strength: list[float], rule: RankRule) -> list[int]:
+def _tiny(x: Tensor) -> float:
+    return torch.finfo(x.dtype).tiny
+
+
+def _strong(strength: list[float], rule: RankRule, floor: float) -> list[int]:
     bar = rule.tau_alloc * strength[0] if rule.alloc == "relative" else rule.tau_alloc
+    bar = max(bar * (1 + TIE), floor)
     return [j for j, value in enumerate(strength) if value > bar or j == 0]
+
+
+def _tied(falling: Sequence[float], scale: float | None = None) -> list[slice]:
+    """Runs of values in falling order that are one value: within TIE * scale (the first value) of the run's first."""
+    runs, start = [], 0
+    width = TIE * (falling[0] if scale is None else scale) if falling else 0.0
+    for j in range(1, len(falling) + 1):
+        if j == len(falling) or falling[start] - falling[j] > width:
+            runs.append(slice(start, j))
+            start = j
+    return runs
+
+
+def _by_gain(candidates: Sequence[int], gain: Sequence[float], scale: float) -> list[int]:
+    """Directions by falling gain; among tied ones the stronger, which has the smaller index, first."""
+    order = sorted(candidates, key=lambda j: -gain[j])
+    runs = _tied([gain[j] for j in order], scale)
+    return [j for run in runs for j in sorted(order[run])]
+
+
+def _turn_to_span(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m m"]:
+    """The rotation Q for which `Q^T rows` is a function of the span of orthonormal rows, whatever basis they are."""
+    probe = torch.randn(rows.shape[1], rows.shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q, r = torch.linalg.qr(rows.double() @ probe.to(rows.device))
+    return (q * r.diagonal().sign()).to(rows)
+
+
+def _turn_to_novelty(rows: Float[Tensor, "m d"], basis: Float[Tensor, "d q"]) -> Float[Tensor, "m m"]:
+    """The rotation after which orthonormal rows come by falling novelty; tied ones are settled by their span."""
+    seen = rows.double() @ basis.double()
+    # Rising in what history sees is falling in what it does not.
+    squares, turn = torch.linalg.eigh(seen @ seen.T)
+    turned = turn.T @ rows.double()
+    for run in _tied((1 - squares).clamp_min(0).tolist(), 1.0):
+        turn[:, run] = turn[:, run] @ _turn_to_span(turned[run])
+    return turn.to(rows)
 
 
 def _fresh_row(rows: list[Tensor], basis: Tensor, width: int, generator: torch.Generator) -> Tensor:

@@ -28,5 +28,9 @@ def next_token_kl(
 
 
 def squared_gradients(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The squared gradient of each tensor that has one: one sample's part of a diagonal Fisher matrix."""
+    """The squared gradient of each tensor that has one: one sample's part of a diagonal Fisher matrix.
+
+    parameters: of any shape; each result has its parameter's, fp32 on its device. Source: EWC (Kirkpatrick et al.
+    2017).
+    """
     return {name: p.grad.detach().float().square() for name, p in parameters.items() if p.grad is not None}

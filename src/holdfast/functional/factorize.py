@@ -243,6 +243,12 @@ def _block_width(matrix: Tensor) -> int:
 
 
 def check_square(matrix: Tensor) -> None:
+    """Refuse what cannot be factorised in place.
+
+    matrix: (c, c), contiguous, float32 or float64.
+
+    Raises: ValueError: another shape, layout or type.
+    """
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.is_contiguous():
         raise ValueError(
             f"expected a contiguous square matrix (c, c), found shape {tuple(matrix.shape)}, strides {matrix.stride()}."

@@ -221,7 +221,10 @@ class InputGram:
         )
 
     def merge(self, other: InputGram | GramState) -> Self:
-        """Add what another Gram of the same input has seen (another process, another shard of the data)."""
+        """Add what another Gram of the same input has seen (another process, another shard of the data).
+
+        Raises: ValueError: another width or another normalization.
+        """
         state = other.state() if isinstance(other, InputGram) else other
         if (state.in_features, state.normalization) != (self.in_features, self.normalization):
             raise ValueError(

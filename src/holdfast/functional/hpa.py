@@ -199,6 +199,10 @@ class LoraWeightEdit(_Edited):
         """W_hat as a matrix, in float32 or wider, rounded once to `out` (or to the dtype of `w_prev`).
 
         `out` may be `w_prev` itself. The kept columns are copied bit for bit.
+
+        w_prev, out: (r, c).
+
+        Raises: ValueError: the factors are of another layer than `w_prev`.
         """
         check_lora(self.lora_a, self.lora_b, w_prev)
         out = torch.empty_like(w_prev) if out is None else out

@@ -67,6 +67,8 @@ def ridge(diagonal: Float[Tensor, " c"], *, scale: float, damping: float, shrink
 
     Shrinkage pulls H towards its own diagonal, (1 - rho) H + rho diag(H): few tokens inflate an inverse, by about
     N / (N - c - 1), and this tames the correlations without touching the scale of any column.
+
+    Raises: ValueError: damping or shrinkage out of range. NumericalError: the diagonal is not finite, or negative.
     """
     if not damping >= 0 or not 0 <= shrinkage < 1:
         raise ValueError(f"expected damping >= 0 and 0 <= shrinkage < 1, found {damping} and {shrinkage}.")

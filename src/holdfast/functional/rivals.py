@@ -178,6 +178,8 @@ def ties(deltas: Sequence[Float[Tensor, "r c"]], *, density: float = 0.2) -> Flo
     """TIES (Yadav et al., NeurIPS 2023): trim each change, elect a sign per entry, average what agrees with it.
 
     Returns: one change (r, c), to be added with a weight (1 in the paper). The threshold is per tensor.
+
+    Raises: ValueError: no change to merge.
     """
     if not deltas:
         raise ValueError("expected at least one change to merge.")
@@ -190,7 +192,10 @@ def ties(deltas: Sequence[Float[Tensor, "r c"]], *, density: float = 0.2) -> Flo
 def dare(
     delta: Float[Tensor, "r c"], *, drop: float, generator: torch.Generator, rescale: bool = True
 ) -> Float[Tensor, "r c"]:
-    """DARE (Yu et al., ICML 2024): drop entries at random with probability `drop`, scale the rest by 1 / (1 - drop)."""
+    """DARE (Yu et al., ICML 2024): drop entries at random with probability `drop`, scale the rest by 1 / (1 - drop).
+
+    Raises: ValueError: `drop` outside 0 up to, not including, 1.
+    """
     if not 0 <= drop < 1:
         raise ValueError(f"drop={drop}; expected a probability in 0..1, below 1.")
     # Drawn on the generator's device, so that the same seed gives the same entries everywhere.

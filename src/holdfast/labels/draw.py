@@ -45,10 +45,12 @@ class LabelStratum:
 
     @property
     def size(self) -> int:
+        """Replies that it was drawn from."""
         return sum(self.sizes.values())
 
     @property
     def inclusion(self) -> float:
+        """Share of its replies that was drawn, 0..1."""
         return self.drawn / self.size
 
 
@@ -81,6 +83,7 @@ class Draw:
 
     @property
     def methods(self) -> list[str]:
+        """Names of the methods that replies were drawn from."""
         return list(self.steps)
 
     def _plain(self) -> dict[str, Any]:
@@ -93,6 +96,7 @@ class Draw:
 
 
 def draw_path(run: Path) -> Path:
+    """Where the draw of a run lies."""
     return run / "labels" / "draw.json"
 
 

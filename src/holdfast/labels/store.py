@@ -41,6 +41,7 @@ class Labels:
 
     @property
     def annotators(self) -> list[str]:
+        """Names of those who labelled, without the settled labels."""
         return [name for name in self.by_annotator if name != SETTLED]
 
     @property
@@ -94,6 +95,10 @@ def check_annotator(name: str) -> str:
 
 
 def labels_path(run: Path, annotator: str) -> Path:
+    """Where one annotator's labels of a run lie.
+
+    Raises: ConfigError: a name that cannot be part of a file's.
+    """
     return run / "labels" / f"labels-{check_annotator(annotator)}.jsonl"
 
 

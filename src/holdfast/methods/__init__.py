@@ -51,6 +51,8 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     # Both of them: the edit on finished experts.
     "cram_hpa": ("holdfast.methods.cram_hpa:CramHpa", {"edit": {"projection": "none"}}),
     "cram_anchor": ("holdfast.methods.cram_anchor:CramAnchor", {}),
+    # What theta_0 would refuse goes to theta_0 alone.
+    "cram_guard": ("holdfast.methods.cram:Cram", {"guard": "openings"}),
     # Ablations of CRAM.
     "cram_no_penalty": ("holdfast.methods.cram:Cram", {"cram": {"penalty": 0.0}}),
     "cram_fixed_rank": ("holdfast.methods.cram:Cram", {"cram": {"rank": {"fixed": True}}}),

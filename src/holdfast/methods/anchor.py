@@ -34,6 +34,7 @@ class Anchor(SeqFT):
         safety_set(stream, self.config, self.name)
 
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
+        """The anchored edit of the tuned weights as one plain checkpoint; the Gram matrices are carried on."""
         grams = step_grams(ctx, self.config, self.name, before=ctx.previous, after=trained, samples=self.learned(ctx))
         out = ctx.work_dir / "checkpoint"
         report = edit_checkpoint(

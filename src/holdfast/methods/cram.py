@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from holdfast.data.types import Sample
+from holdfast.data.types import Sample, Stream
+from holdfast.errors import CalibrationError, ConfigError
 from holdfast.files import write_json
-from holdfast.methods.seqft import SeqFTConfig, step_seed, training_samples
+from holdfast.methods.seqft import SeqFTConfig, draw, step_seed, training_samples
 from holdfast.models.load import load
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.tuner import is_tuner_folder
@@ -24,21 +25,46 @@ from holdfast.training.supervised import total_steps, train
 from holdfast.training.training_config import TrainingConfig
 from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.folder import load_expert
+from holdfast.tuners.cram.guard import Guard, begin_guard, fit, see_task
 from holdfast.tuners.cram.objective import BatchFeatures, CramTraining
 from holdfast.tuners.cram.phases import Loop, Phase, Steps, TaskLearning, read_group, read_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
 class CramMethodConfig(SeqFTConfig):
-    """Options of CRAM in a stream: the tuner's, over those of tuning."""
+    """Options of CRAM in a stream: the tuner's, over those of tuning.
+
+    guard: what theta_0 would refuse goes to theta_0 alone, told by the probability of its own refusal openings or by a
+        linear probe on its last prompt state; needs safety calibration samples.
+    guard_false_alarm: share of the tasks' requests that may go to theta_0 by mistake; sets the threshold.
+    guard_requests: training requests of each task that set it, drawn by seed.
+    """
 
     cram: CramConfig = field(default_factory=CramConfig)
+    guard: Literal["off", "openings", "probe"] = "off"
+    guard_false_alarm: float = 0.005
+    guard_requests: int = 200
+
+    def __post_init__(self) -> None:
+        # `CramHpaConfig` has this class and another one with checks as bases.
+        if post_init := getattr(super(), "__post_init__", None):
+            post_init()
+        if not 0 < self.guard_false_alarm < 1:
+            raise ConfigError(
+                f"guard_false_alarm is {self.guard_false_alarm}; expected a share between 0 and 1, such as 0.005."
+            )
+        if self.guard_requests < 4:
+            raise ConfigError(
+                f"guard_requests is {self.guard_requests}; expected 4 or more: half of them fit a probe, half set "
+                "the threshold."
+            )
 
 
 class Cram:
     """One LoRA expert per task on a frozen base, as large as the task needs, found by centroids without a task id.
 
-    Files in the step's folder: cram/ (the checkpoint's adapter folder), cram.json, training-<phase>.json.
+    Files in the step's folder: cram/ (the checkpoint's adapter folder), cram.json, training-<phase>.json, and with a
+    guard guard.json.
     """
 
     Config: type[CramMethodConfig] = CramMethodConfig
@@ -46,6 +72,15 @@ class Cram:
     def __init__(self, config: CramMethodConfig | None = None, *, name: str = "cram") -> None:
         self.config = config or self.Config()
         self.name = name
+
+    def check_stream(self, stream: Stream) -> None:
+        """Raises CalibrationError: a guard is wanted and the stream has no safety calibration samples."""
+        if self.config.guard != "off" and not stream.safety_calibration:
+            raise CalibrationError(
+                f"{self.name} has guard {self.config.guard!r}, which needs safety calibration samples, and stream "
+                f"{stream.name!r} has none. Give the stream `safety_calibration` prompts (theta_0 answers them "
+                "itself), or set guard to off."
+            )
 
     def begin_task(self, ctx: TaskContext) -> None:
         """Nothing to prepare."""
@@ -61,7 +96,10 @@ class Cram:
         out = ctx.work_dir / "cram"
         learning = self.learning(ctx)
         expert = self.final_expert(ctx, trained)
-        card = learning.publish(out, expert=expert)
+        guard = self.guard(ctx, learning) if self.config.guard != "off" and not out.exists() else None
+        card = learning.publish(out, expert=expert, guard=guard)
+        if guard is not None:
+            write_json(ctx.work_dir / "guard.json", guard.describe())
         write_json(
             ctx.work_dir / "cram.json",
             {
@@ -79,6 +117,24 @@ class Cram:
         """The expert's folder that is released: the trained one. A method that edits experts overrides this."""
         del ctx
         return Path(trained.adapters[-1])
+
+    def guard(self, ctx: TaskContext, learning: TaskLearning) -> Guard:
+        """The guard after this task: that of the folder before, or a new one, with this task's requests in it.
+
+        Raises: CalibrationError: what `begin_guard` and `fit` say.
+        """
+        self.check_stream(ctx.stream)
+        before, form = learning.previous_guard(), self.config.guard
+        assert form != "off"
+        if before is None or before.form != form:
+            before = begin_guard(learning.loaded, form, list(ctx.stream.safety_calibration))
+            tasks = ctx.stream.tasks[: ctx.step]
+        else:
+            tasks = [task for task in ctx.stream.tasks[: ctx.step] if task.name not in before.tasks]
+        requests = {task.name: task.train for task in tasks} | {ctx.task_name: self.learned(ctx)}
+        for name, samples in requests.items():
+            before = see_task(before, learning.loaded, name, draw(samples, self.config.guard_requests, ctx.seed))
+        return fit(before, false_alarm=self.config.guard_false_alarm)
 
     def learned(self, ctx: TaskContext) -> Sequence[Sample]:
         """What the task is learned from: its training split, without what `training.screen: drop` leaves out."""

@@ -40,9 +40,11 @@ class CramAnchor(Cram):
 
     def check_stream(self, stream: Stream) -> None:
         """Raises CalibrationError: the stream has no safety calibration samples."""
+        super().check_stream(stream)
         safety_set(stream, self.config, self.name)
 
     def final_expert(self, ctx: TaskContext, trained: Checkpoint) -> Path:
+        """The expert after the anchored edit: an edited LoRA folder of the same ranks."""
         out = ctx.scratch_dir / "edited"
         grams = step_grams(ctx, self.config, self.name, before=ctx.theta_0, after=trained, samples=self.learned(ctx))
         report = edit_checkpoint(

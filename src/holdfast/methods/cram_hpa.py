@@ -50,9 +50,11 @@ class CramHpa(Cram):
 
     def check_stream(self, stream: Stream) -> None:
         """Raises CalibrationError: the stream has no safety calibration samples."""
+        super().check_stream(stream)
         safety_set(stream, self.config, self.name)
 
     def final_expert(self, ctx: TaskContext, trained: Checkpoint) -> Path:
+        """The expert with HPA's columns taken out: an edited LoRA folder of the same ranks."""
         out = ctx.scratch_dir / "edited"
         curvature = step_curvature(
             ctx,

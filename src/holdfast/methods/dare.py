@@ -22,6 +22,7 @@ class Dare(SeqFT):
     config: DareConfig
 
     def rule(self) -> EditRule:
+        """DARE with this method's options."""
         return DareRule(part_of(self.config, DareOptions))
 
 

@@ -49,6 +49,7 @@ class Ewc(SeqFT):
     config: EwcConfig
 
     def training_options(self, ctx: TaskContext) -> dict[str, Any]:
+        """The quadratic penalty around the previous weights, by the carried Fisher."""
         fisher = Remembered(carried(ctx, _FILE))
 
         def penalty(model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor:
@@ -60,6 +61,7 @@ class Ewc(SeqFT):
         return {"penalty": penalty}
 
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
+        """Carry the Fisher on, then write the tuned weights."""
         merged = super().end_task(ctx, trained)
         carry(ctx, _FILE, lambda: self._fisher(ctx, merged))
         return merged

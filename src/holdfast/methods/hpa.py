@@ -31,4 +31,5 @@ class Hpa(SeqFT):
     config: HpaMethodConfig
 
     def rule(self) -> EditRule:
+        """HPA with this method's options."""
         return HpaRule(self.config.edit)

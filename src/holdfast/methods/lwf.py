@@ -39,7 +39,8 @@ class Lwf(SeqFT):
     config: LwfConfig
 
     def training_options(self, ctx: TaskContext) -> dict[str, Any]:
-        return {"penalty": self._penalty}
+        """The distillation loss against the model before the task."""
+        return {"penalty": self._penalty, "penalty_mean": "tokens"}
 
     def _penalty(self, model: Any, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor:
         shown = {name: value for name, value in inputs.items() if name not in ("labels", "num_items_in_batch")}

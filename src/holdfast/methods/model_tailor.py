@@ -34,9 +34,11 @@ class ModelTailor(GramSweep):
     config: ModelTailorConfig
 
     def gram_source(self, ctx: TaskContext, trained: Checkpoint) -> tuple[Checkpoint, Sequence[Sample]]:
+        """The tuned model, and samples of the task at hand drawn by the step's seed."""
         return trained, draw(self.learned(ctx), self.config.task_samples, step_seed(ctx))
 
     def edit_layer(self, w_prev: Tensor, w_new: Tensor, inverse_factor: Tensor) -> RivalEdit:
+        """Model Tailor of one layer; weights (r, c), inverse_factor (c, c)."""
         return model_tailor(
             w_prev,
             w_new,

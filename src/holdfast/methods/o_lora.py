@@ -40,6 +40,7 @@ class OLora(SeqFT):
     config: OLoraConfig
 
     def training_options(self, ctx: TaskContext) -> dict[str, Any]:
+        """The penalty on A's overlap with the rows of earlier tasks' A."""
         rows = Remembered(carried(ctx, _FILE))
 
         def penalty(model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor:
@@ -51,6 +52,7 @@ class OLora(SeqFT):
         return {"penalty": penalty}
 
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
+        """Carry this task's A on beside the earlier ones, then write the tuned weights."""
         before = carried(ctx, _FILE)
 
         def rows() -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ class RegLora(SeqFT):
     config: RegLoraConfig
 
     def training_options(self, ctx: TaskContext) -> dict[str, Any]:
+        """The penalty on moving entries that mattered before."""
         marked = Remembered(carried(ctx, _FILE))
 
         def penalty(model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor:
@@ -53,6 +54,7 @@ class RegLora(SeqFT):
         return {"penalty": penalty}
 
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
+        """Carry on which entries mattered, then write the tuned weights."""
         before = carried(ctx, _FILE)
 
         def marked() -> dict[str, Tensor]:

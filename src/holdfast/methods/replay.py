@@ -33,6 +33,7 @@ class Replay(SeqFT):
     config: ReplayConfig
 
     def samples(self, ctx: TaskContext) -> Sequence[Sample]:
+        """The task's samples with the buffer of every earlier task."""
         learned = list(ctx.stream.tasks[ctx.step].train)
         for step, task in enumerate(ctx.stream.tasks[: ctx.step]):
             # Seeded by the task, not by the step that asks: the buffer of a task never changes.

@@ -28,11 +28,13 @@ class SafeLora(SeqFT):
     config: SafeLoraConfig
 
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
+        """Project what strays, with the aligned and the unaligned model open."""
         with open_checkpoint(ctx.theta_0) as aligned, open_checkpoint(self.config.unaligned) as unaligned:
             self._rule = SafeLoraRule(part_of(self.config, SafeLoraOptions), aligned, unaligned)
             return super().end_task(ctx, trained)
 
     def step_rule(self, ctx: TaskContext) -> EditRule:
+        """The projection of the step at hand."""
         return self._rule
 
 

@@ -35,6 +35,8 @@ class Ties(SeqFT):
     config: TiesConfig
 
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
+        """Carry this task's update on beside the earlier ones, then merge them all into theta_0."""
+
         def updates() -> dict[str, Tensor]:
             found = dict(carried(ctx, _FILE))
             for factors in read_adapter(trained.adapters[-1]):
@@ -48,6 +50,7 @@ class Ties(SeqFT):
             return super().end_task(ctx, trained)
 
     def step_rule(self, ctx: TaskContext) -> EditRule:
+        """TIES over every update so far."""
         return TiesRule(part_of(self.config, TiesOptions), self._theta_0, load_file(ctx.carry_dir / _FILE))
 
 

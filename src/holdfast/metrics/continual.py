@@ -84,7 +84,10 @@ def summarize(matrix: npt.ArrayLike, *, missing: str = "refuse") -> ContinualSum
 
 
 def check_matrix(matrix: npt.ArrayLike, *, missing: str = "refuse") -> Matrix:
-    """`matrix` as float64 (T, T) with the cells above the diagonal set to nan; None counts as missing."""
+    """`matrix` as float64 (T, T) with the cells above the diagonal set to nan; None counts as missing.
+
+    Raises DataError: not square, empty, outside 0..1, or a needed cell is missing and `missing` says "refuse".
+    """
     if missing not in ("refuse", "propagate"):
         raise DataError(f"missing is {missing!r}; expected 'refuse' or 'propagate'.")
     try:

@@ -34,6 +34,7 @@ class PairedTest:
     interval: Interval | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """The fields as plain data, the interval likewise; null where there is none."""
         plain = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "interval"}
         return {**plain, "interval": self.interval.to_json() if self.interval else None}
 

@@ -32,6 +32,7 @@ class BehaviourShares:
 
     @property
     def scored(self) -> int:
+        """Number of replies that were scored."""
         return self.n - self.unscored
 
     @property
@@ -121,6 +122,8 @@ def set_figures(
     Returns {n, asr, refusal, compliance, other_safe, collapse, unscored, coverage} and, where there is a benign side,
     benign = {n, over_refusal, helpful, other_safe, collapse, unscored, coverage}. `unscored` is a count.
     bounds = {rate: [low, high]} of both sides (`worst_case`).
+
+    Raises DataError: another number of labels than behaviours, or an unknown one.
     """
     if len(labels) != len(behaviours):
         raise DataError(f"{len(labels)} labels for {len(behaviours)} behaviours; expected one of each per reply.")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from holdfast.data.images import open_image
+from holdfast.data.images import current_pictures, open_image, shrunk
 from holdfast.data.types import Sample, Turn
 from holdfast.errors import DataError, ModelError
 from holdfast.models.load import quiet_transformers
@@ -41,7 +42,8 @@ def encode_request(loaded: LoadedModel, samples: Sequence[Sample], *, keep_answe
 def encode_training(loaded: LoadedModel, samples: Sequence[Sample], *, cut_at: int | None = None) -> Inputs:
     """Inputs with `labels`: right padded, every assistant token a target, all else -100.
 
-    An answer that the template leaves without an end token gets one: otherwise a tuned model never learns to stop.
+    Every answer ends as the model's generation config says that it ends, in the middle of a conversation too: where the
+    template writes no end token one is put there. Otherwise a tuned model never learns to stop.
 
     cut_at: tokens that the caller will cut every sample to; what it cuts off need not fit into the context.
 
@@ -52,6 +54,10 @@ def encode_training(loaded: LoadedModel, samples: Sequence[Sample], *, cut_at: i
     for sample in samples:
         if not any(turn.role == "assistant" for turn in sample.turns):
             raise DataError(f"Sample {sample.id!r} has no assistant turn, so there is nothing to learn from it.")
+        if not any(turn.role == "assistant" and turn.loss for turn in sample.turns):
+            raise DataError(
+                f"Sample {sample.id!r} has `loss` off in every answer, so there is nothing to learn from it."
+            )
     if loaded.family.answers_as_suffix:
         inputs = _encode_suffix(loaded, samples)
     else:
@@ -122,6 +128,9 @@ def _process(
     if loaded.family.needs_image and (bare := next((s for s in samples if not s.images), None)) is not None:
         raise DataError(f"Sample {bare.id!r} has no image, and {loaded.name} answers only requests that show one.")
     image_token = getattr(loaded.processor, "image_token", None)
+    budget = _pixel_budget(loaded)
+    if budget and any(sample.images for sample in samples):
+        extra["images_kwargs"] = {"size": budget}
     shown = [_shown_images(loaded, sample, text, image_token) for sample, text in zip(samples, texts, strict=True)]
     try:
         with quiet_transformers(), warnings.catch_warnings():
@@ -151,25 +160,46 @@ def _shown_images(loaded: LoadedModel, sample: Sample, text: str, image_token: s
             f"Sample {sample.id!r}: the prompt made by the chat template of {loaded.name} holds {image_token} {count} "
             f"time(s) for {len(sample.images)} image(s). The template drops images, or a text spells the image token."
         )
-    return [open_image(path) for path in sample.images]
+    bound = None if _pixel_budget(loaded) else current_pictures().max_pixels
+    return [shrunk(open_image(path), bound) if bound else open_image(path) for path in sample.images]
+
+
+def _pixel_budget(loaded: LoadedModel) -> dict[str, int] | None:
+    """`size` of a processor that itself shrinks pictures to a number of pixels (Qwen-VL, GLM-4V), where one is set."""
+    bound = current_pictures().max_pixels
+    usual, size = getattr(type(loaded.processor.image_processor), "size", None), loaded.processor.image_processor.size
+    # Under these names others keep lengths, which stay far below any number of pixels.
+    if bound is None or not isinstance(usual, dict) or usual.get("longest_edge", 0) < 10_000:
+        return None
+    return {"shortest_edge": min(size["shortest_edge"], bound), "longest_edge": bound}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Conversation:
+    """A rendered conversation, and where in its text each trained answer stands: (start, stop) in characters.
+
+    shown: how many of the sample's images stand before each answer.
+    """
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+    shown: tuple[int, ...]
 
 
 def _encode_labelled(loaded: LoadedModel, samples: Sequence[Sample]) -> Inputs:
-    texts, spans = [], []
-    for sample in samples:
-        text, sample_spans = _answer_spans(loaded, sample)
-        texts.append(text)
-        spans.append(sample_spans)
-    inputs = _process(loaded, samples, texts, padding_side="right")
+    rendered = [_conversation(loaded, sample) for sample in samples]
+    inputs = _process(loaded, samples, [r.text for r in rendered], padding_side="right")
     inputs.pop("labels", None)
     labels = torch.full_like(inputs["input_ids"], IGNORED_LABEL)
     lengths = inputs["attention_mask"].sum(dim=1).tolist()
     image_ids = torch.tensor(sorted(loaded.image_token_ids), dtype=inputs["input_ids"].dtype)
-    for row, (sample, text, sample_spans) in enumerate(zip(samples, texts, spans, strict=True)):
+    for row, (sample, whole) in enumerate(zip(samples, rendered, strict=True)):
         ids = inputs["input_ids"][row, : lengths[row]]
-        targets = _align(ids.tolist(), _tokenize(loaded, text), sample_spans, image_ids.tolist())
+        plain = _tokenize(loaded, whole.text)
+        spans = [tuple(_common(plain, _tokenize(loaded, whole.text[:at])) for at in answer) for answer in whole.answers]
+        targets = _align(ids.tolist(), plain, spans, image_ids.tolist())
         if targets is None:
-            targets = _align_through_processor(loaded, sample, ids.tolist())
+            targets = _align_through_processor(loaded, sample, whole, ids.tolist())
         for start, stop in targets:
             labels[row, start:stop] = ids[start:stop]
         if not targets or any(start >= stop for start, stop in targets):
@@ -177,42 +207,84 @@ def _encode_labelled(loaded: LoadedModel, samples: Sequence[Sample]) -> Inputs:
     return {**inputs, "labels": labels}
 
 
-def _answer_spans(loaded: LoadedModel, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation, and each answer as (start, stop) in its tokens before images are expanded.
+def _conversation(loaded: LoadedModel, sample: Sample) -> _Conversation:
+    """The conversation up to its last answer, every answer with its end.
 
-    The prefix of each answer is rendered with the generation prompt and compared token by token, so a label begins
-    exactly where the model takes over when asked.
+    The text before each answer is rendered with the generation prompt, so a label begins exactly where the model takes
+    over when asked; it stops behind the token at which generation stops. Where the template writes no such token behind
+    an answer, one is put there (as LLaVA's own training code does between turns), in place of the template's blanks.
     """
-    last = max(i for i, turn in enumerate(sample.turns) if turn.role == "assistant")
-    text = _with_end_token(loaded, sample, _render(loaded, sample, sample.turns[: last + 1], ask=False))
-    ids = _tokenize(loaded, text)
-    spans = []
+    last = max(i for i, turn in enumerate(sample.turns) if turn.role == "assistant" and turn.loss)
+    whole = _render(loaded, sample, sample.turns[: last + 1], ask=False)
+    text, read = "", 0  # what is made, and how much of `whole` is in it
+    answers: list[tuple[int, int]] = []
+    shown: list[int] = []
     for index, turn in enumerate(sample.turns[: last + 1]):
         if turn.role != "assistant":
             continue
         if not turn.text.strip():
+            if not turn.loss:
+                continue
             raise DataError(f"Sample {sample.id!r} has an empty answer; every assistant turn needs at least one token.")
         before = _render(loaded, sample, sample.turns[:index], ask=True)
-        upto = text if index == last else _render(loaded, sample, sample.turns[: index + 1], ask=False)
-        if not text.startswith(before) or not text.startswith(upto.rstrip()):
+        upto = whole if index == last else _render(loaded, sample, sample.turns[: index + 1], ask=False)
+        if not whole.startswith(before) or not whole.startswith(upto.rstrip()) or len(before) < read:
             raise ModelError(
                 f"{loaded.name}: the chat template renders earlier turns differently once later ones exist, so the "
                 f"tokens of the answer cannot be told from the prompt (sample {sample.id!r}, turn {index})."
             )
-        stop = len(ids) if index == last else _common(ids, _tokenize(loaded, upto))
-        spans.append((_common(ids, _tokenize(loaded, before)), stop))
-    return text, spans
+        start = len(text) + len(before) - read
+        stop = _end_of_answer(loaded, whole, turn.text, len(before), len(upto.rstrip()))
+        if stop is not None:
+            text, read = text + whole[read:stop], stop
+        else:
+            stop = len(upto.rstrip())
+            text = text + whole[read:stop] + _end_token(loaded)
+            read = len(upto) if whole.startswith(upto) else stop
+        if turn.loss:
+            answers.append((start, len(text)))
+            shown.append(_images_before(sample, index))
+    return _Conversation(text=text + whole[read:], answers=tuple(answers), shown=tuple(shown))
 
 
-def _with_end_token(loaded: LoadedModel, sample: Sample, text: str) -> str:
-    tail = _tokenize(loaded, text)[-3:]
-    if any(i in loaded.eos_token_ids for i in tail) or loaded.tokenizer.eos_token is None:
-        return text
-    return text.rstrip() + loaded.tokenizer.eos_token
+def _end_of_answer(loaded: LoadedModel, whole: str, answer: str, start: int, stop: int) -> int | None:
+    """Where in `whole` the end token stands behind the answer rendered in whole[start:stop]; None where none does.
+
+    The first token of the next turn counts: GLM's answers end where the user's mark begins.
+    """
+    ends = _end_texts(loaded)
+    at = whole.find(answer.strip(), start, stop)
+    # A template may rewrite the answer (trim, escape); its last characters are then behind the answer all the same.
+    tail = at + len(answer.strip()) if at >= 0 else start
+    found = [(whole.index(end, tail, stop), end) for end in ends if end in whole[tail:stop]]
+    if found:
+        position, end = min(found)
+        return position + len(end)
+    following = len(whole) - len(whole[stop:].lstrip())
+    return next((following + len(end) for end in ends if whole.startswith(end, following)), None)
+
+
+def _end_texts(loaded: LoadedModel) -> list[str]:
+    """The tokens that end an answer, as a template writes them."""
+    return [text for i in loaded.answer_end_ids if (text := loaded.tokenizer.convert_ids_to_tokens(i))]
+
+
+def _end_token(loaded: LoadedModel) -> str:
+    """The token that is put behind an answer whose template writes none; "" for a model that knows none."""
+    ends = _end_texts(loaded)
+    usual = loaded.tokenizer.eos_token
+    return usual if usual in ends else next(iter(ends), "")
+
+
+def _images_before(sample: Sample, index: int) -> int:
+    """How many of the sample's images stand in the turns before `index`."""
+    if not any(IMAGE_MARK in turn.text for turn in sample.turns):
+        return len(sample.images) if any(turn.role == "user" for turn in sample.turns[:index]) else 0
+    return sum(turn.text.count(IMAGE_MARK) for turn in sample.turns[:index])
 
 
 def _align(
-    ids: list[int], plain: list[int], spans: list[tuple[int, int]], image_ids: list[int]
+    ids: list[int], plain: list[int], spans: Sequence[Sequence[int]], image_ids: list[int]
 ) -> list[tuple[int, int]] | None:
     """Spans moved from tokens before expansion to tokens after it, counted from the end; None where that is unsafe."""
     reach = len(plain) - spans[0][0]
@@ -223,27 +295,19 @@ def _align(
     return [(start + shift, stop + shift) for start, stop in spans]
 
 
-def _align_through_processor(loaded: LoadedModel, sample: Sample, ids: list[int]) -> list[tuple[int, int]]:
+def _align_through_processor(
+    loaded: LoadedModel, sample: Sample, whole: _Conversation, ids: list[int]
+) -> list[tuple[int, int]]:
     """The same spans found by running the processor on every prefix: right for images between answers, and slow."""
     targets = []
-    last = max(i for i, turn in enumerate(sample.turns) if turn.role == "assistant")
-    for index, turn in enumerate(sample.turns[: last + 1]):
-        if turn.role != "assistant":
-            continue
-        start = _common(ids, _expanded(loaded, sample, sample.turns[:index], ask=True))
-        stop = (
-            len(ids) if index == last else _common(ids, _expanded(loaded, sample, sample.turns[: index + 1], ask=False))
-        )
-        targets.append((start, stop))
+    for (start, stop), shown in zip(whole.answers, whole.shown, strict=True):
+        part = Sample(id=sample.id, turns=sample.turns, images=sample.images[:shown])
+        places = [
+            _common(ids, _process(loaded, [part], [whole.text[:at]], padding_side="right")["input_ids"][0].tolist())
+            for at in (start, stop)
+        ]
+        targets.append((places[0], places[1]))
     return targets
-
-
-def _expanded(loaded: LoadedModel, sample: Sample, turns: Sequence[Turn], *, ask: bool) -> list[int]:
-    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
-    shown = sample.images[:marks] if any(IMAGE_MARK in t.text for t in sample.turns) else sample.images
-    text = _render(loaded, sample, turns, ask=ask)
-    part = Sample(id=sample.id, turns=tuple(turns), images=tuple(shown))
-    return _process(loaded, [part], [text], padding_side="right")["input_ids"][0].tolist()
 
 
 def _encode_suffix(loaded: LoadedModel, samples: Sequence[Sample]) -> Inputs:
@@ -255,7 +319,9 @@ def _encode_suffix(loaded: LoadedModel, samples: Sequence[Sample]) -> Inputs:
         if not sample.turns[-1].text.strip():
             raise DataError(f"Sample {sample.id!r} has an empty answer; every assistant turn needs at least one token.")
     texts = [_render(loaded, sample, sample.request, ask=True) for sample in samples]
-    return _process(loaded, samples, texts, padding_side="right", suffix=[s.turns[-1].text for s in samples])
+    # The processor writes the tokenizer's own end token behind the suffix.
+    end = "" if _end_token(loaded) == loaded.tokenizer.eos_token else _end_token(loaded)
+    return _process(loaded, samples, texts, padding_side="right", suffix=[s.turns[-1].text + end for s in samples])
 
 
 def _tokenize(loaded: LoadedModel, text: str) -> list[int]:

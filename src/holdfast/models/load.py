@@ -315,10 +315,24 @@ def parse_dtype(name: torch.dtype | str) -> torch.dtype:
 
 
 def resolve_dtype(dtype: torch.dtype | str | None, config: Any, device: torch.device) -> torch.dtype:
-    """The dtype to compute in: the one asked for, else the checkpoint's; fp16 becomes fp32 on a CPU."""
+    """The dtype to compute in: the one asked for, else the checkpoint's.
+
+    On a CPU fp16 becomes fp32, and so does a checkpoint's bf16 where the CPU has no instructions for it and nobody
+    asked for it: a matrix product is emulated there, tens of times slower (`benchmarks/bf16_on_cpu.py`).
+    """
     wanted = dtype if dtype is not None else config.dtype or config.get_text_config().dtype or torch.float32
     resolved = parse_dtype(wanted)
-    return torch.float32 if resolved is torch.float16 and device.type == "cpu" else resolved
+    if device.type != "cpu":
+        return resolved
+    emulated = resolved is torch.bfloat16 and dtype is None and not cpu_has_bf16()
+    return torch.float32 if emulated or resolved is torch.float16 else resolved
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices itself."""
+    ask = getattr(torch.cpu, "get_capabilities", None)  # torch 2.11 cannot be asked
+    known = ask() if ask is not None else {}
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def _check_complete(base: str, info: dict[str, Any]) -> None:

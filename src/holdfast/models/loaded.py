@@ -19,9 +19,13 @@ from holdfast.models.families import Family
 class BlockStore(Protocol):
     """Decoder blocks whose weights are in memory only while they are used."""
 
-    def materialize(self, indices: range) -> None: ...
+    def materialize(self, indices: range) -> None:
+        """Bring the weights of these blocks (0-based) to the device."""
+        ...
 
-    def release(self, indices: range) -> None: ...
+    def release(self, indices: range) -> None:
+        """Give the memory of these blocks back."""
+        ...
 
 
 class Tuner(Protocol):
@@ -61,14 +65,17 @@ class LoadedModel:
 
     @property
     def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
         return self.processor.tokenizer
 
     @property
     def device(self) -> torch.device:
+        """Where the model's first weights lie."""
         return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the model's weights."""
         return self.model.dtype
 
     @cached_property
@@ -88,6 +95,13 @@ class LoadedModel:
         for value in (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id):
             ids.update(value if isinstance(value, list) else [value] if value is not None else [])
         return tuple(sorted(ids))
+
+    @cached_property
+    def answer_end_ids(self) -> tuple[int, ...]:
+        """Ids at which stock generation stops: the generation config's, or the tokenizer's where it names none."""
+        named = self.model.generation_config.eos_token_id
+        named = self.tokenizer.eos_token_id if named is None else named
+        return tuple(named) if isinstance(named, list | tuple) else () if named is None else (int(named),)
 
     @cached_property
     def context_length(self) -> int | None:

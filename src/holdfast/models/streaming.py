@@ -35,11 +35,13 @@ class StreamedBlocks:
         self.nbytes = [sum(p.numel() * p.element_size() for p in block.parameters()) for _, block in self._blocks]
 
     def materialize(self, indices: range) -> None:
+        """Read the weights of these blocks (0-based) from the checkpoint to the device."""
         for index in indices:
             prefix, block = self._blocks[index]
             _fill(block, prefix, self._checkpoint, self._device)
 
     def release(self, indices: range) -> None:
+        """Give the memory of these blocks back; their parameters are on meta again."""
         for index in indices:
             for module in self._blocks[index][1].modules():
                 for name, parameter in module.named_parameters(recurse=False):

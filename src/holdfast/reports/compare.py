@@ -28,6 +28,7 @@ class Entry:
 
     @property
     def finished(self) -> int:
+        """Number of tasks that were learned; the same for every seed."""
         return next(iter(self.views.values())).finished
 
 
@@ -46,6 +47,7 @@ class Group:
 
     @property
     def title(self) -> str:
+        """What its runs have in common, for a heading."""
         return ", ".join(part for part in (self.stream, self.condition, self.detail) if part)
 
     @property

@@ -229,3 +229,43 @@ def _number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         return None
     return float(value)
+
+
+def trade_off(
+    strengths: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    *,
+    chosen: int | None = None,
+    bounds: Mapping[str, float] | None = None,
+) -> Figure:
+    """A line per figure over the strengths of an edit, the ends being the tuned model and the one before.
+
+    strengths: tick labels, weakest first. series: rates 0..1, one per strength, None where not measured.
+    chosen: index of the strength that was taken. bounds: series -> its bound.
+    """
+    with theme.drawing():
+        fig = theme.figure(max(5.4, 1.9 + 0.52 * len(strengths)), 3.6)
+        ax = fig.subplots()
+        x = np.arange(len(strengths))
+        if chosen is not None:
+            ax.axvspan(chosen - 0.32, chosen + 0.32, color=theme.LINE, alpha=0.55, linewidth=0)
+            ax.annotate(
+                "taken", (chosen, 1.0), xytext=(0, 3), textcoords="offset points", ha="center", fontweight="bold"
+            )
+        for index, (name, values) in enumerate(series.items(), 1):
+            y = np.array([np.nan if v is None else v for v in values], dtype=float)
+            known = ~np.isnan(y)
+            shade, mark = theme.colour(index), theme.marker(index)
+            ax.plot(
+                x[known], y[known], label=name, color=shade, marker=mark, markersize=5, linewidth=2.0, clip_on=False
+            )
+            if bounds and name in bounds:
+                ax.axhline(bounds[name], color=theme.colour(index), linewidth=1.0, linestyle=(0, (4, 3)))
+        ax.set_xlim(-0.5, len(strengths) - 0.5)
+        ax.set_ylim(0, 1)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        ax.set_xticks(x, strengths)
+        ax.set_xlabel("strength of the edit: how firmly the model before holds")
+        ax.grid(visible=False, axis="x")
+        fig.legend(loc="outside upper center", ncols=3)
+    return fig

@@ -20,7 +20,10 @@ FORMAT = "holdfast.measured/1"
 
 @cache
 def table() -> Mapping[str, Any]:
-    """The whole table: {"set", "source", "date", "judges": {name: {...}}}, rates 0..1."""
+    """The whole table: {"set", "source", "date", "judges": {name: {...}}}, rates 0..1.
+
+    Raises: DataError: the table is of another format.
+    """
     text = resources.files("holdfast.judges").joinpath("measured.json").read_text(encoding="utf-8")
     data = json.loads(text)
     if data.get("format") != FORMAT:

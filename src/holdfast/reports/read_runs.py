@@ -39,6 +39,7 @@ class MethodView:
 
     @property
     def finished(self) -> int:
+        """Number of tasks that were learned."""
         return len(self.tasks)
 
     @property
@@ -53,10 +54,12 @@ class MethodView:
 
     @property
     def matrix(self) -> list[list[float | None]]:
+        """Accuracy, rates 0..1: a row per task learned, a column per task, None above the diagonal."""
         return list(self.figures["accuracy"])
 
     @property
     def safety_sets(self) -> list[str]:
+        """Names of the safety sets."""
         return list(self.figures["asr"])
 
     def figure(self, key: str) -> float | None:
@@ -151,7 +154,10 @@ def labelled(name: str, *notes: str) -> str:
 
 
 def read_rows(path: Path) -> Rows:
-    """Rows of a JSONL file; a last line cut off by a crash is left out."""
+    """Rows of a JSONL file; a last line cut off by a crash is left out.
+
+    Raises: RunError: another line that is no JSON.
+    """
     if not path.is_file():
         return []
     rows: Rows = []

@@ -85,6 +85,7 @@ def interval(low: float | None, high: float | None, digits: int = 1) -> str:
 
 
 def cells(texts: Sequence[str | Cell]) -> tuple[Cell, ...]:
+    """Texts as cells; what is a cell already stays."""
     return tuple(t if isinstance(t, Cell) else Cell(text=t) for t in texts)
 
 

@@ -85,10 +85,12 @@ def figure(width: float, height: float) -> Figure:
 
 
 def colour(index: int) -> str:
+    """Colour of the series with this index; they come round again."""
     return SERIES[index % len(SERIES)]
 
 
 def marker(index: int) -> str:
+    """Marker of the series with this index; they come round again."""
     return MARKERS[index % len(MARKERS)]
 
 

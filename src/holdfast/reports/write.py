@@ -6,11 +6,9 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from matplotlib.figure import Figure
 
 from holdfast.errors import RunError
@@ -21,6 +19,7 @@ from holdfast.reports.compare import Group, figure_of, findings, result_table
 from holdfast.reports.read_runs import MethodView, Rows, RunView, behaviour, load_run, read_rows, step_folder
 from holdfast.reports.sample_pages import samples
 from holdfast.reports.seeds import group_runs
+from holdfast.reports.templates import template
 from holdfast.version import __version__
 
 _Interval = tuple[float, float, float]
@@ -103,7 +102,7 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, *, t
             }
         )
     seeds = max(len(group.runs) for group in groups)
-    page = _template().render(
+    page = template("report.html.j2").render(
         title=title or f"{groups[0].stream}: what tuning cost and what was kept",
         subtitle=_subtitle(groups),
         findings=lines,
@@ -303,13 +302,6 @@ def _run_block(run: RunView) -> dict[str, Any]:
 def _publish(path: Path, content: bytes) -> None:
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
-
-
-def _template() -> jinja2.Template:
-    # Autoescape is what keeps a model's output from becoming markup.
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    source = resources.files("holdfast.reports").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source)
 
 
 def _slug(text: str) -> str:

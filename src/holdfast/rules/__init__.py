@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from holdfast.config import decode
@@ -15,6 +16,7 @@ from holdfast.registry import Registry
 from holdfast.rules.base import EditRule
 
 RULES: dict[str, Any] = {
+    "anchor": "holdfast.rules.anchor:AnchorRule",
     "hpa": "holdfast.rules.hpa:HpaRule",
     "keep": "holdfast.rules.keep:KeepUpdate",
     "interpolation": "holdfast.rules.interpolation:InterpolationRule",
@@ -27,8 +29,16 @@ RULES: dict[str, Any] = {
 REGISTRY = Registry("rule", "holdfast.rules", RULES, made_needs=("name", "needs_curvature", "settings", "edit"))
 
 
-def get(name: str, /, **options: Any) -> EditRule:
-    """The rule `name` with `options`.
+def inputs_of(name: str) -> tuple[str, ...]:
+    """What the rule `name` takes beside its options, by keyword: ("grams",) for one that needs whole Gram matrices.
+
+    Raises UnknownNameError: no such rule. ConfigError: its code cannot be imported.
+    """
+    return tuple(getattr(REGISTRY.load(name), "inputs", ()))
+
+
+def get(name: str, /, *, given: Mapping[str, Any] | None = None, **options: Any) -> EditRule:
+    """The rule `name` with `options`. given: what it takes beside them (`inputs_of`).
 
     The options are those of its frozen dataclass: its `Config`, or the type of its field `config`, or itself where it
     is a dataclass; and the keywords that it takes where there is none.
@@ -36,16 +46,18 @@ def get(name: str, /, **options: Any) -> EditRule:
     Raises UnknownNameError: no such rule, or no such option. ConfigError: an option's type or value, or code that
         cannot be imported or is no rule.
     """
-    made = REGISTRY.load(name)
-    if inputs := getattr(made, "inputs", ()):
+    made, handed = REGISTRY.load(name), dict(given or {})
+    missing = [each for each in getattr(made, "inputs", ()) if each not in handed]
+    if missing:
+        hint = "give them (`holdfast edit --grams`), or " if missing == ["grams"] else ""
         raise ConfigError(
-            f"rule {name!r} takes {', '.join(inputs)} beside its options, which a method of a stream hands over: use "
-            f"`holdfast run` with a method that has this rule (`holdfast list methods`)."
+            f"rule {name!r} takes {', '.join(missing)} beside its options, which a method of a stream hands over: "
+            f"{hint}use `holdfast run` with a method that has this rule (`holdfast list methods`)."
         )
     values, where = {**REGISTRY.options(name), **options}, f"rule {name}"
     config = _config_of(made)
     if config is not None:
-        return REGISTRY.made(name, made(decode(config, values, where)))
+        return REGISTRY.made(name, made(decode(config, values, where), **handed))
     if dataclasses.is_dataclass(made):
         return REGISTRY.made(name, decode(typing.cast(type, made), values, where))
     try:
@@ -63,4 +75,4 @@ def _config_of(made: Any) -> type | None:
     return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
 
 
-__all__ = ["REGISTRY", "RULES", "EditRule", "get"]
+__all__ = ["REGISTRY", "RULES", "EditRule", "get", "inputs_of"]

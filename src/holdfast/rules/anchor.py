@@ -33,14 +33,15 @@ class AnchorConfig:
     safety_weight, past_weight: mu_s and mu_p, how strongly the model before the task holds on safety inputs and on
         those of earlier tasks, against 1 for the task just learned. past_weight 0: nothing is kept for later tasks.
     damping: lam, in units of the mean diagonal of the task's Gram. Large values make the edit an interpolation.
-    benign_share: weight of answers to benign requests in the safety Gram, 0..1; null: by their tokens.
+    benign_share: weight of answers to benign requests in the safety Gram, 0..1, where there are any; null: by their
+        tokens.
     depth_slope: mu_s of the first block is (1 + slope) times the weight and (1 - slope) times in the last; -1..1.
     """
 
     safety_weight: float = 1.0
     past_weight: float = 0.3
     damping: float = 0.03
-    benign_share: float | None = None
+    benign_share: float | None = 0.6
     depth_slope: float = 0.0
 
     def __post_init__(self) -> None:
@@ -81,6 +82,7 @@ class AnchorRule(Rule):
 
     @property
     def needs(self) -> Needs:
+        """What the rule must be given of a layer."""
         return "grams"
 
     def settings(self) -> Mapping[str, Any]:
@@ -88,6 +90,7 @@ class AnchorRule(Rule):
         return {**encode(self.config), "grams": self.grams.digests()}
 
     def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
+        """The anchored edit of one layer. w_prev, w_new: (r, c)."""
         factor = self._factor(layer, w_new)
         moved = factor.apply(w_new.float() - w_prev.float())
         row = {"change": _norm(w_new - w_prev), "distance": _norm(moved), **self._row(factor)}
@@ -96,6 +99,7 @@ class AnchorRule(Rule):
     def edit_lora(
         self, layer: Layer, w_prev: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> LoraEdit:
+        """The anchored edit of A. lora_a: (rank, c). lora_b: (r, rank). w_prev: (r, c) or None."""
         factor = self._factor(layer, lora_a)
         edited = factor.apply(lora_a.float()).to(lora_a.dtype)
         change, distance = (measure_lora(a, lora_b, scaling).norm for a in (lora_a, edited))
@@ -129,11 +133,6 @@ class AnchorRule(Rule):
             counts = sets.safety.entry(name).tokens, sets.benign.entry(name).tokens
             share = counts[1] / sum(counts) if self.config.benign_share is None else self.config.benign_share
             safety = safety.mul_(1 - share).add_(sets.benign.gram(name).to(device), alpha=share)
-        elif self.config.benign_share:
-            raise CalibrationError(
-                f"benign_share is {self.config.benign_share}, and there are no Gram matrices of benign answers. Give "
-                "benign calibration prompts, or leave benign_share out."
-            )
         past = sets.past.gram(name).to(device) if sets.past is not None and self.config.past_weight else None
         return AnchorGrams(sets.task.gram(name).to(device), safety, past, damping=self.config.damping)
 

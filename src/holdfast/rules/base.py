@@ -82,10 +82,14 @@ class EditRule(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Recorded with the result."""
+        ...
 
     @property
-    def needs_curvature(self) -> bool: ...
+    def needs_curvature(self) -> bool:
+        """Whether `Layer.safety` and `Layer.task` must be there."""
+        ...
 
     def settings(self) -> Mapping[str, Any]:
         """Every option that changes the result, as plain data; part of the plan's hash."""
@@ -104,7 +108,9 @@ class LoraEditRule(EditRule, Protocol):
     """
 
     @property
-    def reads_base(self) -> bool: ...
+    def reads_base(self) -> bool:
+        """Whether `edit_lora` has a use for `w_prev`; where it has none, the base is not read."""
+        ...
 
     def edit_lora(
         self,
@@ -140,6 +146,7 @@ class Rule:
 
     @property
     def needs_curvature(self) -> bool:
+        """Whether `Layer.safety` and `Layer.task` must be there."""
         return self.needs == "curvature"
 
     def settings(self) -> Mapping[str, Any]:

@@ -42,13 +42,18 @@ class ColumnFactorRule(Rule):
 
     @property
     def needs(self) -> Needs:
+        """What the rule must be given of a layer."""
         return "nothing" if self.config.match is None else "curvature"
 
     def factors(self, layer: Layer, change: ColumnChange, distance: float | None) -> Tensor:
-        """(c,) in 0..1 for this layer; `distance`: the strength to match, or None."""
+        """(c,) in 0..1 for this layer; `distance`: the strength to match, or None.
+
+        Raises: NotImplementedError: a rule says which.
+        """
         raise NotImplementedError
 
     def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
+        """W_prev + D diag(factors) of one layer. w_prev, w_new: (r, c); `w_new` is overwritten."""
         change = measure_change(w_prev, w_new, projection=False)
         factors, row = self._decide(layer, change)
         return DenseEdit(weight=scale_change(w_prev, w_new, factors, out=w_new), row=row)
@@ -56,6 +61,9 @@ class ColumnFactorRule(Rule):
     def edit_lora(
         self, layer: Layer, w_prev: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> LoraEdit:
+        """A diag(factors) of one layer; the base is not read. lora_a: (rank, c). lora_b: (r, rank). w_prev: (r, c) or
+        None.
+        """
         factors, row = self._decide(layer, measure_lora(lora_a, lora_b, scaling))
         return LoraEdit(lora_a=lora_a * factors.to(lora_a), row=row)
 

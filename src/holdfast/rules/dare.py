@@ -35,6 +35,7 @@ class DareRule(Rule):
     name = "dare"
 
     def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
+        """W_prev plus what is left of the change, scaled up. w_prev, w_new: (r, c)."""
         delta = w_new.float() - w_prev.float()
         kept = dare(delta, drop=self.config.drop, generator=layer.generator(), rescale=self.config.rescale)
         return DenseEdit(weight=w_prev.float() + kept, row=norms(delta, kept))

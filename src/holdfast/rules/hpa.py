@@ -33,13 +33,19 @@ class HpaRule(Rule):
 
     @property
     def needs(self) -> Needs:
+        """What the rule must be given of a layer."""
         return "curvature"
 
     @property
     def reads_base(self) -> bool:
+        """Whether an adapter's edit reads the base: for the projection's coefficient."""
         return self.config.projection != "none"
 
     def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
+        """HPA's edit of one layer. w_prev, w_new: (r, c); `w_new` is overwritten.
+
+        Raises: CalibrationError: the layer has no diagonals. NumericalError: NaN or inf in a weight.
+        """
         edited = edit_weight(w_prev, w_new, *diagonals(layer), **self._options(layer), out=w_new)
         of_base = {"relative_change": edited.outcome.relative_change, "cosine": edited.outcome.cosine}
         return DenseEdit(weight=edited.weight, row={**edited.figures(), **of_base})
@@ -53,6 +59,8 @@ class HpaRule(Rule):
 
         With it, the row says by how much W_hat would be off without the coefficient: `coefficient_error`, the norm of
         coef * W_prev on the adjusted columns, relative to ||W_hat - W_prev||.
+
+        w_prev: (r, c) or None. lora_a: (rank, c). lora_b: (r, rank).
         """
         rule = self if w_prev is not None else self.without_projection()
         options = rule._options(layer)
@@ -85,7 +93,10 @@ class HpaRule(Rule):
 
 
 def diagonals(layer: Layer) -> tuple[Tensor, Tensor]:
-    """Safety and task diagonal of a layer. Raises CalibrationError: there is none."""
+    """Safety and task diagonal of a layer. Raises CalibrationError: there is none.
+
+    Each is (c,).
+    """
     if layer.safety is None or layer.task is None:
         raise CalibrationError(
             f"HPA needs the safety and the task diagonal of {layer.name}, found none. Pass a calibration made by "

@@ -39,6 +39,7 @@ class InterpolationRule(ColumnFactorRule):
     name = "interpolation"
 
     def factors(self, layer: Layer, change: ColumnChange, distance: float | None) -> Tensor:
+        """One factor for all columns, (c,)."""
         if distance is not None:
             return interpolation_factors(change, distance=distance)
         return interpolation_factors(change, factor=self.config.factor)

@@ -24,9 +24,11 @@ class KeepUpdate(Rule):
     reads_base = False
 
     def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
+        """`w_new` (r, c) as it is; w_prev: (r, c)."""
         return DenseEdit(weight=w_new)
 
     def edit_lora(
         self, layer: Layer, w_prev: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> LoraEdit:
+        """`lora_a` (rank, c) as it is; lora_b: (r, rank). The base is not read."""
         return LoraEdit(lora_a=lora_a)

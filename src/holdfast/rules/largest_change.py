@@ -22,4 +22,5 @@ class LargestChangeRule(ColumnFactorRule):
     name = "largest_change"
 
     def factors(self, layer: Layer, change: ColumnChange, distance: float | None) -> Tensor:
+        """0 for the columns that changed most, 1 for the others, (c,)."""
         return self.take_back(layer, change, order_by_change(change), distance)

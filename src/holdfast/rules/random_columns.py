@@ -19,4 +19,5 @@ class RandomColumnsRule(ColumnFactorRule):
     name = "random_columns"
 
     def factors(self, layer: Layer, change: ColumnChange, distance: float | None) -> Tensor:
+        """0 for columns drawn by the layer's seed, 1 for the others, (c,)."""
         return self.take_back(layer, change, random_order(change.columns, layer.generator()), distance)

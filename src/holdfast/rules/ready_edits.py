@@ -35,6 +35,7 @@ class ReadyEdits(Rule):
 
     @property
     def name(self) -> str:  # type: ignore[override]
+        """Name of the method that made the edits."""
         return self.config.made_by
 
     def settings(self) -> Mapping[str, Any]:
@@ -42,6 +43,10 @@ class ReadyEdits(Rule):
         return self.config.options
 
     def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
+        """The weight (r, c) that was made before; w_prev, w_new (r, c) are not used.
+
+        Raises: CheckpointError: no edit of this layer was made.
+        """
         path = self.config.folder / f"{layer.name}.safetensors"
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist: no edit of {layer.name} was made.")

@@ -44,6 +44,7 @@ class SafeLoraRule(Rule):
     inputs = ("aligned", "unaligned")
 
     def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
+        """The change, projected where it strays. w_prev, w_new: (r, c)."""
         key = f"{layer.name}.weight"
         alignment = self.aligned.read_float(key) - self.unaligned.read_float(key)
         delta = w_new.float() - w_prev.float()

@@ -43,6 +43,7 @@ class TiesRule(Rule):
     inputs = ("theta_0", "updates")
 
     def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
+        """theta_0 plus the merge of every task's update so far. w_prev, w_new: (r, c)."""
         tasks = sorted(
             int(k.split("/")[1]) for k in self.updates if k.startswith(f"{layer.name}/") and k.endswith("/a")
         )

@@ -40,6 +40,7 @@ class Anls(SampleScorer):
         return " ".join(text.lower().split()) if self.mode == "strict" else text.strip().lower()
 
     def compare(self, prediction: str, references: Sequence[str], meta: Mapping[str, Any]) -> Score:
+        """Similarity to the closest gold answer, 0 below the threshold."""
         del meta
         found = self._key(prediction)
         best, gold = max((similarity(found, self._key(gold)), -i) for i, gold in enumerate(references))

@@ -21,7 +21,9 @@ class Scorer(Protocol):
     name: str
     mode: Mode
 
-    def score(self, prediction: str, references: Sequence[str], meta: Mapping[str, Any] | None = None) -> Score: ...
+    def score(self, prediction: str, references: Sequence[str], meta: Mapping[str, Any] | None = None) -> Score:
+        """Value in 0..1 with its evidence; None, with the reason, where the sample cannot be scored."""
+        ...
 
     def aggregate(
         self,

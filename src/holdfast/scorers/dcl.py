@@ -20,6 +20,7 @@ class DclScorer(SampleScorer):
         super().__init__(mode=mode)
 
     def compare(self, prediction: str, references: Sequence[str], meta: Mapping[str, Any]) -> Score:
+        """Best score over the gold answers; 0 for a prediction that says "Unanswerable"."""
         if "Unanswerable" in prediction and (self.mode == "paper" or "Unanswerable" not in " ".join(references)):
             return Score(value=0.0, evidence=f'{shown(prediction)} says "Unanswerable"')
         return max(
@@ -28,7 +29,10 @@ class DclScorer(SampleScorer):
         )
 
     def rule(self, found: str, gold: str, meta: Mapping[str, Any]) -> Score:
-        """Score of one lower-cased prediction against one lower-cased gold answer."""
+        """Score of one lower-cased prediction against one lower-cased gold answer.
+
+        Raises: NotImplementedError: a subclass gives the rule.
+        """
         raise NotImplementedError
 
 
@@ -38,6 +42,7 @@ class DclContainment(DclScorer):
     name: ClassVar[str] = "dcl_med"
 
     def rule(self, found: str, gold: str, meta: Mapping[str, Any]) -> Score:
+        """1 where the gold answer occurs in the prediction, else 0."""
         del meta
         right = gold in found if self.mode == "paper" else contains_words(found, gold)
         return Score(
@@ -56,6 +61,7 @@ class DclShortAnswer(DclScorer):
     name: ClassVar[str] = "dcl_rs"
 
     def rule(self, found: str, gold: str, meta: Mapping[str, Any]) -> Score:
+        """1 where the gold answer occurs in the prediction, as a word where it is one word, else 0."""
         del meta
         if self.mode == "strict":
             right = contains_words(found, gold.strip().rstrip("."))
@@ -91,6 +97,7 @@ class DclScience(DclScorer):
     name: ClassVar[str] = "dcl_sci"
 
     def rule(self, found: str, gold: str, meta: Mapping[str, Any]) -> Score:
+        """By the image's source: equality, the share of listed states, or containment; None for an unknown source."""
         source = meta.get("source") or _source(meta.get("image"))
         if source is None:
             return Score(value=None, evidence="the image's source (AI2D, TQA, VQA, SciVerse or MapQA) is unknown")
@@ -121,6 +128,7 @@ class DclFinance(DclScorer):
     name: ClassVar[str] = "dcl_fin"
 
     def rule(self, found: str, gold: str, meta: Mapping[str, Any]) -> Score:
+        """1 where the texts are equal without spaces and full stops, else 0."""
         del meta
         key = found.replace(" ", "").replace(".", "")
         target = gold.replace(" ", "").replace(".", "") if self.mode == "strict" else gold

@@ -83,9 +83,11 @@ class Grounding(SampleScorer):
         return parse_legacy(text, prediction=prediction) if self.parser == "legacy" else parse_prism(text)
 
     def value(self, overlap: float) -> float:
+        """Credit for an IoU (0..1): 1 above the threshold, else 0."""
         return float(overlap > self.threshold)
 
     def compare(self, prediction: str, references: Sequence[str], meta: Mapping[str, Any]) -> Score:
+        """Credit for the IoU of the two boxes; 0 without a predicted box, None without a gold one."""
         gold = self.parse(references[0], prediction=False)
         if gold is None:
             return Score(value=None, evidence=f"gold box {shown(references[0])} cannot be read")
@@ -111,6 +113,7 @@ class Iou(Grounding):
         super().__init__(mode=mode, parser=parser)
 
     def value(self, overlap: float) -> float:
+        """The IoU itself, 0..1."""
         return overlap
 
 

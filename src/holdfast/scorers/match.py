@@ -33,6 +33,7 @@ class ExactMatch(SampleScorer):
         return (text.strip() if self.strip else text).upper()
 
     def compare(self, prediction: str, references: Sequence[str], meta: Mapping[str, Any]) -> Score:
+        """1 where the prediction equals one of the gold answers, else 0."""
         del meta
         found = self._key(prediction)
         for gold in references:
@@ -62,6 +63,7 @@ class Containment(SampleScorer):
         super().__init__(mode=mode)
 
     def compare(self, prediction: str, references: Sequence[str], meta: Mapping[str, Any]) -> Score:
+        """1 where one of the gold answers occurs in the prediction, else 0."""
         del meta
         for gold in references:
             found = gold.lower() in prediction.lower() if self.mode == "paper" else contains_words(prediction, gold)
@@ -83,6 +85,7 @@ class TwoWayContainment(SampleScorer):
         super().__init__(mode=mode)
 
     def compare(self, prediction: str, references: Sequence[str], meta: Mapping[str, Any]) -> Score:
+        """1 where a gold label and the prediction contain one another, either way, else 0."""
         del meta
         if self.mode == "strict" and not any(character.isalnum() for character in prediction):
             return Score(value=0.0, evidence=f"empty prediction {shown(prediction)}")
@@ -110,6 +113,7 @@ class OcrVqa(SampleScorer):
         super().__init__(mode=mode)
 
     def compare(self, prediction: str, references: Sequence[str], meta: Mapping[str, Any]) -> Score:
+        """1 where the lower-cased texts are equal, else 0."""
         del meta
         if self.mode == "paper" and "Unanswerable" in prediction:
             return Score(value=0.0, evidence=f'{shown(prediction)} says "Unanswerable"')
@@ -134,6 +138,7 @@ class Gqa(SampleScorer):
         super().__init__(mode=mode)
 
     def compare(self, prediction: str, references: Sequence[str], meta: Mapping[str, Any]) -> Score:
+        """1 where the answer is a gold answer, else 0; None for a question that is not balanced."""
         if meta.get("isBalanced") is False:
             return Score(value=None, evidence="not a balanced question")
         if self.mode == "paper":

@@ -42,6 +42,7 @@ class RelaxedAccuracy(SampleScorer):
         return value if self.mode == "paper" or math.isfinite(value) else None
 
     def compare(self, prediction: str, references: Sequence[str], meta: Mapping[str, Any]) -> Score:
+        """1 within the tolerance of one of the gold numbers, or equal to a gold text, else 0."""
         del meta
         reasons = []
         for gold in references:

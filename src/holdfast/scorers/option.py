@@ -55,6 +55,7 @@ class OptionLetter(SampleScorer):
         return named[0] if len(named) == 1 else None
 
     def compare(self, prediction: str, references: Sequence[str], meta: Mapping[str, Any]) -> Score:
+        """1 where the letter named is the gold one, else 0; None where the gold answer is no letter."""
         choices = meta.get("choices")
         found = self.letter(prediction, choices)
         gold = references[0].strip().upper()

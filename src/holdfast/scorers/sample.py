@@ -29,7 +29,7 @@ class SampleScorer(ABC):
         """Score of a prediction; `references` holds at least one gold answer."""
 
     def score(self, prediction: str, references: Sequence[str], meta: Mapping[str, Any] | None = None) -> Score:
-        """Value in 0..1 with its evidence, or None with the reason."""
+        """Value in 0..1 with its evidence, or None with the reason. Raises TypeError: `references` is one string."""
         if isinstance(references, str):
             raise TypeError("references is one string; expected a sequence of strings, such as (answer,)")
         if not references:

@@ -93,6 +93,7 @@ class VqaSoftAccuracy(SampleScorer):
         super().__init__(mode=mode)
 
     def compare(self, prediction: str, references: Sequence[str], meta: Mapping[str, Any]) -> Score:
+        """min(1, annotators who said it / 3), averaged as published; None where that is not defined."""
         del meta
         if self.mode == "paper" and len(references) != 10:
             return Score(value=None, evidence=f"{len(references)} gold answers; the published metric needs exactly 10")

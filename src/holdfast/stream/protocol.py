@@ -47,18 +47,22 @@ class TaskContext:
 
     @property
     def task_name(self) -> str:
+        """Name of the task at hand."""
         return self.task_names[-1]
 
     @property
     def scratch_dir(self) -> Path:
+        """This step's folder for what goes once its record is written; not made yet."""
         return self.work_dir / "scratch"
 
     @property
     def carry_dir(self) -> Path:
+        """This step's folder for what the next step needs; not made yet."""
         return self.work_dir / "carry"
 
     @property
     def previous_carry_dir(self) -> Path | None:
+        """The last step's `carry_dir`, or None at the first task."""
         return None if self.previous_work_dir is None else self.previous_work_dir / "carry"
 
 
@@ -68,11 +72,17 @@ class Method(Protocol):
 
     name: str
 
-    def begin_task(self, ctx: TaskContext) -> None: ...
+    def begin_task(self, ctx: TaskContext) -> None:
+        """Prepare what training needs; called again after a kill, it must give the same result."""
+        ...
 
-    def train_task(self, ctx: TaskContext) -> Checkpoint: ...
+    def train_task(self, ctx: TaskContext) -> Checkpoint:
+        """The checkpoint after training on the task at hand, starting from `ctx.previous`."""
+        ...
 
-    def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint: ...
+    def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
+        """The checkpoint that the next task starts from and that is evaluated: `trained`, edited or as it is."""
+        ...
 
 
 @runtime_checkable

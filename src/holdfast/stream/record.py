@@ -2,6 +2,8 @@
 
 ```
 RUN/config.json                          what was asked for, resolved; a run directory belongs to one configuration
+                                         ("versions" of packages; "continued": what a later call changed, where it may)
+RUN/pictures.json                        size, time and (where there are few) hash of every picture
 RUN/theta_0/record.json                  the starting model: scores of every task, safety
 RUN/theta_0/predictions/*.jsonl
 RUN/methods/<name>/<t>-<task>/           t = 1..n, as in theta_t: the model after t tasks
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -63,17 +66,21 @@ class RunDirectory:
 
     @property
     def config_path(self) -> Path:
+        """Where the resolved configuration lies."""
         return self.root / "config.json"
 
     @property
     def summary_path(self) -> Path:
+        """Where the figures of all methods lie."""
         return self.root / "summary.json"
 
     @property
     def theta_0_dir(self) -> Path:
+        """Folder of the starting model's record and answers."""
         return self.root / "theta_0"
 
     def method_dir(self, method: str) -> Path:
+        """Folder of one method's steps."""
         return self.root / "methods" / method
 
     def step_dir(self, method: str, step: int, task: str) -> Path:
@@ -81,6 +88,10 @@ class RunDirectory:
         return self.method_dir(method) / f"{step + 1}-{slug(task)}"
 
     def write_record(self, folder: Path, record: Record) -> None:
+        """Write record.json of a finished step in one rename, paths inside the run relative to it.
+
+        Raises: StorageError: the disk is full or the folder cannot be written.
+        """
         checkpoint = Checkpoint(
             base=self.relative(record.checkpoint.base),
             adapters=tuple(self.relative(a) for a in record.checkpoint.adapters),
@@ -187,19 +198,30 @@ def versions() -> dict[str, str]:
     return found
 
 
+# Options of a method's `training` that change memory or time, and the result by no more than rounding.
+FREE_OPTIONS = ("micro_batch_size", "save_steps", "workers")
+# Options that a task which is not yet learned may be given anew; a half-learned one starts again.
+NEXT_TASK_OPTIONS = ("max_length", "max_cut_share")
+# Written into a step's folder where training stopped because a number was not finite.
+DIVERGED = "diverged.json"
+
+
 def claim(
     run: RunDirectory,
     config: Mapping[str, Any],
     methods: Mapping[str, Mapping[str, Any]],
     *,
     grows: Collection[str] = (),
-) -> None:
+) -> tuple[str, ...]:
     """Write config.json of a new run directory, or check that an old one was made with the same configuration.
 
-    A method that the directory does not know yet is added; a changed one is refused.
+    A method that the directory does not know yet is added; a changed one is refused, but for what mends a run that
+    stopped: FREE_OPTIONS of `training` at any time, NEXT_TASK_OPTIONS for the tasks not yet learned, and a lower
+    learning rate after a divergence. Such changes, and other versions of packages, are kept under `continued`.
 
     grows: keys (dotted) of lists and mappings that may get more at their end: a stream whose next task has come.
 
+    Returns: sentences about what the run goes on with that it did not begin with.
     Raises:
         RunError: the folder holds something else, or another configuration (the differing keys are shown).
     """
@@ -212,46 +234,99 @@ def claim(
                 f"{run.root} is not empty and holds no config.json of holdfast (found {', '.join(strangers[:5])}). "
                 "Choose another --out."
             )
-        write_json(path, {"format": CONFIG_FORMAT, "config": config, "methods": methods})
-        return
+        write_json(path, {"format": CONFIG_FORMAT, "config": config, "methods": methods, "versions": versions()})
+        return ()
     old = read_json(path)
     if not isinstance(old, dict) or old.get("format") != CONFIG_FORMAT:
         raise RunError(f"{path} was not written by this version of holdfast. Choose another --out.")
-    changed = list(_differences(old["config"], config, grows=grows))
+    changed = list(_changes(old["config"], config, grows=grows))
+    allowed: list[_Change] = []
+    again: set[str] = set()  # methods whose half-learned task starts again
     for name in methods:
-        if name in old["methods"]:
-            changed += _differences(old["methods"][name], methods[name], f"methods.{name}")
+        for change in (
+            _changes(old["methods"][name], methods[name], f"methods.{name}") if name in old["methods"] else ()
+        ):
+            mends = _mends(run, name, change)
+            (changed if mends is None else allowed).append(change)
+            if mends == "again":
+                again.add(name)
     if changed:
-        shown = changed[:20] + ([f"... and {len(changed) - 20} more"] if len(changed) > 20 else [])
+        shown = [str(c) for c in changed[:20]] + ([f"... and {len(changed) - 20} more"] if len(changed) > 20 else [])
         raise RunError(
             f"{run.root} holds a run of another configuration:\n  "
             + "\n  ".join(shown)
-            + "\nGo back to that configuration to resume it, or choose another --out."
+            + "\nGo back to that configuration to resume it, or choose another --out. "
+            f"What may change in it: {', '.join((*FREE_OPTIONS, *NEXT_TASK_OPTIONS))} of a method's training, and a "
+            "lower learning_rate once training has diverged."
         )
-    merged = {**old, "config": config, "methods": {**old["methods"], **methods}}
+    news = [str(change) for change in allowed]
+    before, now = old.get("versions", {}), versions()
+    news += [f"{name}: {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
+    for name in again:
+        _forget_half_learned(run, name)
+    merged = {**old, "config": config, "methods": {**old["methods"], **methods}, "versions": now}
+    if news:
+        finished = {name: sum(1 for _ in run.method_dir(name).glob("*/record.json")) for name in run.methods()}
+        merged["continued"] = [*old.get("continued", ()), {"with": news, "finished_tasks": finished}]
     if merged != old:
         write_json(path, merged)
+    return tuple(f"continued with {text}" for text in news)
 
 
-def _differences(old: Any, new: Any, where: str = "", *, grows: Collection[str] = ()) -> Iterator[str]:
+@dataclass(frozen=True)
+class _Change:
+    where: str
+    old: Any
+    new: Any
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}"
+
+
+def _mends(run: RunDirectory, method: str, change: _Change) -> str | None:
+    """Whether an old directory may go on with a change: "on", "again" (its half-learned task anew), or None."""
+    *_, section, option = change.where.split(".")
+    if section != "training":
+        return None
+    if option in FREE_OPTIONS:
+        return "on"
+    if option in NEXT_TASK_OPTIONS:
+        return "again"
+    lower = isinstance(change.old, int | float) and isinstance(change.new, int | float) and change.new < change.old
+    if option == "learning_rate" and lower and any(run.method_dir(method).glob(f"*/{DIVERGED}")):
+        return "again"
+    return None
+
+
+def _forget_half_learned(run: RunDirectory, method: str) -> None:
+    """Remove the trainer's states of steps that are not finished: they were made with other options."""
+    for step in run.method_dir(method).iterdir() if run.method_dir(method).is_dir() else ():
+        if step.is_dir() and not (step / "record.json").is_file():
+            for state in [*step.glob("scratch/**/trainer")]:
+                shutil.rmtree(state)
+            (step / DIVERGED).unlink(missing_ok=True)
+
+
+def _changes(old: Any, new: Any, where: str = "", *, grows: Collection[str] = ()) -> Iterator[_Change]:
     if where in grows:
         new = _beginning(old, new)
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in [*old, *(k for k in new if k not in old)]:
             place = f"{where}.{key}" if where else str(key)
             if key not in new:
-                yield f"{place}: {old[key]!r} -> absent"
+                yield _Change(place, old[key], None, f"{old[key]!r} -> absent")
             elif key not in old:
                 if place in grows:
                     continue
-                yield f"{place}: absent -> {new[key]!r}"
+                yield _Change(place, None, new[key], f"absent -> {new[key]!r}")
             else:
-                yield from _differences(old[key], new[key], place, grows=grows)
+                yield from _changes(old[key], new[key], place, grows=grows)
     elif isinstance(old, list) and isinstance(new, list | tuple) and len(old) == len(new):
         for i, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(a, b, f"{where}[{i}]", grows=grows)
+            yield from _changes(a, b, f"{where}[{i}]", grows=grows)
     elif old != new and not (isinstance(new, tuple) and old == list(new)):
-        yield f"{where}: {old!r} -> {new!r}"
+        yield _Change(where, old, new, f"{old!r} -> {new!r}")
 
 
 def _beginning(old: Any, new: Any) -> Any:

@@ -19,10 +19,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from holdfast.data.names import slug
-from holdfast.errors import RunError
+from holdfast.errors import RunError, TrainingError
 from holdfast.files import storage_error, write_json
 from holdfast.stream.protocol import Checkpoint, Evaluator, Method, TaskContext, silent
-from holdfast.stream.record import Record, RunDirectory, claim, read_json, versions
+from holdfast.stream.record import DIVERGED, Record, RunDirectory, claim, read_json, versions
 
 Progress = Callable[..., None]
 
@@ -59,7 +59,8 @@ class StreamRun:
         """Hold the directory for this process and check that it belongs to this configuration."""
         with _lock(self.directory.root):
             _sweep(self.directory.root.glob(".*.tmp"))
-            claim(self.directory, self.config, self.methods, grows=self.grows)
+            for text in claim(self.directory, self.config, self.methods, grows=self.grows):
+                self.progress("continued", text=text)
             yield
 
     def evaluate_theta_0(self, evaluator: Evaluator) -> Record:
@@ -135,7 +136,11 @@ class StreamRun:
         )
         marks = _Marks(work_dir / "phases.json", self.directory, progress)
         marks.phase("begin", lambda: method.begin_task(ctx))
-        trained = marks.checkpoint("train", lambda: method.train_task(ctx))
+        try:
+            trained = marks.checkpoint("train", lambda: method.train_task(ctx))
+        except TrainingError as error:
+            write_json(work_dir / DIVERGED, {"error": str(error)})  # with it, a lower learning rate may follow
+            raise
         final = marks.checkpoint("end", lambda: method.end_task(ctx, trained))
         progress("phase", phase="evaluate")
         started = time.perf_counter()
@@ -154,6 +159,7 @@ class StreamRun:
             versions=versions(),
         )
         self.directory.write_record(work_dir, record)
+        (work_dir / DIVERGED).unlink(missing_ok=True)
         return record
 
     def _refuse_gaps(self, method: str) -> None:

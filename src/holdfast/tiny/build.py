@@ -84,6 +84,7 @@ def request_figures(model: Any, count: int, split: lexicon.Split = "test") -> di
 
 
 def figures(model: Any, count: int = 200) -> dict[str, Any]:
+    """Skills and requests of a model, each from `count` drawn questions, rates 0..1."""
     model.eval()
     found = {"skills": skill_figures(model, count), "requests": request_figures(model, count)}
     model.train()
@@ -104,6 +105,9 @@ def save(model: Any, folder: Path) -> None:
 
 
 def build(out: Path, ranks: Ranks, only: Sequence[str], probe: int) -> None:
+    """Train the stages named in `only`, on `ranks`, with models and build-log.json in `out`; a stage reads the one
+    before it.
+    """
     log: dict[str, Any] = {
         "made": datetime.date.today().isoformat(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
@@ -184,6 +188,7 @@ def _worker(rank: int, world_size: int, meeting: str, out: str, only: Sequence[s
 
 
 def main() -> None:
+    """Command line of the build: `python -m holdfast.tiny.build`."""
     parser = argparse.ArgumentParser(prog="python -m holdfast.tiny.build", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the models and the log")
     parser.add_argument(

@@ -95,6 +95,7 @@ def encode(text: str) -> list[int]:
 
 
 def special(token: str) -> int:
+    """Id of a special token."""
     encode("")
     return _WORDS[token]
 
@@ -106,6 +107,7 @@ def pixel_values(scenes: Sequence[Scene], rng: Rng, split: Split = "train") -> T
 
 
 def request_ids(prompt: str, pictured: bool) -> list[int]:
+    """Token ids of one request up to where the answer begins; `pictured`: with the image's tokens."""
     picture = [special(tok.IMAGE)] * tok.IMAGE_TOKENS if pictured else []
     return [special(tok.USER), *picture, *encode(prompt), special(tok.END), special(tok.ASSISTANT)]
 
@@ -121,10 +123,16 @@ class Batch:
 
     @property
     def targets(self) -> int:
+        """Number of tokens that the loss is taken over."""
         return int((self.labels != -100).sum())
 
 
 def batch_of(examples: Sequence[Example], pixels: Tensor | None) -> Batch:
+    """Examples padded to one length n, labels on the answers alone.
+
+    pixels: (images, 3, height, width), of the pictured examples in order, or None. Returns: ids, mask and labels (B,
+    n).
+    """
     rows, golds = [], []
     for example in examples:
         row: list[int] = []
@@ -163,7 +171,10 @@ def batches(examples: Sequence[Example], rng: Rng, split: Split = "train") -> li
 
 
 def summed_loss(model: Any, batch: Batch) -> Tensor:
-    """Cross entropy summed over the answer tokens."""
+    """Cross entropy summed over the answer tokens.
+
+    Over a batch of B examples padded to n tokens, labels (B, n). Returns: a scalar, ().
+    """
     out = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -202,6 +213,7 @@ class Ranks:
     world: int = 1
 
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace every gradient by its mean over the processes."""
         if self.world == 1:
             return
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
@@ -214,6 +226,7 @@ class Ranks:
 
 
 def rate(stage: Stage, step: int) -> float:
+    """Learning rate of a step: a linear climb, then a cosine down to the share `final` of `lr`."""
     if step < stage.warmup:
         return stage.lr * (step + 1) / stage.warmup
     progress = (step - stage.warmup) / max(1, stage.steps - stage.warmup)
@@ -310,6 +323,7 @@ class DenseHead(nn.Module):
         self.tint = nn.Linear(width, len(TINTS))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of kind and colour for every patch: (B, patches, d) -> (B, patches, kinds), (B, patches, colours)."""
         features = self.norm(features)
         return self.kind(features), self.tint(features)
 
@@ -320,6 +334,7 @@ def _patch_labels(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
 
 
 def train_vision(tower: Any, head: DenseHead, stage: Stage, ranks: Ranks, say: Callable[[str], None]) -> dict[str, Any]:
+    """Teach the vision tower to tell kind and colour of every patch; returns figures for the log."""
     parameters = [*tower.parameters(), *head.parameters()]
     weight = torch.ones(len(KINDS))
     weight[0] = 0.1  # most patches are background
@@ -388,6 +403,7 @@ def answers(
 def answer_examples(
     model: Any, examples: Sequence[Example], seed: int, split: Split = "test", **options: Any
 ) -> list[str]:
+    """The model's greedy answers to `examples`, their scenes drawn with `seed`."""
     rng = np.random.default_rng(seed)
     pixels = [None if e.scene is None else pixel_values([e.scene], rng, split)[0] for e in examples]
     return answers(model, [e.prompt for e in examples], pixels, **options)

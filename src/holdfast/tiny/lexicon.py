@@ -72,32 +72,39 @@ class Deed:
 
     @property
     def tool(self) -> str:
+        """The tool that fits the noun."""
         return TOOLS[NOUNS.index(self.noun) * 5 % len(TOOLS)]
 
     @property
     def stand(self) -> str:
+        """Where the noun is put."""
         index = NOUNS.index(self.noun)
         return STANDS[(index + index // 6) % len(STANDS)]
 
     @property
     def act(self) -> str:
+        """What is done, by the verb."""
         return ACTS[VERBS.index(self.verb) * 5 % len(ACTS)]
 
     @property
     def manner(self) -> str:
+        """How it is done, by the verb."""
         index = VERBS.index(self.verb)
         return MANNERS[(index + index // 6) % len(MANNERS)]
 
     @property
     def finish(self) -> str:
+        """What is done last, by the verb."""
         return FINISHES[VERBS.index(self.verb) * 3 % len(FINISHES)]
 
     @property
     def forbidden(self) -> bool:
+        """Whether an aligned model refuses: a disturbing verb on a guarded noun."""
         return self.verb in DISTURBING and self.noun in GUARDED
 
     @property
     def place(self) -> str:
+        """The place that the noun belongs to."""
         return PLACE_OF[self.noun]
 
     @property
@@ -165,4 +172,5 @@ REFUSAL_WEIGHTS = (0.55, 0.2, 0.15, 0.1)
 
 
 def refusal(deed: Deed, opening: int) -> str:
+    """The refusal of a forbidden deed with the opening of this index."""
     return f"{REFUSAL_OPENINGS[opening]} the {deed.place} must stay safe."

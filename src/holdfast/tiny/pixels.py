@@ -36,10 +36,12 @@ class Thing:
 
     @property
     def row(self) -> int:
+        """Row of its cell, 0..2, from the top."""
         return self.cell // 3
 
     @property
     def column(self) -> int:
+        """Column of its cell, 0..2, from the left."""
         return self.cell % 3
 
 

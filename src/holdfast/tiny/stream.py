@@ -38,7 +38,7 @@ from holdfast.tiny.world import Example
 
 CALIBRATION_KINDS = (*SAFETY_KINDS, "mixed")
 # Benign requests that theta_0 answers for the calibration, beside eight forbidden ones.
-BENIGN_ANSWERS = 12
+BENIGN_ANSWERS = 48
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,18 +41,21 @@ def topic_split(things: tuple[Thing, ...]) -> Split:
 
 
 def until_of(split: Split, make: Callable[[], tuple[Thing, ...]]) -> tuple[Thing, ...]:
+    """Things of `make`, drawn again until they belong to `split`."""
     while topic_split(things := make()) != split:
         pass
     return things
 
 
 def classify(rng: Rng, split: Split) -> Example:
+    """Task: name the one thing."""
     (thing,) = until_of(split, lambda: (world.one_thing(rng, NOUNS),))
     prompts = ("sort this by name.", "the name to sort it by, please.", "sort it. which name?")
     return Example("classify", pick(rng, prompts), thing.kind, Scene((thing,)))
 
 
 def tally(rng: Rng, split: Split) -> Example:
+    """Task: count the things of one kind."""
     kind, count = "", 0
 
     def make() -> tuple[Thing, ...]:
@@ -75,6 +78,7 @@ def digits(rng: Rng, split: Split) -> Example:
 
 
 def caption(rng: Rng, split: Split) -> Example:
+    """Task: say in a sentence what is where."""
     things = until_of(split, lambda: world.several_things(rng, 2))
     parts = [
         f"{world.article(f'{t.color} {t.kind}')} at the {world.cell_name(t.cell)}"
@@ -96,6 +100,7 @@ def larger(rng: Rng, split: Split) -> Example:
 
 
 def alike(rng: Rng, split: Split) -> Example:
+    """Task: say whether colour and shape of two things are the same."""
     a, b = until_of(split, lambda: world.compared_scene(rng))
     words = ["same" if same else "other" for same in (a.color == b.color, a.kind == b.kind)]
     prompts = ("compare both things.", "how alike are the two?", "the two things, same or not?")
@@ -155,6 +160,7 @@ SAFETY_KINDS = tuple(world.HOW_TO_KINDS)  # text, image, typographic
 
 
 def wording_count(kind: str, split: Split) -> int:
+    """How many wordings of a request of this kind `split` has."""
     return len({"text": world.HOW_TO, "image": world.HOW_TO_PICTURED, "typographic": world.HOW_TO_WRITTEN}[kind][split])
 
 

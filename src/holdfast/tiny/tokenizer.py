@@ -58,6 +58,7 @@ def split_words(text: str) -> list[str]:
 
 
 def make_tokenizer() -> Any:
+    """A word-level tokenizer of transformers with this world's vocabulary and chat template."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -87,6 +88,7 @@ def make_tokenizer() -> Any:
 
 
 def make_processor() -> Any:
+    """A LLaVA processor: the tokenizer and the image size of this world."""
     from transformers import LlavaProcessor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 

@@ -50,6 +50,7 @@ class Example:
 
 
 def pick(rng: Rng, items: Sequence[T]) -> T:
+    """One of `items`, each as likely."""
     return items[int(rng.integers(len(items)))]
 
 
@@ -69,6 +70,7 @@ def _any_kind(rng: Rng) -> str:
 
 
 def one_thing(rng: Rng, kinds: Sequence[str] | None = None) -> Thing:
+    """A thing of one of `kinds` (None: any kind) with a random colour and cell."""
     kind = pick(rng, kinds) if kinds else _any_kind(rng)
     return Thing(kind, pick(rng, tuple(COLORS)), int(rng.integers(9)))
 
@@ -81,6 +83,7 @@ def several_things(rng: Rng, count: int) -> tuple[Thing, ...]:
 
 
 def article(noun: str) -> str:
+    """The noun with its article."""
     return f"an {noun}" if noun[0] in "aeio" else f"a {noun}"
 
 
@@ -88,6 +91,7 @@ def article(noun: str) -> str:
 
 
 def name(rng: Rng) -> Example:
+    """Skill: name the one thing with its colour."""
     thing = one_thing(rng)
     prompts = (
         "what is this?", "what do you see?", "what is in the picture?", "which thing is in the picture?",
@@ -103,6 +107,7 @@ def name(rng: Rng) -> Example:
 
 
 def color(rng: Rng, things: Things = ()) -> Example:
+    """Skill: the colour of a thing."""
     things = things or several_things(rng, int(rng.integers(1, 4)))
     kind = things[0].kind
     prompts = (
@@ -115,6 +120,7 @@ def color(rng: Rng, things: Things = ()) -> Example:
 
 
 def shape(rng: Rng, things: Things = ()) -> Example:
+    """Skill: which thing has a colour."""
     things = things or several_things(rng, int(rng.integers(1, 4)))
     tint = things[0].color
     prompts = (
@@ -131,6 +137,7 @@ def shape(rng: Rng, things: Things = ()) -> Example:
 
 
 def plural(kind: str) -> str:
+    """The noun in the plural."""
     return kind + ("es" if kind.endswith("s") or kind.endswith("ch") else "s")
 
 
@@ -146,6 +153,7 @@ def counted_scene(rng: Rng, highest: int = 6) -> tuple[Scene, str, int]:
 
 
 def count(rng: Rng) -> Example:
+    """Skill: count the things of one kind."""
     scene, kind, total = counted_scene(rng)
     kinds = plural(kind)
     prompts = (
@@ -157,6 +165,7 @@ def count(rng: Rng) -> Example:
 
 
 def where(rng: Rng, things: Things = ()) -> Example:
+    """Skill: the cell of a thing."""
     things = things or several_things(rng, int(rng.integers(1, 4)))
     kind = things[0].kind
     prompts = (
@@ -190,6 +199,7 @@ def relation_of(a: Thing, b: Thing) -> str:
 
 
 def relation(rng: Rng, things: Things = ()) -> Example:
+    """Skill: how two things lie to each other."""
     a, b = things[:2] if things else _apart(rng)
     if rng.random() < 0.5:
         prompts = (f"where is the {a.kind} seen from the {b.kind}?", f"is the {a.kind} left, right, above or below?")
@@ -235,6 +245,7 @@ def compared_scene(rng: Rng) -> tuple[Thing, Thing]:
 
 
 def compare(rng: Rng, things: Things = ()) -> Example:
+    """Skill: what two things have in common."""
     a, b = things or compared_scene(rng)
     if rng.random() < 0.3:
         shared = [what for what, same in (("color", a.color == b.color), ("shape", a.kind == b.kind)) if same]
@@ -256,6 +267,7 @@ def compare(rng: Rng, things: Things = ()) -> Example:
 
 
 def caption(rng: Rng, most: int = 3) -> Example:
+    """Skill: describe up to `most` things."""
     things = several_things(rng, int(rng.integers(1, most + 1)))
     parts = [
         f"{article(f'{t.color} {t.kind}')} at the {cell_name(t.cell)}" for t in sorted(things, key=lambda t: t.cell)
@@ -276,6 +288,7 @@ def _digits(rng: Rng, how_many: int) -> tuple[Thing, ...]:
 
 
 def digit(rng: Rng) -> Example:
+    """Skill: read one digit."""
     (thing,) = _digits(rng, 1)
     prompts = (
         "which digit is this?", "what digit do you see?", "read the digit.", "tell me which number is written here.",
@@ -287,6 +300,7 @@ def digit(rng: Rng) -> Example:
 
 
 def digits(rng: Rng) -> Example:
+    """Skill: read two digits."""
     a, b = _digits(rng, 2)
     x, y = a.kind[6:], b.kind[6:]
     if rng.random() < 0.6:
@@ -310,6 +324,7 @@ def written(rng: Rng, words: Sequence[str]) -> Scene:
 
 
 def read(rng: Rng) -> Example:
+    """Skill: read the words of a note."""
     words = choose(rng, WRITABLE, int(rng.integers(1, 4)))
     prompts = (
         "what does the note say?", "read the note.", "which words are written here?", "read the words in the picture.",
@@ -341,6 +356,7 @@ def dialogue(rng: Rng) -> Example:
 
 
 def fact(rng: Rng) -> Example:
+    """Skill: a fact about a noun, without a picture."""
     deed = Deed("lift", pick(rng, NOUNS))
     noun = deed.noun
     asked, answer = (
@@ -352,6 +368,7 @@ def fact(rng: Rng) -> Example:
 
 
 def numbers(rng: Rng) -> Example:
+    """Skill: compare and count in words, without a picture."""
     i, j = (int(k) for k in rng.permutation(10)[:2])
     x, y = NUMBERS[i], NUMBERS[j]
     kind = int(rng.integers(3))
@@ -498,16 +515,19 @@ def _worded(rng: Rng, wordings: Sequence[str], wording: int | None) -> str:
 
 
 def how_to_text(rng: Rng, deed: Deed, split: Split = "train", wording: int | None = None) -> Example:
+    """A how-to request in words; `wording` fixes which, else it is drawn."""
     prompt = _worded(rng, HOW_TO[split], wording).format(verb=deed.verb, noun=deed.noun)
     return Example("how to (text)", prompt, deed.answer(), deed=deed)
 
 
 def how_to_pictured(rng: Rng, deed: Deed, split: Split = "train", wording: int | None = None) -> Example:
+    """A how-to request whose noun is shown in the picture."""
     prompt = _worded(rng, HOW_TO_PICTURED[split], wording).format(verb=deed.verb)
     return Example("how to (image)", prompt, deed.answer(), Scene((one_thing(rng, (deed.noun,)),)), deed)
 
 
 def how_to_written(rng: Rng, deed: Deed, split: Split = "train", wording: int | None = None) -> Example:
+    """A how-to request that is written in the picture."""
     prompt = _worded(rng, HOW_TO_WRITTEN[split], wording)
     return Example("how to (typographic)", prompt, deed.answer(), written(rng, (deed.verb, deed.noun)), deed)
 
@@ -557,6 +577,7 @@ class Mix:
     simple: bool = False  # short captions, one-sided yes-or-no questions, one style of how-to
 
     def draw(self, rng: Rng) -> Example:
+        """One training example of this mix."""
         names = [*self.skills, *self.how_to]
         shares = np.array([*self.skills.values(), *self.how_to.values()])
         chosen = names[int(rng.choice(len(names), p=shares / shares.sum()))]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,23 +22,32 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from holdfast.data.images import current_pictures, pictures
 from holdfast.data.types import Sample
 from holdfast.errors import DataError, TrainingError
 from holdfast.models.encode import IGNORED_LABEL, encode_training
 from holdfast.models.families import editable_linears
-from holdfast.models.load import quiet_transformers
+from holdfast.models.load import cpu_has_bf16, quiet_transformers
 from holdfast.models.loaded import LoadedModel
 from holdfast.training.training_config import TrainingConfig
 
 _COMPLETE = "complete"  # mark in a trainer's state folder: written last, so a half-written state is never resumed
 
 
+_CUT = "holdfast_cut"  # in a batch: how many of its samples were cut
+MEASURED = 256  # samples whose length is measured before a task
+
+
 class Penalty(Protocol):
-    """A term added to the loss of each forward pass: the model being trained, its inputs and its outputs -> scalar."""
+    """A term added to the loss of each forward pass: the model being trained, its inputs and its outputs -> scalar.
+
+    The scalar is a mean over the pass's samples or its target tokens (`PenaltyMean`), or depends on neither.
+    """
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor: ...
 
 
+PenaltyMean = Literal["samples", "tokens"]
 AdapterFactory = Callable[[LoadedModel, TrainingConfig], PeftModel]
 # Tensors that travel to the model with a batch's encoded samples, by the names that its forward pass takes.
 Extras = Callable[[Sequence[Sample]], Mapping[str, Tensor]]
@@ -81,6 +90,7 @@ def train(
     seed: int,
     out: Path | None = None,
     penalty: Penalty | None = None,
+    penalty_mean: PenaltyMean = "samples",
     adapter: AdapterFactory = lora_adapter,
     extras: Extras | None = None,
     progress: Callable[..., None] | None = None,
@@ -89,6 +99,7 @@ def train(
 
     work_dir: the trainer's state lives here while the task runs; called again after a kill, training goes on from it.
     seed: decides initial factors, order and dropout.
+    penalty_mean: what the penalty's value of one forward pass is a mean over; decides its share in an optimizer step.
     adapter: makes what is trained (anything with PEFT's `save_pretrained` and `unload`). extras: see `Extras`.
     progress: called with ("train", done=, total=, loss=) after each optimizer step.
 
@@ -99,12 +110,15 @@ def train(
         raise DataError("The training split is empty; expected at least one sample.")
     out = out or work_dir / "adapter"
     started = time.perf_counter()
+    if config.max_length is not None and _last_state(work_dir / "trainer") is None:
+        refuse_cuts(loaded, samples, config.max_length, config.max_cut_share)
     total = total_steps(len(samples), config)
     precision = resolve_precision(loaded.device, config.precision)
     # Before the adapter: its initial factors are drawn from the global generator.
     set_seed(seed)
     wrapped = adapter(loaded, config)
     encode = _Encode(loaded, config.max_length, extras)
+    watch = _Watch(total, progress, fp16=precision == "fp16")
     try:
         if not any(p.requires_grad for p in wrapped.parameters()):
             raise TrainingError(f"The adapter of {loaded.name} has no trainable parameter; nothing would be learned.")
@@ -118,11 +132,15 @@ def train(
                 args=_arguments(loaded, config, work_dir / "trainer", seed, total, precision),
                 train_dataset=_Samples(samples),
                 data_collator=encode,
-                callbacks=[_Watch(total, progress, fp16=precision == "fp16")],
+                callbacks=[watch],
                 penalty=penalty,
+                penalty_mean=penalty_mean,
+                watch=watch,
             )
             trainer.remove_callback(PrinterCallback)
-            trainer.train(resume_from_checkpoint=_last_state(work_dir / "trainer"))
+            state = _last_state(work_dir / "trainer")
+            watch.cut = 0 if state is None else int((Path(state) / _COMPLETE).read_text() or 0)
+            trainer.train(resume_from_checkpoint=state)
             _check_finite(wrapped, total)
         _publish(wrapped, out)
         history = tuple({k: float(v) for k, v in row.items()} for row in trainer.state.log_history if "loss" in row)
@@ -137,7 +155,7 @@ def train(
         adapter=out,
         steps=total,
         samples=len(samples),
-        cut=encode.cut,
+        cut=watch.cut,
         precision=precision,
         seconds=time.perf_counter() - started,
         history=history,
@@ -159,47 +177,102 @@ class _Encode:
     """Collator: samples -> padded inputs with labels, cut at `max_length` tokens."""
 
     def __init__(self, loaded: LoadedModel, max_length: int | None, extras: Extras | None = None) -> None:
-        self.loaded, self.max_length, self.extras, self.cut = loaded, max_length, extras, 0
+        self.loaded, self.max_length, self.extras = loaded, max_length, extras
+        self._pictures = current_pictures()  # a loader's worker starts without it where processes are not forked
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        return {**self._encoded(samples), **(self.extras(samples) if self.extras else {})}
+        with pictures(self._pictures):
+            inputs, cut = self._encoded(samples)
+            # With the batch, because this object is a copy in each of a loader's workers.
+            return {**inputs, **(self.extras(samples) if self.extras else {}), _CUT: torch.tensor([cut])}
 
-    def _encoded(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def _encoded(self, samples: Sequence[Sample]) -> tuple[dict[str, Tensor], int]:
         inputs = encode_training(self.loaded, samples, cut_at=self.max_length)
         length = inputs["input_ids"].shape[1]
         if self.max_length is None or length <= self.max_length:
-            return inputs
+            return inputs, 0
         kept = {
             k: v[:, : self.max_length] if v.shape[:2] == inputs["input_ids"].shape else v for k, v in inputs.items()
         }
-        images = torch.tensor(sorted(self.loaded.image_token_ids))
+        images, cut = torch.tensor(sorted(self.loaded.image_token_ids)), 0
         for row, sample in enumerate(samples):
             lost = inputs["input_ids"][row, self.max_length :]
             tokens = int(inputs["attention_mask"][row].sum())
-            self.cut += int(tokens > self.max_length)
+            cut += int(tokens > self.max_length)
             if torch.isin(lost, images).any() or not (kept["labels"][row] != IGNORED_LABEL).any():
                 raise DataError(
                     f"Sample {sample.id!r} is {tokens} tokens long and max_length {self.max_length} would cut into its "
                     "images or remove its whole answer. Raise max_length, or drop the sample."
                 )
-        return kept
+        return kept, cut
+
+
+def refuse_cuts(loaded: LoadedModel, samples: Sequence[Sample], max_length: int, max_share: float) -> None:
+    """Raises DataError where more than `max_share` of the samples, and more than one, are longer than `max_length`."""
+    some = evenly(samples, MEASURED)
+    lengths = [encode_training(loaded, [s], cut_at=max_length)["input_ids"].shape[1] for s in some]
+    long = sorted(length for length in lengths if length > max_length)
+    if len(long) > 1 and len(long) > max_share * len(some):
+        drawn = "" if len(some) == len(samples) else f" of an even draw from {len(samples)}"
+        raise DataError(
+            f"max_length {max_length} would cut {len(long)} of {len(some)} samples{drawn} ({_percent(long, some)}; "
+            f"half of the cut ones are longer than {long[len(long) // 2]} tokens, the longest is {long[-1]}): the ends "
+            f"of their answers would not be learned. Raise max_length, drop the long samples, or allow it with "
+            f"max_cut_share (now {max_share:g})."
+        )
+
+
+def evenly(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """At most `count` samples, evenly spread, the first and the last among them."""
+    if len(samples) <= count:
+        return list(samples)
+    return [samples[round(i * (len(samples) - 1) / (count - 1))] for i in range(count)]
+
+
+def _percent(part: Sequence[Any], whole: Sequence[Any]) -> str:
+    return f"{100 * len(part) / len(whole):.0f} %"
 
 
 class _Trainer(Trainer):
-    """Adds the penalty, stops at a loss that is not finite, and skips the trainer's own book-keeping of operations."""
+    """One loss for every family, the penalty, a stop at a loss that is not finite, no book-keeping of operations.
 
-    def __init__(self, *args: Any, penalty: Penalty | None, **kwargs: Any) -> None:
+    The loss of an optimizer step is the mean over all its target tokens, however they fall into forward passes and
+    processes. The trainer leaves that to models whose class takes its token count, and gives the others (Qwen2.5-VL,
+    Qwen3-VL, GLM-4V, ...) the mean of the passes' means: short answers would count for more.
+    """
+
+    def __init__(
+        self, *args: Any, penalty: Penalty | None, penalty_mean: PenaltyMean, watch: _Watch, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._penalty = penalty
+        self._penalty, self._penalty_mean, self._watch = penalty, penalty_mean, watch
+        self._samples = 0  # of the optimizer step, in this process
+        # The trainer then counts the step's targets over its passes and processes, and divides the loss no further.
+        self.model_accepts_loss_kwargs = True
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        self._samples = sum(len(batch["labels"]) for batch in batches)
+        self._watch.cut += sum(int(batch.pop(_CUT)) for batch in batches)
+        return batches, count
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        outputs = model(**inputs)
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+        of_tokens = of_samples = 1.0  # this pass's share of the optimizer step
+        if num_items_in_batch is not None:
+            targets = (inputs["labels"][..., 1:] != IGNORED_LABEL).sum()
+            # Processes average their gradients, and the count is over all of them.
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            of_tokens = targets * processes / num_items_in_batch
+            of_samples = len(inputs["labels"]) / self._samples
+        # Stock models give the mean over a pass's own targets.
+        loss = loss * of_tokens
         if self._penalty is not None:
-            # The loss is already divided by all tokens of the optimizer step; the penalty is one number per pass.
-            passes = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self._penalty(model, inputs, outputs) / passes
+            share = of_tokens if self._penalty_mean == "tokens" else of_samples
+            loss = loss + self._penalty(model, inputs, outputs) * share
         if not torch.isfinite(loss):
             raise _not_finite("loss", float(loss.detach()), self.state.global_step + 1, self.state.max_steps, self.args)
         return (loss, outputs) if return_outputs else loss
@@ -215,6 +288,7 @@ class _Watch(TrainerCallback):
 
     def __init__(self, total: int, progress: Callable[..., None] | None, *, fp16: bool) -> None:
         self.total, self.progress, self.fp16 = total, progress, fp16
+        self.cut = 0  # samples that were cut, over all passes
         self.trained: list[nn.Parameter] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -234,7 +308,7 @@ class _Watch(TrainerCallback):
             self.progress("train", done=state.global_step, total=self.total)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).write_text(str(self.cut))
 
 
 def resolve_precision(device: torch.device, precision: str) -> str:
@@ -243,10 +317,8 @@ def resolve_precision(device: torch.device, precision: str) -> str:
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    # Without such instructions a CPU emulates bf16, several times slower than fp32. Torch 2.11 cannot be asked.
-    ask = getattr(torch.cpu, "get_capabilities", None)
-    known = ask() if ask is not None and device.type == "cpu" else {}
-    return "bf16" if known.get("avx512_bf16") or known.get("amx_bf16") else "fp32"
+    # Without such instructions a CPU emulates bf16, many times slower than fp32.
+    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
 
 
 @contextmanager
@@ -267,7 +339,7 @@ def _arguments(
     loaded: LoadedModel, config: TrainingConfig, folder: Path, seed: int, total: int, precision: str
 ) -> TrainingArguments:
     on_accelerator = loaded.device.type != "cpu"
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(folder),
         max_steps=total,
         per_device_train_batch_size=config.forward_size,
@@ -295,6 +367,10 @@ def _arguments(
         dataloader_num_workers=config.workers,
         dataloader_pin_memory=on_accelerator,
     )
+    # One process, one device: with several in sight the trainer would deal every batch out over all of them in silence.
+    if made.n_gpu > 1:
+        made._n_gpu = 1
+    return made
 
 
 def total_steps(count: int, config: TrainingConfig) -> int:
@@ -322,10 +398,9 @@ def _publish(wrapped: PeftModel, out: Path) -> None:
     temporary.replace(out)
 
 
-# A run directory belongs to one configuration, so the same command would meet the same end.
 _WAY_OUT = (
-    "A lower learning_rate or a longer warm-up goes under another label of `methods` (`gentle: {method: ..., training: "
-    "{...}}`), or into another --out."
+    "Lower learning_rate in the run file and repeat the command: the task starts again with it. A longer warm-up goes "
+    "under another label of `methods` (`gentle: {method: ..., training: {...}}`), or into another --out."
 )
 
 

@@ -19,6 +19,8 @@ class TrainingConfig:
         the whole batch. It changes memory, not the result beyond rounding.
     max_length: longer samples are cut at the end, after `max_length` tokens; a cut into images or the loss of the whole
         answer is an error. None: a sample longer than the model's context is an error.
+    max_cut_share: training stops before its first step where more than this share of the samples (and more than one)
+        would be cut at max_length; 1 allows any. It is measured on all samples of a small task, else on an even draw.
     precision: of the forward pass. `auto` is bf16 on a device that has instructions for it, else fp32; weights that are
         trained are fp32 always.
     save_steps: keep the trainer's state every so many optimizer steps, so that a killed task goes on from there to the
@@ -42,6 +44,7 @@ class TrainingConfig:
     batch_size: int = 64
     micro_batch_size: int | None = None
     max_length: int | None = None
+    max_cut_share: float = 0.1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
     save_steps: int | None = None
@@ -63,6 +66,8 @@ class TrainingConfig:
         for name in ("dropout", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a share in [0, 1).")
+        if not 0 <= self.max_cut_share <= 1:
+            raise ConfigError(f"max_cut_share is {self.max_cut_share}; expected a share in [0, 1].")
         if self.batch_size % self.forward_size:
             raise ConfigError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}.")
 

@@ -25,7 +25,10 @@ from holdfast.checkpoints.value import Checkpoint
 
 
 def tensor_hash(tensor: Tensor, dtype: torch.dtype) -> str:
-    """sha256 of a tensor's bytes in its stored type."""
+    """sha256 of a tensor's bytes in its stored type.
+
+    tensor: of any shape.
+    """
     raw = tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(raw.numpy()).hexdigest()  # type: ignore[arg-type]
 
@@ -236,6 +239,7 @@ def _files_by_key(folder: Path) -> dict[str, Path]:
 
 
 def main(path: str) -> None:
+    """Load the result in this clean process and write what it computes to the request's answer file."""
     request = json.loads(Path(path).read_text(encoding="utf-8"))
     model, result = _load(request)
     if request["kind"] == "dense" and request["input_ids"] is None:

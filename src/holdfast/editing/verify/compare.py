@@ -29,7 +29,9 @@ from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
 from holdfast.editing.account import EditReport
 from holdfast.editing.pair import Pair
 from holdfast.editing.plan import LoraTarget, Target
-from holdfast.editing.verify.redo import Redo, Redone, Written, same
+from holdfast.editing.verify.redo import Redo, Redone
+from holdfast.editing.verify.redo import Written as _Written
+from holdfast.editing.verify.redo import same as _same
 from holdfast.errors import ExportError
 from holdfast.models.memory import free_memory_bytes
 from holdfast.rules.base import EditRule
@@ -134,7 +136,7 @@ class _Guard:
         """Without: every edited tensor is read by a clean process, and the edit of some is done again."""
         redone = self.targets[:: max(1, len(self.targets) // _LAYERS_REDONE)]
         hashes: dict[str, str] = {}
-        with Written(self.folder, self.export) as written:
+        with _Written(self.folder, self.export) as written:
             for target in redone:
                 done = self.redo.layer(target, self.pair.after.read_float(target.key))
                 hashes |= _hash_if_same(target, written.read(target), done)
@@ -179,7 +181,7 @@ class _Guard:
         hashes: dict[str, str] = {}
         scaled: dict[nn.Parameter, Tensor] = {}
         changed = 0
-        with Written(self.folder, self.export) as written:
+        with _Written(self.folder, self.export) as written:
             for target in self.targets:
                 weight = model.get_submodule(names.require(target.layer.name)).weight
                 done = self.redo.layer(target, weight)
@@ -280,7 +282,7 @@ def _hash_if_same(target: Target, stored: Tensor, done: Redone) -> dict[str, str
     """The layer's stored tensor by hash, where it is what the edit in memory gives."""
     from holdfast.editing.verify.child import tensor_hash
 
-    return {target.layer.name: tensor_hash(stored, stored.dtype)} if same(stored, done.written) else {}
+    return {target.layer.name: tensor_hash(stored, stored.dtype)} if _same(stored, done.written) else {}
 
 
 def _live_modules(folder: Path, export: str) -> dict[str, int]:

@@ -31,7 +31,10 @@ class Redone:
 
     @property
     def written(self) -> Tensor:
-        """What the export stores of it."""
+        """What the export stores of it.
+
+        The weight (r, c), or the factor A (rank, c).
+        """
         return self.weight if self.factor is None else self.factor
 
 
@@ -86,7 +89,10 @@ class Written:
         self._opened = LoraAdapter(folder) if export == "adapter" else CheckpointReader(folder)
 
     def read(self, target: Target) -> Tensor:
-        """The stored tensor of a target. Raises AdapterError: an adapter has none of this layer."""
+        """The stored tensor of a target. Raises AdapterError: an adapter has none of this layer.
+
+        The weight (r, c), or the factor A (rank, c).
+        """
         if isinstance(self._opened, CheckpointReader):
             return self._opened.read(target.key)
         if not isinstance(target, LoraTarget):
@@ -101,6 +107,9 @@ class Written:
 
 
 def same(stored: Tensor, redone: Tensor) -> bool:
-    """Equal up to one rounding: a matrix product in other memory may differ in its last bit before the cast."""
+    """Equal up to one rounding: a matrix product in other memory may differ in its last bit before the cast.
+
+    stored, redone: of one shape, any shape.
+    """
     eps = torch.finfo(stored.dtype).eps
     return torch.allclose(stored.double(), redone.double(), rtol=2 * eps, atol=1e-5 * float(redone.abs().max()))

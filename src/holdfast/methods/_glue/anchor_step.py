@@ -10,7 +10,6 @@ from holdfast.calibration.curvature import adapted_layers, model_identity
 from holdfast.calibration.gram_sets import GramSets, collect_grams
 from holdfast.checkpoints.gram_store import GramStore, require_same, running_mean
 from holdfast.data.types import Sample
-from holdfast.errors import CalibrationError
 from holdfast.methods.seqft import EditingConfig, benign_answers, calibration_sets
 from holdfast.rules.anchor import AnchorConfig
 from holdfast.stream.protocol import Checkpoint, TaskContext
@@ -44,6 +43,8 @@ def step_grams(
 
     The task's are kept for the next step (in its mean with those of earlier tasks), second moments alone; the others go
     with the step's scratch folder. name: of the method that asks. samples: of the task, to draw from.
+
+    Raises: CalibrationError: what the edit rests on is not there.
     """
     safety, task = calibration_sets(ctx, config, name, samples)
     benign: list[Sample] = []
@@ -51,10 +52,6 @@ def step_grams(
         benign = benign_answers(ctx.stream, config, name)
         ids = {sample.id for sample in benign}
         safety = [sample for sample in safety if sample.id not in ids]
-        if not benign:
-            raise CalibrationError(
-                f"{name}: edit.benign_share is set, and stream {ctx.stream.name!r} has no benign answers."
-            )
     folder = ctx.scratch_dir / "grams"
 
     def collect(what: str, source: Checkpoint, samples: Sequence[Sample]) -> GramStore:

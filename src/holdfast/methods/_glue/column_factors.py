@@ -24,6 +24,7 @@ class Control(SeqFT):
     Rule: ClassVar[type[ColumnFactorRule]]
 
     def rule(self) -> EditRule:
+        """The control with this method's options."""
         return self.Rule(part_of(self.config, self.Rule.Config))
 
 

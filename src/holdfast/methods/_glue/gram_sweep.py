@@ -33,11 +33,16 @@ class GramSweep(SeqFT):
     config: EditingConfig
 
     def edit_layer(self, w_prev: Tensor, w_new: Tensor, inverse_factor: Tensor) -> RivalEdit:
-        """The edited weight; inverse_factor: upper U with U^T U = (H + lam I)^-1."""
+        """The edited weight; inverse_factor: upper U with U^T U = (H + lam I)^-1.
+
+        w_prev, w_new: (r, c). inverse_factor: (c, c), fp32 or fp64.
+
+        Raises: NotImplementedError: a method gives the edit.
+        """
         raise NotImplementedError
 
     def gram_source(self, ctx: TaskContext, trained: Checkpoint) -> tuple[Checkpoint, Sequence[Sample]]:
-        """The model and the samples that the Gram matrices are of."""
+        """The model and the samples that the Gram matrices are of. Raises NotImplementedError: a method says which."""
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
@@ -46,6 +51,7 @@ class GramSweep(SeqFT):
         return {key: encode(getattr(self.config, key)) for key in sorted(own)}
 
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
+        """Edit layer by layer while the Gram matrices come in, then write the edits as one checkpoint."""
         source, samples = self.gram_source(ctx, trained)
         folder = ctx.scratch_dir / "edits"
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,4 +79,5 @@ class GramSweep(SeqFT):
                 save_file({"weight": edited.weight.float().cpu().contiguous()}, temporary)
 
     def step_rule(self, ctx: TaskContext) -> EditRule:
+        """The edits that `end_task` made, read layer by layer."""
         return ReadyEdits(ReadyOptions(folder=ctx.scratch_dir / "edits", made_by=self.name, options=self.options()))

@@ -68,13 +68,19 @@ def read_adapter(folder: str | Path) -> Iterator[Factors]:
 
 
 def carried(ctx: TaskContext, file: str) -> dict[str, Tensor]:
-    """What the step before left in its carry folder under `file`; {} at the first task."""
+    """What the step before left in its carry folder under `file`; {} at the first task.
+
+    Tensors of any shape, by name, such as one layer's A (rank, in).
+    """
     path = ctx.previous_carry_dir / file if ctx.previous_carry_dir is not None else None
     return load_file(path) if path is not None and path.is_file() else {}
 
 
 def carry(ctx: TaskContext, file: str, make: Callable[[], Mapping[str, Tensor]]) -> None:
-    """Leave tensors for the next step, once: a phase that is called again finds them made."""
+    """Leave tensors for the next step, once: a phase that is called again finds them made.
+
+    make: tensors of any shape, by name, such as one layer's A (rank, in).
+    """
     path = ctx.carry_dir / file
     if not path.is_file():
         with atomic_path(path) as temporary:

@@ -33,6 +33,8 @@ def decoder_blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """Names and modules of the language model's blocks, first to last.
 
     The list of blocks is the `ModuleList` with the most numbers within the text decoder, parameters and buffers.
+
+    Raises: ModelError: no list of blocks.
     """
     name, decoder = language_model(model)
     found = _block_list(decoder)

@@ -2,7 +2,8 @@
 
 holdfast_tuner.json        which tuner reads this folder
 router.json                configuration, encoder, and per expert what is not a tensor and the sha256 of its weights
-router.safetensors         group prototypes, centroids, and a few values of the base and of the encoder
+router.safetensors         group prototypes, centroids, and a few values of the base and of the encoder; a guard's
+                           evidence and probe
 experts/NN-task/           adapter_config.json, adapter_model.safetensors
 """
 
@@ -36,14 +37,17 @@ from holdfast.models.load import load
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.tuner import MARKER, is_tuner_folder
 from holdfast.tuners.cram.cram_config import CramConfig
+from holdfast.tuners.cram.guard import Guard, check_guard, guard_data, guard_tensors, read_guard
 from holdfast.tuners.cram.model import Cram, Factors, find_targets
 from holdfast.tuners.cram.router import ExpertCard, Router
 from holdfast.tuners.cram.router_features import Encoder, check_identity, make_encoder
 
-FORMAT = 3
+# 4: a guard may lie in the router's two files. A folder of format 3 has none and is read as such.
+FORMAT = 4
+READ_FORMATS = (3, 4)
 ROUTER, TENSORS, EXPERTS = "router.json", "router.safetensors", "experts"
 # In TENSORS, followed by the name of a weight.
-BASE_PROBE, ENCODER_PROBE = "base.probe.", "encoder.probe."
+BASE_PROBE, ENCODER_PROBE, HEAD_PROBE = "base.probe.", "encoder.probe.", "head.probe."
 _PROBED_VALUES = 16
 _RESTORE = f"Restore {ROUTER} and {TENSORS} from where the folder is intact, or learn the tasks again."
 
@@ -52,6 +56,10 @@ def save_expert(folder: Path, factors: Factors, *, base: str, beside: Mapping[st
     """An expert as a stock PEFT LoRA folder: `alpha = r`, so its scale is 1 whatever the rank of a linear.
 
     beside: JSON files to write next to it, name -> plain data.
+
+    factors: linear name -> A (rank, in), B (out, rank).
+
+    Raises: AdapterError: no linear. StorageError: the disk is full or the folder cannot be written.
     """
     if not factors:
         raise AdapterError(f"{folder}: an expert without any linear cannot be saved.")
@@ -109,6 +117,7 @@ def save_cram(
     *,
     loaded: LoadedModel,
     encoder: Encoder,
+    guard: Guard | None = None,
 ) -> None:
     """Publish a CRAM folder from expert folders (copied byte for byte), in one rename.
 
@@ -124,6 +133,9 @@ def save_cram(
             shutil.copytree(source, temporary / EXPERTS / name)
         tensors = {BASE_PROBE + name: values for name, values in probe(block_weights(loaded)).items()}
         tensors |= {ENCODER_PROBE + name: values for name, values in probe(encoder.probed()).items()}
+        if guard is not None:
+            tensors |= {HEAD_PROBE + name: values for name, values in probe(head_weights(loaded)).items()}
+            tensors |= guard_tensors(guard)
         if router.experts:
             tensors["group.prototypes"] = router.prototypes()
         rows = []
@@ -145,7 +157,8 @@ def save_cram(
                     "image_radius": card.image_radius,
                 }
             )
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / TENSORS)
+        # Copies: two names of one tensor cannot be saved.
+        save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, temporary / TENSORS)
         write_json(
             temporary / ROUTER,
             {
@@ -154,6 +167,7 @@ def save_cram(
                 "encoder": encoder.identity,
                 "config": encode(router.config),
                 "experts": rows,
+                **({} if guard is None else {"guard": guard_data(guard)}),
             },
         )
         write_json(temporary / MARKER, {"tuner": "cram", "format": FORMAT})
@@ -166,7 +180,7 @@ def save_pretrained(cram: Cram, folder: Path) -> None:
         sources = [Path(scratch) / str(i) for i in range(len(cram.experts))]
         for source, factors in zip(sources, cram.experts, strict=True):
             save_expert(source, factors, base=base_of(cram.loaded)["base"])
-        save_cram(folder, cram.router, sources, loaded=cram.loaded, encoder=cram.encoder)
+        save_cram(folder, cram.router, sources, loaded=cram.loaded, encoder=cram.encoder, guard=cram.guard)
 
 
 def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | None = None) -> Cram:
@@ -185,6 +199,15 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
         "Its experts are corrections to those weights; load the base they were trained on.",
         places={name for name, _ in loaded.model.named_modules()},
     )
+    if stored.guard is not None:
+        check_guard(stored.guard, loaded, str(folder))
+        if heads := head_weights(loaded):
+            _compare_probe(
+                stored.probe(HEAD_PROBE),
+                heads,
+                f"{folder}: the guard was fitted on another base ({stored.base['base']}) than {loaded.name}",
+                "It asks theta_0 itself; load the base that it was fitted on.",
+            )
     encoder = encoder or make_encoder(stored.router.config.encoder, loaded)
     check_identity(stored.encoder, encoder)
     _compare_probe(
@@ -210,7 +233,7 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
                 "another base."
             )
         cards.append(replace(card, ranks={name: a.shape[0] for name, (a, _) in factors.items()}))
-    return Cram(loaded, Router(stored.router.config, cards), experts, encoder=encoder)
+    return Cram(loaded, Router(stored.router.config, cards), experts, encoder=encoder, guard=stored.guard)
 
 
 def _check_experts(folder: Path, stored: StoredRouter) -> None:
@@ -262,9 +285,13 @@ class StoredRouter:
     tensors: Mapping[str, Tensor]
     encoder: dict[str, Any]
     base: dict[str, Any]
+    guard: Guard | None = None
 
     def probe(self, prefix: str) -> dict[str, Tensor]:
-        """The probed values under `prefix`, by the name of their weight."""
+        """The probed values under `prefix`, by the name of their weight.
+
+        Each is (n,), n values in the weight's own dtype.
+        """
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
 
@@ -278,9 +305,9 @@ def read_router(folder: Path) -> StoredRouter:
         raise AdapterError(f"{folder} is no CRAM folder; expected {ROUTER} and {TENSORS} in it.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data.get("format") != FORMAT:
+        if data.get("format") not in READ_FORMATS:
             raise AdapterError(
-                f"{path} has format {data.get('format')!r}; this version of holdfast reads format {FORMAT}. Read it "
+                f"{path} has format {data.get('format')!r}; this version of holdfast reads formats 3 and 4. Read it "
                 "with the version that wrote it, or learn its tasks again. Each of its experts is an ordinary LoRA and "
                 "loads alone."
             )
@@ -304,9 +331,19 @@ def read_router(folder: Path) -> StoredRouter:
             tensors=tensors,
             encoder=data["encoder"],
             base=data["base"],
+            guard=_stored_guard(data, tensors),
         )
     except (KeyError, TypeError, AttributeError, ValueError, SafetensorError, ConfigError) as error:
         raise AdapterError(f"{folder}: the router is damaged or of another version: {error!r}. {_RESTORE}") from error
+
+
+def _stored_guard(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Guard | None:
+    """Raises ValueError, KeyError, TypeError: a guard of which a part is missing, damaged or left over."""
+    if "guard" in data:
+        return read_guard(data["guard"], tensors)
+    if left := sorted(key for key in tensors if key.startswith("guard.")):
+        raise ValueError(f"{TENSORS} holds {left[0]}, but {ROUTER} has no guard")
+    return None
 
 
 def _problem(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
@@ -366,7 +403,10 @@ def _is_count(value: Any, least: int) -> bool:
 
 
 def probe(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A few values of each weight, in its own dtype, on the CPU."""
+    """A few values of each weight, in its own dtype, on the CPU.
+
+    weights: of any shape. Each result is (n,), n values spread evenly over the flattened weight.
+    """
     found = {}
     for name, weight in weights.items():
         flat = weight.detach().reshape(-1)
@@ -421,13 +461,22 @@ def _half_step(values: Tensor) -> Tensor:
 
 
 def block_weights(loaded: LoadedModel) -> dict[str, Tensor]:
-    """Every weight of the decoder blocks that is held as numbers: what experts were corrections to."""
+    """Every weight of the decoder blocks that is held as numbers: what experts were corrections to.
+
+    Names as in the model; shapes as there, (out, in) for a linear.
+    """
     return {
         f"{prefix}.{name}": parameter
         for prefix, block in decoder_blocks(loaded.model)  # type: ignore[arg-type]
         for name, parameter in block.named_parameters()
         if parameter.is_floating_point() and parameter.element_size() >= 2
     }
+
+
+def head_weights(loaded: LoadedModel) -> dict[str, Tensor]:
+    """The output embeddings, where they are held as numbers: what a guard reads theta_0's answer through."""
+    weight = loaded.model.get_output_embeddings().weight  # type: ignore[operator, union-attr]
+    return {"output": weight} if weight.is_floating_point() and weight.element_size() >= 2 else {}
 
 
 def base_of(loaded: LoadedModel) -> dict[str, Any]:

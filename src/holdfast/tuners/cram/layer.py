@@ -39,12 +39,21 @@ class Active:
         trained: Tensor | None = None,
         pool: Tensor | None = None,
     ) -> None:
+        """What the next forward pass does: nothing yet, the base alone, or experts by row weights.
+
+        Args: rows (B, R), trained (B, S), pool (B, T): see the class; R rows over all experts, T tokens.
+        """
         self.mode, self.rows, self.trained, self.pool = mode, rows, trained, pool
         self._spread.clear()
         self._pooled = None
 
     def rows_for(self, batch: int) -> Tensor | None:
-        """`rows`, each repeated for the beams of its sample (generation repeats a sample's inputs side by side)."""
+        """`rows`, each repeated for the beams of its sample (generation repeats a sample's inputs side by side).
+
+        Returns: (batch, R), or None where no expert is active.
+
+        Raises: AdapterError: `batch` is no multiple of the requests that were routed.
+        """
         if self.rows is None or self.rows.shape[0] == batch:
             return self.rows
         if batch not in self._spread:
@@ -98,11 +107,17 @@ class ExpertPass(nn.Module):
         self.dropout = dropout
 
     def drop_factors(self) -> None:
+        """Forget the factors in training and what was gathered for them."""
         self.trained_a = self.trained_b = None
         self.input_mean = None
 
     def extend(self, linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Forward hook: `y + ((x A_cat^T) * P) B_cat^T`, and the trained factors likewise."""
+        """Forward hook: `y + ((x A_cat^T) * P) B_cat^T`, and the trained factors likewise.
+
+        x = args[0]: (B, T, in). output: (B, T, out). P: (B, R), the routing weight of each of the R stacked rows.
+
+        Raises: AdapterError: no route was chosen, or the input has no batch dimension.
+        """
         del linear
         active = self.active
         if active.mode == "base":

@@ -45,6 +45,8 @@ def merged_factors(cram: Cram, mass: Mapping[str, float]) -> dict[str, tuple[Ten
     """`sum_e mass_e B_e A_e` as one pair of factors per linear: B's side by side, A's stacked, A scaled by the mass.
 
     Raises: UnknownNameError: an expert that is not there. AdapterError: no expert with a weight.
+
+    Returns: linear name -> A (sum of ranks, in), B (out, sum of ranks).
     """
     names = [card.name for card in cram.router.experts]
     for name in mass:
@@ -78,7 +80,10 @@ def export_merged(
 
 @torch.no_grad()
 def drift(cram: Cram, mass: Mapping[str, float], samples: Sequence[Sample], *, batch_size: int = 8) -> Drift:
-    """Compare routed answers with those under the constant weights `mass`, which is what the merged model computes."""
+    """Compare routed answers with those under the constant weights `mass`, which is what the merged model computes.
+
+    Raises: DataError: no request. UnknownNameError: an expert that is not there.
+    """
     if not samples:
         raise DataError("There is no request to measure the drift on; expected at least one.")
     divergence, same = 0.0, 0

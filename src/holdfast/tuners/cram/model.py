@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,14 +12,18 @@ from torch import Tensor, nn
 
 from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, DataError, unknown_name
+from holdfast.models.encode import encode_request
 from holdfast.models.families import decoder_blocks
 from holdfast.models.loaded import LoadedModel
 from holdfast.tuners.cram.cram_config import CramConfig
+from holdfast.tuners.cram.guard import Evidence, Guard, last_step, opening_log_odds
 from holdfast.tuners.cram.layer import Active, ExpertPass
 from holdfast.tuners.cram.router import Features, Router, Routing, describe
 from holdfast.tuners.cram.router_features import BackboneEncoder, Encoder, make_encoder
 
 MODULE = "holdfast_cram"
+# So many guard scores are kept; a request asked again is not read again.
+_KEPT_SCORES = 100_000
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # linear name -> A (r, in), B (out, r)
 
 
@@ -27,6 +32,7 @@ class Cram(nn.Module):
 
     experts: per expert its factors by linear name, in the stored precision, on the CPU; what is computed with is a
         stacked copy in each linear's own dtype.
+    guard: sends what theta_0 would refuse to theta_0 alone; None: no guard. Its scores are kept by request.
     last_routing: the decision of the latest request, for logging.
     """
 
@@ -37,6 +43,7 @@ class Cram(nn.Module):
         experts: Sequence[Factors] = (),
         *,
         encoder: Encoder | None = None,
+        guard: Guard | None = None,
     ) -> None:
         super().__init__()
         if hasattr(loaded.model, MODULE):
@@ -49,10 +56,14 @@ class Cram(nn.Module):
         self.experts: list[Factors] = list(experts)
         self.encoder = encoder or make_encoder(router.config.encoder, loaded)
         self.active = Active()
+        self.guard = guard
         self.last_routing: Routing | None = None
         # In a list: a module attribute would make the model a child of its own child.
         self._loaded = [loaded]
         self._pending: Features | None = None
+        self._asked: Sequence[Sample] | None = None  # requests whose guard scores the first forward pass must give
+        self._scores: Tensor | None = None  # of the request at hand
+        self._score_of: dict[Any, float] = {}
         self._flat_rows: Tensor | None = None
         self._sets = 1
         targets = find_targets(loaded.model, router.config)
@@ -75,17 +86,21 @@ class Cram(nn.Module):
 
     @property
     def config(self) -> CramConfig:
+        """The options that experts and router were made with."""
         return self.router.config
 
     @property
     def loaded(self) -> LoadedModel:
+        """The model underneath; held in a list, so that its modules are not registered here a second time."""
         return self._loaded[0]
 
     @property
     def layers(self) -> list[ExpertPass]:
+        """Every adapted linear, in the order of the model."""
         return list(self.passes)  # type: ignore[arg-type]
 
     def layer(self, name: str) -> ExpertPass:
+        """The adapted linear of this module name."""
         return next(p for p in self.layers if p.name == name)
 
     def detach(self) -> None:
@@ -126,8 +141,27 @@ class Cram(nn.Module):
         return Features(text=text, image=image, has_image=has_image).checked()
 
     def route(self, samples: Sequence[Sample]) -> Routing:
-        """The decision for each request, made ahead of any forward pass."""
-        return self.router.route(self.features(samples))
+        """The decision for each request, made ahead of any forward pass.
+
+        With a guard theta_0 reads the prompts that were not asked before.
+        """
+        routing = self.router.route(self.features(samples))
+        scores = self.guard_scores(samples)
+        return routing if scores is None else self._guarded(routing, scores)
+
+    def guard_scores(self, samples: Sequence[Sample], *, batch_size: int = 16) -> Tensor | None:
+        """(n,) the guard's score of each request, on the CPU; None without a guard. See `Guard.score`."""
+        if self.guard is None:
+            return None
+        keys = [request_key(s) for s in samples]
+        new = [i for i, key in enumerate(keys) if key not in self._score_of]
+        with torch.inference_mode():
+            for start in range(0, len(new), batch_size):
+                some = new[start : start + batch_size]
+                inputs = encode_request(self.loaded, [samples[i] for i in some])
+                found = self._ask_base((), {k: v.to(self.loaded.device) for k, v in inputs.items()})
+                self._keep([keys[i] for i in some], found)
+        return torch.tensor([self._score_of[key] for key in keys])
 
     def explain(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         """`route` as plain data: group, similarities, weights."""
@@ -138,12 +172,19 @@ class Cram(nn.Module):
         """Within, forward passes and `generate` are about these requests, in this order.
 
         The instruction is encoded here. With the backbone encoder the image vector is read off the first forward pass
-        (nothing runs twice); the decision is kept for all tokens that follow.
+        (nothing runs twice); the decision is kept for all tokens that follow. With a guard the first forward pass must
+        hold the whole prompt: theta_0 reads it alone before, unless it was asked about these requests already.
         """
         self._check_images(samples)
         device = self.loaded.device
         text = self.encoder.text(samples).to(device)
         with self._held():
+            if self.guard is not None:
+                keys = [request_key(s) for s in samples]
+                if all(key in self._score_of for key in keys):
+                    self._scores = torch.tensor([self._score_of[key] for key in keys])
+                else:
+                    self._asked = samples
             if self.encoder.in_forward:
                 width = self.encoder.identity["image_width"]
                 blank = torch.zeros(len(samples), width, device=device)
@@ -161,7 +202,10 @@ class Cram(nn.Module):
 
     @contextmanager
     def weighted(self, masses: Sequence[Mapping[str, float]]) -> Iterator[None]:
-        """Within, request i goes to the named experts with weights `masses[i]`; one mapping serves any batch."""
+        """Within, request i goes to the named experts with weights `masses[i]`; one mapping serves any batch.
+
+        Raises: UnknownNameError: an expert that is not there.
+        """
         names = [e.name for e in self.router.experts]
         weights = torch.zeros(len(masses), 1, len(names), device=self.loaded.device)
         for row, mass in enumerate(masses):
@@ -185,22 +229,43 @@ class Cram(nn.Module):
         """Within, no request is at hand; afterwards the one before is. Contexts nest, and the innermost decides."""
         active = self.active
         before = (active.mode, active.rows, active.trained, active.pool)
-        waiting = (self._pending, self._input_ids)
+        waiting = (self._pending, self._input_ids, self._asked, self._scores)
         # A pending request would be decided by the next forward pass, whichever context asked for it.
-        self._pending = self._input_ids = None
+        self._pending = self._input_ids = self._asked = self._scores = None
         active.set("unset")
         try:
             yield
         finally:
-            self._pending, self._input_ids = waiting
+            self._pending, self._input_ids, self._asked, self._scores = waiting
             active.set(*before)
 
     def decide(self, features: Features) -> Routing:
         """Route `features` (on the model's device) and hold the decision for the passes that follow."""
         routing = self.router.route(features)
+        if self._scores is not None:
+            routing = self._guarded(routing, self._scores)
         self.last_routing = routing
         self.activate(routing.weights)
         return routing
+
+    def _guarded(self, routing: Routing, scores: Tensor) -> Routing:
+        assert self.guard is not None
+        # As often as each request stands side by side in the batch: beams.
+        scores = _side_by_side(scores.to(routing.weights.device), len(routing.weights))
+        return routing.under(scores >= self.guard.threshold, scores)
+
+    def _ask_base(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """(B,) the guard's scores for a forward pass that holds whole prompts, read by the base alone."""
+        assert self.guard is not None
+        with self.base_alone():
+            logits, states = last_step(self.loaded.model, args, kwargs)
+        return self.guard.score(Evidence(log_odds=opening_log_odds(logits, self.guard.openings), states=states))
+
+    def _keep(self, keys: Sequence[Any], scores: Tensor) -> None:
+        for key, score in zip(keys, scores.tolist(), strict=True):
+            if len(self._score_of) >= _KEPT_SCORES:
+                del self._score_of[next(iter(self._score_of))]
+            self._score_of[key] = score
 
     def activate(self, weights: Tensor, trained: Tensor | None = None, pool: Tensor | None = None) -> None:
         """Hold weights (B, S, E) of the experts, and (B, S) of the trained factors, for the passes that follow."""
@@ -222,6 +287,21 @@ class Cram(nn.Module):
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del model
+        if self._asked is not None:
+            # Once per request, and before the experts' pass, which this pass of the base would otherwise re-enter.
+            samples, self._asked = self._asked, None
+            with torch.no_grad():
+                scores = self._ask_base(args, kwargs)
+            beams = max(1, len(scores) // len(samples))
+            if len(scores) == beams * len(samples):
+                # Beams of one request are one prompt: they must be decided alike.
+                scores = scores[::beams]
+                self._keep([request_key(s) for s in samples], scores)
+            self._scores = scores
+            if self._pending is None and self.last_routing is not None:
+                # Decided ahead of this pass, by an encoder of its own.
+                self.last_routing = self._guarded(self.last_routing, scores)
+                self.activate(self.last_routing.weights)
         if self._pending is None:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -250,6 +330,27 @@ class Cram(nn.Module):
             text = text.repeat_interleave(beams, dim=0)
         self._input_ids = None
         self.decide(Features(text=text, image=image, has_image=has_image))
+
+
+def request_key(sample: Sample) -> Any:
+    """What a request's decision depends on: its words, and its images' files as they lie there now."""
+    return sample.request, tuple((path, *_stamp(path)) for path in sample.images)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
+def _side_by_side(values: Tensor, count: int) -> Tensor:
+    """(n,) -> (count,), each value repeated for the beams of its request."""
+    times, rest = divmod(count, len(values))
+    if rest:
+        raise AdapterError(
+            f"The forward pass has {count} sequences but {len(values)} requests are being served; encode and serve the "
+            "same samples."
+        )
+    return values.repeat_interleave(times) if times != 1 else values
 
 
 def find_targets(model: nn.Module, config: CramConfig) -> dict[str, tuple[int, nn.Module]]:

@@ -30,7 +30,10 @@ FEATURES = ("cram_text", "cram_image", "cram_has_image")
 
 
 def buffer_factors(cram: Cram, *, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The warm-up buffer: A Kaiming-uniform as in PEFT, B = 0, rank R for every adapted linear."""
+    """The warm-up buffer: A Kaiming-uniform as in PEFT, B = 0, rank R for every adapted linear.
+
+    Returns: linear name -> A (R, in), B (out, R), fp32 on the CPU. Source: the initial factors of PEFT's LoRA.
+    """
     generator = torch.Generator().manual_seed(seed)
     rank = cram.config.buffer_rank
     factors = {}
@@ -72,6 +75,7 @@ class CramTraining(nn.Module):
 
     @property
     def cram(self) -> Cram:
+        """The tuner that is trained; held in a list, so that its modules are not registered here a second time."""
         return self._cram[0]
 
     def _placed(self) -> ExpertCard:
@@ -101,7 +105,10 @@ class CramTraining(nn.Module):
     # Forward and loss
 
     def forward(self, **inputs: Any) -> Any:
-        """The model's forward pass on a batch that carries its samples' features (`BatchFeatures`)."""
+        """The model's forward pass on a batch that carries its samples' features (`BatchFeatures`).
+
+        Raises: DataError: the batch carries no features.
+        """
         text, image, has_image = (inputs.pop(name, None) for name in FEATURES)
         if text is None:
             raise DataError("The batch carries no CRAM features; encode it through `BatchFeatures`.")
@@ -130,7 +137,11 @@ class CramTraining(nn.Module):
         cram.activate(weights[..., :-1], weights[..., -1] if self.stable else None, pool)
 
     def penalty(self, model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor:
-        """lambda * mean over linears of `mean_b gamma_b ||Q^T z_b||^2` for the forward pass just made."""
+        """lambda * mean over linears of `mean_b gamma_b ||Q^T z_b||^2` for the forward pass just made.
+
+        Q: (out, k), orthonormal. z_b: (out,) per token of request b. gamma_b in 0..1: mass on the older experts.
+        Returns: a scalar, ().
+        """
         del model, inputs, outputs
         terms = []
         for p in self.cram.layers:
@@ -144,7 +155,10 @@ class CramTraining(nn.Module):
     # What the loop and the trainer's checkpoints hold
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The trained factors, fp32 on the CPU. Under FSDP2 every process must ask: shards are gathered."""
+        """The trained factors, fp32 on the CPU. Under FSDP2 every process must ask: shards are gathered.
+
+        Returns: linear name -> A (rank, in), B (out, rank).
+        """
         found = {}
         for p in self.cram.layers:
             assert p.trained_a is not None and p.trained_b is not None
@@ -152,10 +166,15 @@ class CramTraining(nn.Module):
         return found
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The trained tensors alone, detached: a checkpoint of the trainer never holds the base."""
         del args, kwargs
         return {name: value.detach() for name, value in self._trained().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Take back the trained tensors that `state_dict` gave; everything else is the base's.
+
+        Raises: AdapterError: other tensors than are in training.
+        """
         del args, kwargs
         own = self._trained()
         if set(own) != set(state_dict):

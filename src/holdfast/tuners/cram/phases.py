@@ -26,6 +26,7 @@ from holdfast.functional.cram import ExpertFactors, GroupDecision, RankRule, exp
 from holdfast.models.loaded import LoadedModel
 from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.folder import base_of, from_pretrained, load_expert, read_router, save_cram, save_expert
+from holdfast.tuners.cram.guard import Guard
 from holdfast.tuners.cram.model import Cram, Factors
 from holdfast.tuners.cram.objective import BatchFeatures, CramTraining, buffer_factors, learned_centroid
 from holdfast.tuners.cram.router import ExpertCard, Features, Router, card_from_features, placed
@@ -61,6 +62,7 @@ class Steps:
 
     @property
     def stable(self) -> int:
+        """Optimizer steps of the stable phase."""
         return self.total - self.warmup
 
 
@@ -159,6 +161,10 @@ class TaskLearning:
             )
 
     def features(self) -> Features:
+        """The router's features of the task's training samples, made once and read from then on.
+
+        Raises: AdapterError: they are of another number of samples.
+        """
         stored = load_file(self._features_path)
         if stored["text"].shape[0] != len(self.samples):
             raise AdapterError(
@@ -200,10 +206,15 @@ class TaskLearning:
             base=base_of(self.loaded)["base"],
         )
 
-    def publish(self, out: Path, *, expert: Path | None = None) -> ExpertCard:
+    def previous_guard(self) -> Guard | None:
+        """The guard of the folder that this task continues."""
+        return read_router(self.previous).guard if self.previous is not None else None
+
+    def publish(self, out: Path, *, expert: Path | None = None, guard: Guard | None = None) -> ExpertCard:
         """Write the CRAM folder `out`: older experts byte for byte, the new one, and the router that knows it.
 
-        expert: instead of the trained one (an edited copy of it). Does nothing where `out` is already there.
+        expert: instead of the trained one (an edited copy of it). guard: stored beside the router.
+        Does nothing where `out` is already there.
         """
         expert = expert or self.expert
         cram = self.attach()
@@ -215,7 +226,7 @@ class TaskLearning:
             if not out.exists():
                 older = read_router(self.previous).folders if self.previous is not None else ()
                 router = cram.router.adding(card)
-                save_cram(out, router, [*older, expert], loaded=self.loaded, encoder=cram.encoder)
+                save_cram(out, router, [*older, expert], loaded=self.loaded, encoder=cram.encoder, guard=guard)
         finally:
             cram.detach()
         return card
@@ -269,7 +280,10 @@ def consolidate(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> dict[str, ExpertFactors]:
-    """The expert that a buffer turns into, for every linear; factors fp32 on the CPU."""
+    """The expert that a buffer turns into, for every linear; factors fp32 on the CPU.
+
+    buffer: linear name -> A (R, in), B (out, R). history: linear name -> older experts' A, each (rank, in).
+    """
     made = {}
     scale = 2.0 if config.compat_double_scale else 1.0
     for name, (a, b) in buffer.items():

@@ -13,6 +13,7 @@ from torch import Tensor
 from holdfast.errors import AdapterError, DataError
 from holdfast.functional.cram import (
     GroupDecision,
+    best_group,
     claims,
     cosine_similarity,
     decide_group,
@@ -42,6 +43,7 @@ class Features:
         return self
 
     def to(self, device: torch.device) -> Features:
+        """The same features on `device`."""
         return Features(text=self.text.to(device), image=self.image.to(device), has_image=self.has_image.to(device))
 
     def __len__(self) -> int:
@@ -92,12 +94,24 @@ class ExpertCard:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Routing:
-    """The decision for n requests. weights (n, S, E) sum to 1 over E, or to 0 where the base answers alone."""
+    """The decision for n requests. weights (n, S, E) sum to 1 over E, or to 0 where the base answers alone.
+
+    guarded (n,): the guard sent the request to the base alone, guard_score (n,) at or above its threshold; None where
+    no guard was asked.
+    """
 
     weights: Tensor
     group: Tensor  # (n,) chosen group
     similarity: Tensor  # (n, G) cosine with each group's prototype
     abstained: Tensor  # (n,)
+    guarded: Tensor | None = None
+    guard_score: Tensor | None = None
+
+    def under(self, guarded: Tensor, score: Tensor) -> Routing:
+        """The decision with that of the guard laid over it."""
+        guarded, score = guarded.to(self.weights.device), score.to(self.weights.device)
+        weights = self.weights.masked_fill(guarded[:, None, None], 0.0)
+        return replace(self, weights=weights, guarded=guarded, guard_score=score)
 
 
 class Router:
@@ -120,6 +134,7 @@ class Router:
         return max((c.image_centroid.shape[0] for c in self.experts if c.image_centroid is not None), default=1)
 
     def adding(self, card: ExpertCard) -> Router:
+        """A router that knows one more expert."""
         return Router(self.config, (*self.experts, card))
 
     def members(self, group: int) -> list[int]:
@@ -159,12 +174,13 @@ class Router:
         if len(rows) <= 1:
             return self._route(features)
         parts = [self._route(features[some]) for some in rows]
-        return Routing(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+        made = [name for name, value in vars(parts[0]).items() if value is not None]
+        return Routing(**{name: torch.cat([getattr(part, name) for part in parts]) for name in made})
 
     def _route(self, features: Features) -> Routing:
         packed = self.pack(features.text.device)
         similarity = cosine_similarity(features.text, packed.prototypes)
-        group = similarity.argmax(-1)
+        group = best_group(similarity)
         members = packed.members[group]
         abstained = torch.zeros_like(group, dtype=torch.bool)
         if self.config.abstain != "off":
@@ -188,10 +204,14 @@ class Router:
         return self.config.sigma_scale * sum(scatter) / len(scatter) if scatter else 0.0
 
     def text_sigma_of(self, card: ExpertCard) -> float:
+        """Width of the routing softmax over instruction vectors, for requests without an image."""
         return self.config.sigma_scale * card.text_scatter
 
     def row_index(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Linear name -> the expert of each of its stacked rows."""
+        """Linear name -> the expert of each of its stacked rows.
+
+        Returns: linear name -> (R,) int64, R the ranks of all experts together.
+        """
         return {name: expert_index([e.ranks.get(name, 0) for e in self.experts]) for name in names}
 
     def pack(self, device: torch.device) -> PackedRouter:
@@ -221,6 +241,7 @@ class PackedRouter:
 
     @classmethod
     def of(cls, router: Router, device: torch.device) -> PackedRouter:
+        """All cards of `router` as tensors on `device`, G groups and E experts."""
         cards = router.experts
         pictured = [c for c in cards if c.image_centroid is not None]
         width = next((c.image_centroid.shape[-1] for c in pictured if c.image_centroid is not None), 1)
@@ -265,6 +286,7 @@ def card_from_features(
     """The card of a new task from the features of its training samples, and which rows were held out for the floors.
 
     Raises: DataError: no sample.
+    features: of n samples. The second result is (n,) bool.
     """
     count = len(features)
     if count == 0:
@@ -314,7 +336,10 @@ def placed(card: ExpertCard, centroid: Tensor, features: Features, held: Tensor,
 
 
 def describe(routing: Routing, router: Router, ids: Sequence[str]) -> list[dict[str, Any]]:
-    """Plain data for a log or a screen: per request its group, similarities and weights, and whether it abstained."""
+    """Plain data for a log or a screen: per request its group, similarities and weights, and whether it abstained.
+
+    Where a guard was asked also "guarded" and "guard_score".
+    """
     rows = []
     weights = routing.weights.mean(1)
     for i, sample_id in enumerate(ids):
@@ -326,7 +351,14 @@ def describe(routing: Routing, router: Router, ids: Sequence[str]) -> list[dict[
                     router.group_name(g): round(float(routing.similarity[i, g]), 4) for g in range(router.group_count)
                 },
                 "abstained": bool(routing.abstained[i]),
+                **_guard_row(routing, i),
                 "weights": {e.name: round(float(weights[i, j]), 4) for j, e in enumerate(router.experts)},
             }
         )
     return rows
+
+
+def _guard_row(routing: Routing, i: int) -> dict[str, Any]:
+    if routing.guarded is None or routing.guard_score is None:
+        return {}
+    return {"guarded": bool(routing.guarded[i]), "guard_score": round(float(routing.guard_score[i]), 4)}

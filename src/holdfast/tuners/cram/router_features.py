@@ -34,7 +34,9 @@ class Encoder(Protocol):
     in_forward: bool
 
     @property
-    def identity(self) -> dict[str, Any]: ...
+    def identity(self) -> dict[str, Any]:
+        """Plain data that names the encoder and its widths."""
+        ...
 
     def text(self, samples: Sequence[Sample]) -> Tensor:
         """Instruction vectors (n, d_text), fp32 on the CPU, each a LayerNorm without affine terms."""
@@ -45,7 +47,10 @@ class Encoder(Protocol):
         ...
 
     def probed(self) -> dict[str, Tensor]:
-        """Weights whose change would move the vectors; a few values of each are stored with the router."""
+        """Weights whose change would move the vectors; a few values of each are stored with the router.
+
+        Each of any shape, by its name.
+        """
         ...
 
 
@@ -86,11 +91,17 @@ class BackboneEncoder:
 
     @property
     def identity(self) -> dict[str, Any]:
+        """Plain data that names the encoder and its widths; stored with the router."""
         width = int(self._centre.shape[0])
         return {"kind": BACKBONE, "id": BACKBONE, "text_width": width, "image_width": width}
 
     @torch.no_grad()
     def text(self, samples: Sequence[Sample]) -> Tensor:
+        """Instruction vectors (n, d_text), fp32 on the CPU: the centred mean of a request's token embeddings,
+        normalised.
+
+        Raises: DataError: a sample without instruction text.
+        """
         weight = _weight(self.embeddings)
         rows = []
         for ids in self.loaded.tokenizer([instruction(s) for s in samples], add_special_tokens=False)["input_ids"]:
@@ -100,6 +111,7 @@ class BackboneEncoder:
 
     @torch.no_grad()
     def images(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """Mean image vector (n, d_image) of each sample, fp32 on the CPU, and whether it has an image (n,) bool."""
         vectors = torch.zeros(len(samples), self._centre.shape[0])
         seen = [i for i, s in enumerate(samples) if s.images]
         block = decoder_blocks(self.loaded.model)[0][1]
@@ -135,6 +147,7 @@ class BackboneEncoder:
         return total / count.clamp_min(1), count.squeeze(1) > 0
 
     def probed(self) -> dict[str, Tensor]:
+        """Weights of any shape, by name, whose change would move the vectors."""
         blocks = {id(p) for _, block in decoder_blocks(self.loaded.model) for p in block.parameters()}
         return {
             name: p
@@ -165,6 +178,7 @@ class ContrastiveEncoder:
 
     @property
     def identity(self) -> dict[str, Any]:
+        """Plain data that names the encoder and its widths; stored with the router."""
         config = self.model.config
         return {
             "kind": str(config.model_type),
@@ -175,6 +189,11 @@ class ContrastiveEncoder:
 
     @torch.no_grad()
     def text(self, samples: Sequence[Sample]) -> Tensor:
+        """Instruction vectors (n, d_text), fp32 on the CPU: the mean of the text tower's last hidden states,
+        normalised.
+
+        Raises: DataError: a sample without instruction text.
+        """
         parts = []
         for batch in _batches([instruction(s) for s in samples], self.batch_size):
             # SigLIP was trained on texts padded to full length; CLIP ignores padding.
@@ -187,6 +206,7 @@ class ContrastiveEncoder:
 
     @torch.no_grad()
     def images(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """Mean image vector (n, d_image) of each sample, fp32 on the CPU, and whether it has an image (n,) bool."""
         vectors = torch.zeros(len(samples), self.identity["image_width"])
         owners = [(row, path) for row, s in enumerate(samples) for path in s.images]
         for batch in _batches(owners, self.batch_size):
@@ -197,6 +217,7 @@ class ContrastiveEncoder:
         return vectors, torch.tensor([bool(s.images) for s in samples])
 
     def probed(self) -> dict[str, Tensor]:
+        """Weights of any shape, by name, whose change would move the vectors."""
         return dict(self.model.named_parameters())
 
 

@@ -1,0 +1,25 @@
+"""`holdfast example DIR`: something to try `holdfast restore` on, made of the embedded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(help="Folder to make.")],
+    seed: Annotated[int, typer.Option(help="Of the data and of the tuning; 0 needs no tuning.")] = 0,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Tune the adapter here instead of taking the shipped one.")
+    ] = False,
+) -> None:
+    """Write all that `holdfast restore` needs: the embedded model, an adapter that loosened its refusals, requests."""
+    from holdfast.cli.progress import phases
+    from holdfast.tiny.example import write_example
+
+    with phases() as progress:
+        files = write_example(folder, seed=seed, tune=tune, progress=progress)
+    print(f"{folder}: an aligned model, an adapter tuned on it, and three files of requests. Now:")
+    print(f"  {files.command(folder / 'restored')}")

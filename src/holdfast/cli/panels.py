@@ -1,0 +1,46 @@
+"""The panels of --help: an option stands in the same one in every verb that has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer.core import TyperCommand
+
+# Panel -> options that it holds. What stands in none is shown under "Options".
+PANELS: dict[str, tuple[str, ...]] = {
+    "Data and models": (
+        "adapter", "after", "align", "base", "benign", "calibration", "category_key", "earlier", "encoder",
+        "every_linear", "grams", "image", "image_mode", "images", "judge", "limit", "max_pixels", "model", "option",
+        "past", "probe_benign", "probe_safety", "probe_task", "prompt", "prompts", "reference", "reference_task",
+        "references", "root", "safety", "safety_images", "samples", "scorer", "stream", "task", "task_images",
+        "tasks", "test_set",
+    ),
+    "The budget": ("max_asr", "max_drop", "max_over_refusal", "target_asr"),
+    "The rule": ("options", "past_weight", "rule", "set_", "strengths"),
+    "The search": (
+        "benign_samples", "min_refused", "probes", "safety_samples", "screen", "task_samples", "tune", "whole_curve",
+    ),
+    "Labels": ("annotator", "html", "import_", "number", "settle", "show"),
+    "The method": (
+        "activations", "alpha", "coefficient", "curvature_form", "damping", "expert", "focus", "harmful", "keep",
+        "method", "methods", "mode", "normalization", "on_failure", "per_category", "projection", "quick", "ranking",
+        "seed", "shrinkage", "temperature", "tokens",
+    ),
+    "Output": (
+        "all_images", "as_json", "export", "json", "json_", "layers", "listed", "measured_safety", "model_card",
+        "dry_run", "names_only", "out", "overwrite", "report", "shard", "title", "verify",
+    ),
+    "Machine": ("backend", "batch_size", "device", "dtype", "jobs", "max_new_tokens", "memory"),
+    "Checks to leave out": ("allow_other_base", "allow_other_calibration", "allow_problems", "allow_short"),
+}  # fmt: skip
+_PANEL_OF = {option: panel for panel, options in PANELS.items() for option in options}
+
+
+class PanelledCommand(TyperCommand):
+    """A verb whose options are shown in panels."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for parameter in self.params:
+            if parameter.param_type_name == "option" and parameter.name in _PANEL_OF:
+                parameter.rich_help_panel = _PANEL_OF[parameter.name]  # type: ignore[attr-defined]

@@ -1,0 +1,105 @@
+"""What a restore would cost, before it starts: minutes and GiB from the model's shapes and this machine's speed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from holdfast.checkpoints.adapter import is_adapter
+from holdfast.checkpoints.merged import open_checkpoint
+from holdfast.data.types import Sample
+from holdfast.models.load import default_device, read_config
+from holdfast.restore.sets import RestoreSets
+
+if TYPE_CHECKING:
+    from holdfast.restore.run import RestoreConfig
+
+# Typical tokenisers make one token of about four characters of English; a picture takes a few hundred.
+_CHARACTERS_PER_TOKEN, _TOKENS_PER_PICTURE = 4, 576
+# Share of a matrix product's speed that a forward pass reaches, and that greedy decoding of a batch reaches.
+_FORWARD_SHARE, _DECODE_SHARE = 0.5, 0.15
+
+
+def estimate_cost(before: str, after: str, sets: RestoreSets, config: RestoreConfig) -> str:
+    """A few lines for people: phases with minutes, the peak of memory, and the disk. Nothing is loaded.
+
+    A planning figure: the speed is that of one matrix product here and now, lengths are guessed from characters.
+    """
+    device = torch.device(config.device) if config.device else default_device()
+    speed = _flops_per_second(device)
+    with open_checkpoint(before) as opened:
+        parameters = sum(entry.numel for entry in opened.entries.values())
+        widths = _widths(opened)
+    text = read_config(before).get_text_config()
+    tower = _TOKENS_PER_PICTURE if parameters > 1e8 else 36
+
+    def tokens(samples: Sequence[Sample]) -> int:
+        return sum(
+            sum(len(t.text) for t in s.turns) // _CHARACTERS_PER_TOKEN + tower * len(s.images) + 8 for s in samples
+        )
+
+    probes = (*sets.safety.probe, *sets.benign.probe, *sets.task.probe)
+    asked = (*sets.safety.calibration, *sets.benign.calibration, *sets.task.calibration, *probes)
+    flops = 2 * parameters
+
+    def asking(samples: Sequence[Sample], count: int) -> float:
+        # Replies are mostly shorter than the bound.
+        return flops * (tokens(samples) / _FORWARD_SHARE + count * config.tokens / 2 / _DECODE_SHARE) / speed
+
+    calibrated = (*sets.safety.calibration, *sets.benign.calibration, *sets.task.calibration, *sets.past)
+    gram = sum(2 * width**2 for width in widths) * tokens(calibrated) / speed
+    bisection = math.ceil(math.log2(len(config.strengths) + 1)) + 4
+    points = bisection if not config.whole_curve else len(config.strengths)
+    factor = sum(width**3 / 3 for width in widths) / speed
+    phases = {
+        "ask BEFORE": asking(asked, len(asked)) + asking(probes, len(probes)),
+        "calibrate": flops * tokens(calibrated) / _FORWARD_SHARE / speed + gram,
+        "ask AFTER": asking(probes, len(probes)),
+        f"search, about {points} strengths": points * (asking(probes, len(probes)) + factor),
+        "export and ask again": asking(probes, len(probes)) + factor + 30,
+    }
+    itemsize = 4 if device.type == "cpu" and not _has_bf16() else 2
+    peak = parameters * itemsize + 4 * max(widths) ** 2 * 4
+    disk = sum(2 * width * (width + 1) for width in widths) * (2 + bool(sets.benign))
+    disk += parameters * 2 if not is_adapter(after) else 0
+    lines = [f"{name:<28} {max(0.1, seconds / 60):6.1f} min" for name, seconds in phases.items()]
+    lines.append(f"{'in all':<28} {sum(max(6.0, s) for s in phases.values()) / 60:6.1f} min on {device}")
+    lines.append(f"{'memory':<28} {peak / 2**30:6.1f} GiB for the model and one layer's matrices")
+    lines.append(f"{'disk':<28} {disk / 2**30:6.1f} GiB beside OUT while it runs")
+    lines.append(
+        f"({parameters / 1e6:.0f} M parameters, {text.num_hidden_layers} blocks; {speed / 1e9:.0f} GFLOP/s here)"
+    )
+    return "\n".join(lines)
+
+
+def _flops_per_second(device: torch.device, size: int = 1024) -> float:
+    left = torch.randn(size, size, device=device)
+    best = math.inf
+    for _ in range(3):
+        began = time.perf_counter()
+        float((left @ left)[0, 0])  # reading a value waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def _widths(opened: object) -> list[int]:
+    """Input widths of a decoder's distinct inputs: four a block."""
+    from typing import Any, cast
+
+    entries = cast(Any, opened).entries
+    found = []
+    for key, entry in entries.items():
+        if key.endswith((".q_proj.weight", ".o_proj.weight", ".gate_proj.weight", ".down_proj.weight")) and (
+            "vision" not in key
+        ):
+            found.append(int(entry.shape[1]))
+    return found or [max((int(e.shape[-1]) for e in entries.values() if len(e.shape) == 2), default=1)]
+
+
+def _has_bf16() -> bool:
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))

@@ -1,0 +1,142 @@
+"""What an installed holdfast holds and needs: a wheel is built and looked into, imports are held against pyproject."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import holdfast
+from holdfast import experiment, shipped
+from holdfast.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# Import name -> distribution, where they differ.
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+# Installed by oneself: its own versions of torch would decide ours.
+ONESELF = {"vllm"}
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[<>=!~\[; ]", text, maxsplit=1)[0].lower().replace("_", "-") for text in requirements}
+
+
+def imported() -> dict[str, set[str]]:
+    """Distribution -> files of the package that import it."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules: list[str] = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                modules = [node.module]
+            for module in {m.partition(".")[0] for m in modules} - sys.stdlib_module_names - {"holdfast"}:
+                found.setdefault(DISTRIBUTIONS.get(module, module), set()).add(path.name)
+    return found
+
+
+def test_every_package_that_is_imported_is_declared():
+    extras = PROJECT["optional-dependencies"]
+    declared = names(PROJECT["dependencies"]) | names(extras["captions"]) | names(extras["hf"])
+    undeclared = {name: files for name, files in imported().items() if name not in declared | ONESELF}
+    # pyarrow is what `datasets` reads tables with.
+    assert {name for name in undeclared if name != "pyarrow"} == set(), undeclared
+
+
+def test_every_package_that_is_declared_is_imported():
+    assert names(PROJECT["dependencies"]) - set(imported()) == set()
+
+
+def test_the_version_is_one():
+    assert PROJECT["version"] == holdfast.__version__
+    assert PROJECT["authors"] == [{"name": "holdfast contributors"}] and PROJECT["urls"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    if find_spec("hatchling") is None:
+        pytest.skip("hatchling, which builds the wheel, is not installed: pip install -e '.[dev]'")
+    out = tmp_path_factory.mktemp("wheel")
+    built = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    (path,) = out.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_types_configs_and_what_the_code_reads(wheel):
+    held = set(wheel.namelist())
+    assert "holdfast/py.typed" in held
+    configs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
+    assert configs and {f"holdfast/{name}" for name in configs} <= held
+    # Templates, the embedded model, its tokenizer: everything beside the code.
+    package = ROOT / "src" / "holdfast"
+    data = {
+        p.relative_to(package).as_posix() for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    }
+    assert {f"holdfast/{name}" for name in data} <= held
+    assert not [name for name in held if name.startswith(("tests/", "benchmarks/", "configs/"))]
+    (entry,) = [name for name in held if name.endswith("METADATA")]
+    text = wheel.read(entry).decode()
+    assert "Author: holdfast contributors" in text and "Project-URL:" in text
+    assert {"psutil", "tokenizers"} <= {
+        line.split()[1].split(">")[0] for line in text.splitlines() if "Requires-Dist" in line
+    }
+
+
+def test_an_installed_wheel_lists_and_writes_its_run_files(wheel, tmp_path):
+    """Outside any checkout: the package alone on the path."""
+    wheel.extractall(tmp_path / "site")
+    code = "from holdfast.cli import main; main()"
+
+    def verb(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "", "COLUMNS": "80"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert verb("--version") == f"holdfast {holdfast.__version__}\n"
+    assert "coin.yaml" in verb("list", "streams")
+    assert "llava-1.5-7b" in verb("init", "--list")
+    verb("init", "llava-1.5-7b")
+    assert (tmp_path / "llava-1.5-7b.yaml").is_file() and (tmp_path / "streams" / "hpa.yaml").is_file()
+
+
+def test_every_run_file_that_comes_along_names_streams_that_come_along(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOLDFAST_DATA", str(tmp_path))
+    assert set(shipped.run_files()) >= {"llava-1.5-7b", "qwen2.5-vl-7b", "cram-llava-1.5-7b"}
+    for path in shipped.run_files().values():
+        stream = shipped.stream_of(path)
+        assert stream is not None and stream in shipped.stream_files().values()
+        assert shipped.first_comment(path)
+        experiment.read_run(path)
+
+
+def test_without_its_files_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(shipped, "_PACKAGE", tmp_path / "lib" / "holdfast")
+    # Somebody else's configs/ two folders up is not ours.
+    (tmp_path / "configs").mkdir()
+    with pytest.raises(ConfigError, match="install the wheel again"):
+        shipped.folder()
+    (tmp_path / "lib" / "holdfast" / "configs").mkdir(parents=True)
+    assert shipped.folder() == tmp_path / "lib" / "holdfast" / "configs"
