@@ -53,6 +53,11 @@ def overlay(contents: Mapping[str, Content], adapters: Iterable[Path]) -> dict[s
     return found
 
 
+def has_settings(folder: Path) -> bool:
+    """Whether an adapter's folder has any tokenizer, template or processor file of its own."""
+    return any((folder / name).exists() for name in (*_TOKENIZER, *_TEMPLATES, *_PROCESSOR))
+
+
 def describe_overlay(contents: Mapping[str, Content], adapters: Iterable[Path]) -> list[str]:
     """Sentences that say what of the base's settings an adapter's folder replaces by something else."""
     before = {name: _bytes(content) for name, content in contents.items()}
@@ -99,4 +104,4 @@ def _bytes(content: Content) -> bytes:
     return content.read_bytes()
 
 
-__all__ = ["Content", "describe_overlay", "overlay"]
+__all__ = ["Content", "describe_overlay", "has_settings", "overlay"]

@@ -83,9 +83,13 @@ class MergedCheckpoint:
             else self.names.require(name, error=AdapterError)
         )
 
+    def keys_of(self, adapter: LoraAdapter) -> dict[str, str]:
+        """module of one of the adapters -> the key of the weight that it updates."""
+        return {module: self._key(adapter, f"{module}.weight") for module in adapter.modules}
+
     def _add(self, adapter: LoraAdapter) -> None:
         replaced = {name: self._key(adapter, name) for name in adapter.saved}
-        updated = {module: self._key(adapter, f"{module}.weight") for module in adapter.modules}
+        updated = self.keys_of(adapter)
         done: set[str] = set()
         for name, key in replaced.items():
             saved, entry = adapter.saved[name], self.entries[key]

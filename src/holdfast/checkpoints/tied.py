@@ -34,7 +34,7 @@ class Tied:
 def find_tied(entries: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> Tied | None:
     """The tied pair of a checkpoint, or None: both ends are stored and the configuration does not tie them.
 
-    A decoder that stores one end only can do nothing but tie, whatever its configuration (or a class's default) says.
+    A decoder without a head of its own can do nothing but tie, whatever its configuration (or a class's default) says.
     """
     found = {normalised(key): key for key in entries if normalised(key) in (EMBEDDING, HEAD)}
     embedding, head = found.get(EMBEDDING), found.get(HEAD)
@@ -44,7 +44,7 @@ def find_tied(entries: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> 
         # Files of transformers 4 wrap the whole language model, those of version 5 only the decoder.
         name = "language_model.lm_head.weight" if embedding.startswith("language_model.model.") else "lm_head.weight"
         return Tied(embedding, name, name)
-    if head is not None:
+    if head is not None and is_tied_by_config(config):
         decoder = next((key for key in entries if normalised(key)[:1] == ("layers",)), None)
         if decoder is not None:
             name = f"{decoder.partition('layers.')[0]}embed_tokens.weight"

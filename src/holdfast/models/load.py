@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 from holdfast.checkpoints.adapter import CONFIG_FILE, INPUT_SCALE_FILE, LoraAdapter
+from holdfast.checkpoints.adapter_settings import has_settings
 from holdfast.checkpoints.contents import require_model_folder, require_safe_adapter
 from holdfast.checkpoints.merged import add_updates, locate
 from holdfast.checkpoints.naming import NameIndex
@@ -130,7 +131,7 @@ def read_processor(base: str, config: Any | None = None, adapters: Sequence[str]
     Raises: ModelError: no processor, or a tokenizer with more tokens than the model has embeddings.
     """
     folders = [locate(adapter) for adapter in adapters if not is_tuner_folder(adapter)]
-    if not any(folder.is_dir() for folder in folders):
+    if not any(has_settings(folder) for folder in folders):
         return _read_processor(base, config)
     with tempfile.TemporaryDirectory(prefix="holdfast-settings-") as place:
         copy_side_files(locate(base), Path(place), folders)

@@ -225,10 +225,11 @@ class _Guard:
                 )
             copy_extra_weights(model, Path(last))
             try:
-                wrapped = PeftModel.from_pretrained(model, last)
+                PeftModel.from_pretrained(model, last)
             except (UserWarning, ValueError, RuntimeError, KeyError):
                 return None
-            return forward(wrapped.eval(), probe_ids(model.config))
+            # PEFT put its layers into the model itself; its wrapper's forward adds nothing but arguments.
+            return forward(model.eval(), probe_ids(model.config))
 
     def _merged_value(self) -> Checkpoint:
         """AFTER as something that `models.load` takes."""
