@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 from safetensors.torch import save_file
 
 from holdfast.checkpoints.adapter import INPUT_SCALE_FILE, WEIGHTS_FILE
+from holdfast.checkpoints.adapter_settings import describe_overlay
 from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.reader import INDEX_FILE, SINGLE_FILE
-from holdfast.checkpoints.rewrite import RewriteResult, copy_side_files, hash_side_files, rewrite
+from holdfast.checkpoints.rewrite import RewriteResult, copy_side_files, hash_side_files, rewrite, side_contents
 from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
 from holdfast.checkpoints.writer import (
     DEFAULT_SHARD_BYTES,
@@ -194,7 +195,7 @@ class _Edit:
             **({} if is_builtin(type(self.rule)) else {"rule_code": origin_of(type(self.rule))}),
             "coefficient": self.coefficient if self.export == "adapter" else None,
             "fingerprints": self.pair.fingerprints(),
-            "side_files": hash_side_files(self.side_folder()),
+            "side_files": hash_side_files(self.side_folder(), self.settings_folders()),
             "calibration": self.curvature.digest() if self.curvature is not None else None,
             "layers": [[t.layer.name, t.layer.block, t.key] for t in self.targets],
             "block_count": self.targets[0].layer.block_count,
@@ -214,7 +215,10 @@ class _Edit:
             layers=rows,
             inputs=self._inputs(),
             plan_hash=plan_hash,
-            warnings=_warnings([*unprotected, *result.changed], self.pair, rows, self.curvature),
+            warnings=[
+                *_warnings([*unprotected, *result.changed], self.pair, rows, self.curvature),
+                *describe_overlay(side_contents(self.side_folder()), self.settings_folders()),
+            ],
             versions=versions(),
         )
 
@@ -285,6 +289,10 @@ class _Edit:
             inputs["calibration"] = _calibration_input(self.curvature)
         return inputs
 
+    def settings_folders(self) -> list[Path]:
+        """Adapter folders whose tokenizer, template and processor a dense result gets over those of the base."""
+        return [] if self.export == "adapter" else [adapter.folder for adapter in self.pair.after.adapters]
+
     def side_folder(self) -> Path:
         """Whose configuration and tokenizer the result gets: the adapter's, or AFTER's (tuning may add tokens)."""
         lora = self.pair.lora
@@ -301,13 +309,18 @@ def _write_small_files(
 ) -> None:
     """All but the weights and the card: side files, scaling vectors, index, report, provenance."""
     folder = staging.folder
-    copy_side_files(edit.side_folder(), folder)
+    copy_side_files(edit.side_folder(), folder, edit.settings_folders())
+    if edit.export == "dense" and edit.pair.after.untied:
+        write_json(folder / "config.json", edit.pair.after.config())
     if edit.export == "adapter":
         rows = {target.lora.module: result.rows[target.lora.a.name] for target in lora_targets(edit.targets)}
         scales = {module: read_scale_field(row[SCALE_FIELD]) for module, row in rows.items() if SCALE_FIELD in row}
         if scales:
             with atomic_path(folder / INPUT_SCALE_FILE) as temporary:
                 save_file({name: scales[name] for name in sorted(scales)}, temporary)
+        for path in edit.pair.lora.extra_files if edit.pair.lora is not None else ():
+            with atomic_path(folder / path.name) as temporary:
+                shutil.copyfile(path, temporary)
     elif len(shards) > 1:
         write_json(folder / INDEX_FILE, shard_index(shards))
     report.save(folder / REPORT_FILE)
