@@ -74,7 +74,7 @@ class MergedCheckpoint:
     def _key(self, adapter: LoraAdapter, name: str) -> str:
         """The key of a name of an adapter; the end that a tied base does not store is the one it does."""
         if self._tied is not None and self._tied.missing is not None and not self.untied:
-            ends = {EMBEDDING: self._tied.embedding, HEAD: self._tied.head}
+            ends: dict[tuple[str, ...], str] = {EMBEDDING: self._tied.embedding, HEAD: self._tied.head}
             if ends.get(normalised(name)) == self._tied.missing:
                 return str(self._tied.other(self._tied.missing))
         return (
@@ -279,8 +279,8 @@ def open_checkpoint(source: Source) -> MergedCheckpoint:
     reader = CheckpointReader(folder)
     opened: list[LoraAdapter] = []
     try:
-        for folder in value.adapters:
-            opened.append(LoraAdapter(locate(folder)))
+        for adapter in value.adapters:
+            opened.append(LoraAdapter(locate(adapter)))
         return MergedCheckpoint(reader, opened)
     except BaseException:
         reader.close()

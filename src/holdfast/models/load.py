@@ -237,7 +237,7 @@ def _merge_lora(model: PreTrainedModel, adapter: LoraAdapter, base: str) -> None
         add_updates(weight.data, [(a, b, entry, None if scale is None else scale.to(weight.device))], out=weight.data)
 
 
-def _give_own_parameter(model: PreTrainedModel, key: str, parameters: dict[str, torch.nn.Parameter]) -> None:
+def _give_own_parameter(model: Any, key: str, parameters: dict[str, torch.nn.Parameter]) -> None:
     """Part a parameter from those it is tied to, for good: configuration and all. One that is not tied stays."""
     shared = [name for name, parameter in parameters.items() if parameter is parameters[key] and name != key]
     if not shared:
