@@ -279,8 +279,8 @@ def open_checkpoint(source: Source) -> MergedCheckpoint:
     reader = CheckpointReader(folder)
     opened: list[LoraAdapter] = []
     try:
-        for adapter in value.adapters:
-            opened.append(LoraAdapter(locate(adapter)))
+        for name in value.adapters:
+            opened.append(LoraAdapter(locate(name)))
         return MergedCheckpoint(reader, opened)
     except BaseException:
         reader.close()
