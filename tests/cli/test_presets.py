@@ -16,7 +16,7 @@ from holdfast.cli import run as run_verb
 from holdfast.cli.presets import PRESETS, PresetName, with_preset
 from holdfast.errors import ConfigError
 from holdfast.functional.hpa_config import HpaConfig
-from holdfast.rules.anchor import AnchorConfig
+from holdfast.methods.anchor import AnchorMethodConfig
 
 # Other constants than a preset's, as a run file may hold them for all methods.
 BENT = {
@@ -56,7 +56,7 @@ def test_the_paper_s_constants_stand_over_a_file_s_defaults(bent: Path) -> None:
 def test_ours_is_the_anchored_edit_with_its_defaults(bent: Path) -> None:
     made = experiment.build_methods(with_preset(experiment.read_run(bent), "holdfast"))
     config = made["anchor"].config
-    assert config.edit == AnchorConfig() and config.screen and config.benign_samples is None
+    assert config.edit == AnchorMethodConfig().edit and config.screen and config.benign_samples is None
     assert config.task_samples == 128 and config.training.rank == 2
 
 

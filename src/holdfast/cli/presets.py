@@ -40,9 +40,9 @@ _MACHINE = ("batch_size",)
 def method_options(name: str) -> dict[str, Any]:
     """Every option of the edit of a preset's method, spelt out: a run file's `defaults` do not reach under them."""
     from holdfast.config import encode
-    from holdfast.methods import config_of
+    from holdfast.methods import get
 
-    plain = encode(config_of(PRESETS[name].method)())
+    plain = encode(get(PRESETS[name].method).config)
     calibration = {key: value for key, value in plain["calibration"].items() if key not in _MACHINE}
     return {**{key: plain[key] for key in _OWN}, "calibration": calibration}
 
