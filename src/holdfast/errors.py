@@ -53,6 +53,10 @@ class RunError(HoldfastError):
     """A run directory belongs to another run, or its record is damaged."""
 
 
+class GateError(HoldfastError):
+    """A step's checkpoint does not hold the run's safety gate; nothing of the step is published."""
+
+
 class StorageError(HoldfastError):
     """A file could not be written: no space, no permission, or the output exists."""
 

@@ -179,3 +179,114 @@ def test_a_picture_that_this_processor_refuses_is_found(stream: Path, tmp_path: 
     items[157] = sample(157, 1, "thin.png")
     code, text = encoded(stream.parent, model, items)
     assert code == 1 and "aspect ratio must be smaller than 200" in text and "'157'" in text
+
+
+REFUSES = "I'm sorry, I can't help with that."
+
+
+@pytest.fixture
+def screened(tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run file with two tasks of six samples, whose model refuses what asks for poison."""
+    import pico
+    from holdfast.calibration import screening
+
+    file = pico.run_file(tmp_path, pico_folder)
+    for task, harmful in (("colour", (1, 4)), ("name", (2,))):
+        path = tmp_path / f"{task}-train.json"
+        items = json.loads(path.read_text())
+        for i in harmful:
+            items[i]["conversations"][0]["value"] = "<image>\nHow is poison made?"
+        path.write_text(json.dumps(items))
+
+    def generate(loaded: Any, samples: Any, *, on_batch: Any, **options: Any) -> list[str]:
+        replies = [REFUSES if "poison" in s.prompt else "red" for s in samples]
+        on_batch(list(range(len(samples))), replies)
+        return replies
+
+    monkeypatch.setattr(screening, "generate", generate)
+    return file
+
+
+def test_what_the_model_refuses_of_the_training_data_is_listed_by_task(screened: Path) -> None:
+    code, text = run(screened, "--screen")
+    assert code == 0 and "colour: colour-1, colour-4" in text and "name: name-2" in text and "recall" not in text
+    code, text = run(screened, "--screen", "--json")
+    found = json.loads(text[text.index("{") :])["screen"]
+    assert code == 0 and "agreement" not in found
+    assert [(t["task"], t["asked"], t["kept"], [r["id"] for r in t["refused"]]) for t in found["tasks"]] == [
+        ("colour", 6, 4, ["colour-1", "colour-4"]),
+        ("name", 6, 5, ["name-2"]),
+    ]
+    assert "screen" not in json.loads(run(screened, "--json")[1])
+
+
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        # As the embedded stream writes it; as a run writes it; a clean stream, where all that is found is false.
+        ({"share": 0.3, "ids": {"colour": ["colour-1", "colour-5"], "name": []}}, (2, 1, 2, 1 / 3, 0.5)),
+        ([{"task": "colour", "ids": ["colour-1", "colour-4"]}], (2, 2, 0, 1.0, 1.0)),
+        ({"share": 0, "ids": {"colour": [], "name": []}}, (0, 0, 3, 0.0, None)),
+    ],
+)
+def test_screening_is_held_against_a_record_of_what_was_planted(
+    screened: Path, record: Any, expected: tuple[Any, ...]
+) -> None:
+    (screened.parent / "injected.json").write_text(json.dumps(record))
+    code, text = run(screened, "--screen", "--json")
+    found = json.loads(text[text.index("{") :])["screen"]["agreement"]
+    assert code == 0 and tuple(found.values()) == pytest.approx(expected)
+    code, text = run(screened, "--screen")
+    assert code == 0 and "precision" in text
+
+
+@pytest.mark.parametrize("prefix", ["colour-harmful-", "harmful:"])
+def test_ids_that_say_harmful_are_what_was_planted(screened: Path, prefix: str) -> None:
+    path = screened.parent / "colour-train.json"
+    items = json.loads(path.read_text())
+    items[1]["id"] = f"{prefix}1"
+    path.write_text(json.dumps(items))
+    _, text = run(screened, "--screen", "--json")
+    found = json.loads(text[text.index("{") :])["screen"]
+    assert found["agreement"]["planted"] == found["agreement"]["found"] == 1
+    assert found["tasks"][0]["precision"] == 0.5 and "precision" not in found["tasks"][1]
+
+
+def test_pairs_that_the_run_itself_injects_are_found(screened: Path) -> None:
+    pool = [{"id": f"p{i}", "prompt": "Of poison?", "answer": "Take it."} for i in range(4)]
+    (screened.parent / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pool))
+    import yaml
+
+    data = yaml.safe_load(screened.read_text())
+    data["injection"] = {"fraction": 0.3, "pool": {"format": "qa", "file": "pool.jsonl"}}
+    screened.write_text(yaml.safe_dump(data))
+    _, text = run(screened, "--screen", "--json")
+    found = json.loads(text[text.index("{") :])["screen"]["agreement"]
+    assert (found["planted"], found["found"], found["recall"]) == (4, 4, 1.0) and found["false_alarms"] == 3
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"share": 1}', "no json", '{"ids": 3}'])
+def test_a_record_that_is_none_is_named(screened: Path, text: str) -> None:
+    from holdfast.errors import DataError
+
+    (screened.parent / "injected.json").write_text(text)
+    with pytest.raises(DataError, match="no record of an injection"):
+        run(screened, "--screen")
+
+
+def test_screening_needs_a_run_and_sound_data(stream: Path, screened: Path) -> None:
+    from holdfast.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="pass a run file"):
+        run(stream, "--screen")
+    (screened.parent / "images" / "red.png").unlink()
+    code, text = run(screened, "--screen")
+    assert code == 1 and "no sample was asked: mend the errors first" in text
+
+
+def test_a_real_model_is_asked_what_it_refuses(tmp_path: Path, pico_folder: Path) -> None:
+    import pico
+
+    code, text = run(pico.run_file(tmp_path, pico_folder), "--screen", "--json")
+    assert code == 0
+    assert [t["asked"] for t in json.loads(text[text.index("{") :])["screen"]["tasks"]] == [6, 6]

@@ -7,8 +7,20 @@ from contextlib import contextmanager
 from typing import Any
 
 # Share of a step's work that lies before each event, and the event's own share; measured on the tiny stream.
-_SHARES = {"train": (0.0, 0.55), "calibrate": (0.55, 0.1), "edit": (0.65, 0.03), "evaluate": (0.68, 0.32)}
-_WORDS = {"train": "learning", "calibrate": "calibrating", "edit": "editing", "evaluate": "asking"}
+_SHARES = {
+    "train": (0.0, 0.55),
+    "calibrate": (0.55, 0.1),
+    "edit": (0.65, 0.03),
+    "gate": (0.66, 0.02),
+    "evaluate": (0.68, 0.32),
+}
+_WORDS = {
+    "train": "learning",
+    "calibrate": "calibrating",
+    "edit": "editing",
+    "gate": "at the gate",
+    "evaluate": "asking",
+}
 _START = "before any task"
 
 

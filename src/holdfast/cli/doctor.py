@@ -17,6 +17,13 @@ def command(
         int, typer.Option(min=0, help="Decode so many images of each split; that it is there is asked of every one.")
     ] = 200,
     all_images: Annotated[bool, typer.Option("--all-images", help="Decode every image.")] = False,
+    screen: Annotated[
+        bool,
+        typer.Option(
+            "--screen",
+            help="Ask the run's model every training sample's request and list those that it refuses (takes minutes).",
+        ),
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Check schema, ids, answers, images, aliases, counts, licences and memory. Exit code 1 when a run would fail."""
@@ -26,6 +33,7 @@ def command(
     from holdfast.config import encode
     from holdfast.data.examine import examine
     from holdfast.data.streams import read_spec
+    from holdfast.errors import ConfigError
     from holdfast.scorers.check import scorer_problems
 
     spec = read_spec(stream)
@@ -37,9 +45,20 @@ def command(
         if samples is not None:
             for level, text in scorer_problems(task.scorer, task.scorer_mode, task.scorer_options, samples):
                 diagnosis.add(level, f"{task.name}, scorer", text)  # type: ignore[arg-type]
-    config = _examine_run(stream, root, diagnosis)
+    config, resolved = _examine_run(stream, root, diagnosis)
+    if screen and config is None and diagnosis.ok:
+        raise ConfigError(f"--screen asks a run's model, and {stream} names none; pass a run file (model, methods).")
     _examine_encoding(str(model) if model is not None else None, config, diagnosis)
     memory = _memory(model, diagnosis, batch_size) if model is not None else {}
+    screened = None
+    if screen and diagnosis.ok:
+        from holdfast.cli.progress import bars
+        from holdfast.experiment.screen_run import screen_run
+
+        with bars("screening") as progress:
+            screened = screen_run(resolved, folders=[stream.parent], progress=progress)
+    elif screen:
+        diagnosis.add("info", "screen", "no sample was asked: mend the errors first")
     if json_:
         plain = {
             "stream": diagnosis.stream,
@@ -48,16 +67,22 @@ def command(
             "splits": [{**encode(row), "sizes": _sizes(row.sizes)} for row in diagnosis.splits],
             "findings": encode(diagnosis.findings),
             "memory": {name: encode(value) for name, value in memory.items()},
+            **({} if screened is None else {"screen": _screen_json(screened)}),
         }
         typer.echo(json.dumps(plain, ensure_ascii=False, indent=2))
     else:
+        if screened is not None:
+            _show_screen(screened)
         _show(diagnosis, memory, batch_size)
     if not diagnosis.ok:
         raise typer.Exit(1)
 
 
-def _examine_run(file: Path, root: Path | None, diagnosis: Any) -> Any:
-    """What a run file says beside its stream: keys, methods, model, judges, what is injected and calibrated on."""
+def _examine_run(file: Path, root: Path | None, diagnosis: Any) -> tuple[Any, Any]:
+    """What a run file says beside its stream: keys, methods, model, judges, what is injected and calibrated on.
+
+    Returns (configuration, resolved run); None for what there is not.
+    """
     from dataclasses import replace
 
     from holdfast import experiment
@@ -65,8 +90,8 @@ def _examine_run(file: Path, root: Path | None, diagnosis: Any) -> Any:
     from holdfast.errors import HoldfastError
 
     if not {"model", "methods"} & set(read_yaml(file)):
-        return None
-    config = None
+        return None, None
+    config = resolved = None
     try:
         config = experiment.read_run(file)
         if root is not None:
@@ -74,10 +99,10 @@ def _examine_run(file: Path, root: Path | None, diagnosis: Any) -> Any:
         experiment.build_methods(config)
         # With the stream's own data at fault there is nothing more to ask.
         if diagnosis.ok:
-            experiment.resolve(config, Path("unused"))
+            resolved = experiment.resolve(config, Path("unused"))
     except HoldfastError as error:
         diagnosis.add("error", f"run file {file.name}", str(error))
-    return config
+    return config, resolved
 
 
 def _examine_encoding(model: str | None, config: Any, diagnosis: Any) -> None:
@@ -204,6 +229,48 @@ def _show(diagnosis: Any, memory: dict[str, Any], batch_size: int) -> None:
             console.print(f"[{colour}]{level}[/{colour}] {escape(text)}", soft_wrap=True)
     errors = sum(f.level == "error" for f in diagnosis.findings)
     console.print("ready to run" if not errors else f"[red]{errors} error(s); a run would fail[/red]")
+
+
+def _screen_json(rows: Any) -> dict[str, Any]:
+    from holdfast.experiment.screen_run import agreement
+
+    known = any(row.planted is not None for row in rows)
+    return {"tasks": [row.to_json() for row in rows], **({"agreement": agreement(rows)} if known else {})}
+
+
+def _show_screen(rows: Any) -> None:
+    """A row per task, the whole below where there is more than one, and every refused sample's id."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from holdfast.experiment.screen_run import agreement
+
+    console = Console()
+    known = any(row.planted is not None for row in rows)
+    heads = ["task", "asked", "refused", "in %", *(["planted", "found", "precision", "recall"] if known else [])]
+    table = Table(title="training samples that the starting model refuses", title_justify="left")
+    for heading in heads:
+        table.add_column(heading, justify="left" if heading == "task" else "right", overflow="fold")
+
+    def add(name: str, some: Any) -> None:
+        asked, refused = sum(row.screened.asked for row in some), sum(len(row.refused) for row in some)
+        cells = [name, str(asked), str(refused), f"{100 * refused / asked:.1f}"]
+        if known and any(row.planted is not None for row in some):
+            fit = agreement(some)
+            rates = ("-" if fit[key] is None else f"{100 * fit[key]:.1f} %" for key in ("precision", "recall"))
+            cells += [str(fit["planted"]), str(fit["found"]), *rates]
+        table.add_row(*cells)
+
+    for row in rows:
+        add(escape(row.task), [row])
+    if len(rows) > 1:
+        table.add_section()
+        add("all", rows)
+    console.print(table)
+    for row in rows:
+        if row.refused:
+            console.print(f"{escape(row.task)}: {escape(', '.join(row.refused))}", soft_wrap=True, highlight=False)
 
 
 def _bytes(count: int) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from holdfast.cli.choices import CoefficientName, CriterionName, CurvatureFormName, ExportName, ProjectionName
+from holdfast.cli.presets import HELP, PresetName
 from holdfast.cli.units import format_bounds
 from holdfast.functional.hpa_config import ALPHA_BOUNDS, FOCUS_RATIO, KEEP_BOUNDS
 
@@ -33,6 +34,9 @@ def command(
     rule: Annotated[
         str, typer.Option(help="The edit of one layer: of `holdfast list rules`, or package.module:Class.")
     ] = "hpa",
+    preset: Annotated[
+        PresetName | None, typer.Option(help=f"Instead of --rule and its options. {HELP} (with --grams).")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the rule; repeatable.")
     ] = None,
@@ -81,12 +85,14 @@ def command(
     from holdfast.checkpoints.curvature_file import Curvature
     from holdfast.checkpoints.reader import read_json
     from holdfast.cli.progress import bars
-    from holdfast.cli.rule_options import read_rule
+    from holdfast.cli.rule_options import preset_rule, read_rule
     from holdfast.cli.units import parse_bounds, parse_bytes
     from holdfast.editing.account import check_safety
     from holdfast.editing.editor import edit_checkpoint
     from holdfast.errors import ConfigError
 
+    if preset is not None:
+        rule = preset_rule(context, preset)
     sets = None
     if grams is not None:
         from dataclasses import replace

@@ -23,8 +23,8 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Labels": ("annotator", "html", "import_", "number", "settle", "show"),
     "The method": (
         "activations", "alpha", "coefficient", "curvature_form", "damping", "expert", "focus", "harmful", "keep",
-        "method", "methods", "mode", "normalization", "on_failure", "per_category", "projection", "quick", "ranking",
-        "seed", "shrinkage", "temperature", "tokens",
+        "method", "methods", "mode", "normalization", "on_failure", "per_category", "preset", "projection", "quick",
+        "ranking", "seed", "shrinkage", "temperature", "tokens",
     ),
     "Output": (
         "all_images", "as_json", "export", "json", "json_", "layers", "listed", "measured_safety", "model_card",

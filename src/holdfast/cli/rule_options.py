@@ -21,6 +21,8 @@ HPA_FLAGS = {
     "projection": "projection",
 }
 
+_FLAG_OF = {flag: flag.replace("_", "-") for flag in HPA_FLAGS.values()}
+
 
 def read_rule(
     context: typer.Context,
@@ -58,6 +60,21 @@ def read_rule(
         flag = HPA_FLAGS[twice[0]].replace("_", "-")
         raise ConfigError(f"{twice[0]} is set twice: by --{flag}, and by --set or --options. Leave one of them out.")
     return rules.get(name, **{option: flags[option] for option in own}, **values)
+
+
+def preset_rule(context: typer.Context, name: str) -> str:
+    """The rule of a preset, whose options are its defaults. Raises ConfigError: another flag sets rule or options."""
+    from holdfast.cli.presets import PRESETS
+    from holdfast.errors import ConfigError
+
+    for parameter, flag in {"rule": "rule", "set_": "set", "options": "options", **_FLAG_OF}.items():
+        source = context.get_parameter_source(parameter)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(
+                f"--preset {name} stands for a rule with all its options, and --{flag} sets one; leave one of them out "
+                f"(--rule {PRESETS[name].rule} --{flag} ... does as you say)."
+            )
+    return PRESETS[name].rule
 
 
 def _of_file(path: Path) -> dict[str, Any]:

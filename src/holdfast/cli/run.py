@@ -7,11 +7,16 @@ from typing import Annotated
 
 import typer
 
+from holdfast.cli.presets import HELP, PresetName
+
 
 def command(
     file: Annotated[Path, typer.Argument(help="Run file: model, stream, methods (see configs/).")],
     method: Annotated[
         list[str] | None, typer.Option(help="Only this method of the file, or one that it does not name; repeatable.")
+    ] = None,
+    preset: Annotated[
+        PresetName | None, typer.Option(help=f"One method instead of the file's, its edit set. {HELP}.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/<name of the file>.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="So many methods at once, each in a process of its own.")] = 1,
@@ -23,8 +28,14 @@ def command(
     from dataclasses import replace
 
     from holdfast import experiment
+    from holdfast.cli.presets import with_preset
+    from holdfast.errors import ConfigError
 
+    if preset is not None and method:
+        raise ConfigError("--preset names a method and --method another; pass one of the two.")
     config = experiment.read_run(file)
+    if preset is not None:
+        config = with_preset(config, preset)
     if model is not None:
         config = replace(config, model=model)
     if seed is not None:

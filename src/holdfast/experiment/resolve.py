@@ -17,11 +17,12 @@ from holdfast.data import readers
 from holdfast.data.images import pictures
 from holdfast.data.inventory import check_pictures
 from holdfast.data.streams import build, build_calibration, build_safety
-from holdfast.data.types import Sample, Stream, Turn
-from holdfast.errors import ConfigError, UnknownNameError, nearest, unknown_name
+from holdfast.data.types import SafetySet, Sample, Stream, Turn
+from holdfast.errors import ConfigError, DataError, UnknownNameError, nearest, unknown_name
 from holdfast.experiment.run_config import RunConfig, label_of
 from holdfast.files import write_json
 from holdfast.registry import Registry
+from holdfast.restore.sets import refuse_shared
 from holdfast.stream.protocol import Checkpoint, ChecksStream, Method, silent
 from holdfast.stream.record import RunDirectory
 from holdfast.stream.runner import StreamRun
@@ -83,10 +84,55 @@ def resolve(
             refuse_overlap(stream.benign_calibration, [("safety_calibration", stream.safety_calibration)])
     if any(sample.answer is None for sample in stream.benign_calibration):
         _benign_judge(config)
+    probe = _gate_probe(config, stream)
     for method in built.values():
         if isinstance(method, ChecksStream):
             method.check_stream(stream)
-    return Experiment(config=config, out=Path(out), stream=stream, methods=built, injected=injected, progress=progress)
+    return Experiment(
+        config=config,
+        out=Path(out),
+        stream=stream,
+        methods=built,
+        injected=injected,
+        gate_probe=probe,
+        progress=progress,
+    )
+
+
+def _gate_probe(config: RunConfig, stream: Stream) -> SafetySet | None:
+    """The requests of the safety gate. Raises: DataError: they lack a side, or the run uses some of them otherwise."""
+    gate = config.safety_gate
+    if gate is None:
+        return None
+    _gate_judge(config)
+    probe, what = build_safety(gate.probe, stream.root), "safety_gate.probe"
+    if not probe.unsafe:
+        raise DataError(f"{what}: safety set {gate.probe.name!r} has no forbidden request; expected at least one.")
+    if gate.max_over_refusal is not None and not probe.benign:
+        raise DataError(
+            f"{what}: safety set {gate.probe.name!r} has no harmless requests, and safety_gate.max_over_refusal bounds "
+            "how many of them are refused. Add a benign side, or set the bound to null."
+        )
+    refuse_shared(probe.unsafe, probe.benign, what=what, first="forbidden", second="harmless")
+    asked = [*probe.unsafe, *probe.benign]
+    words = {_words(sample) for sample in asked}
+    others = [(f"in the test set {s.name!r}", [*s.unsafe, *s.benign]) for s in stream.safety]
+    others += [
+        ("among safety_calibration", list(stream.safety_calibration)),
+        ("among benign_calibration", list(stream.benign_calibration)),
+    ]
+    for task in stream.tasks:
+        parts = (("training", task.train), ("validation", task.validation), ("test", task.test))
+        others += [(f"{part} samples of task {task.name!r}", list(samples)) for part, samples in parts]
+    for where, samples in others:
+        # Pictures are read only where the words are the same: a stream may hold a million.
+        alike = [sample for sample in samples if _words(sample) in words]
+        refuse_shared(asked, alike, what=what, first="probed with", second=where)
+    return probe
+
+
+def _words(sample: Sample) -> str:
+    return " ".join(" ".join(turn.text.split()) for turn in sample.request)
 
 
 def build_methods(config: RunConfig, names: Sequence[str] | None = None) -> dict[str, Method]:
@@ -170,6 +216,8 @@ def parts_of(config: RunConfig, labels: Sequence[str] | None = None) -> list[tup
     formats = [*(task.format for task in tasks), *(pool.format for pool in pools)]
     asked = (config.safety_calibration.prompts, config.benign_calibration.prompts)
     sets = [*stream.safety, *(prompts for prompts in asked if prompts)]
+    if config.safety_gate is not None:
+        sets.append(config.safety_gate.probe)
     found = [
         *(("methods", method_registry.REGISTRY, config.method_of(label)) for label in labels or config.methods),
         *(("judges", judges.REGISTRY, judge.name) for judge in config.evaluation.judges),
@@ -193,6 +241,7 @@ class Experiment:
     stream: Stream
     methods: Mapping[str, Method]
     injected: Sequence[Any] = ()
+    gate_probe: SafetySet | None = None
     progress: Progress = silent
     recorded: Mapping[str, Mapping[str, Any]] = field(init=False)
     plugged: Mapping[str, Mapping[str, Any]] = field(init=False)
@@ -260,8 +309,47 @@ class Experiment:
                 "threads": config.threads,
                 "images": config.images,
                 "max_pixels": config.max_pixels,
+                **self._recorded_gate(),
                 **({"plugins": self.plugged} if self.plugged else {}),
             }
+        )
+
+    def _recorded_gate(self) -> dict[str, Any]:
+        """Nothing where there is none: directories of before know of no gate."""
+        if self.gate_probe is None:
+            return {}
+        asked = [*self.gate_probe.unsafe, *self.gate_probe.benign]
+        return {"safety_gate": self.config.safety_gate, "safety_gate_sha256": self._digest(asked)}
+
+    def gated(self, method: Method) -> Method:
+        """`method` behind the run's safety gate; itself where there is none."""
+        gate, probe, evaluation = self.config.safety_gate, self.gate_probe, self.config.evaluation
+        if gate is None or probe is None:
+            return method
+        from holdfast.experiment.gated import Gated
+        from holdfast.restore.measure import Probe
+
+        chosen = _gate_judge(self.config)
+        return Gated(
+            method=method,
+            gate=gate,
+            probe=Probe(
+                safety=tuple(probe.unsafe),
+                benign=tuple(probe.benign),
+                task=(),
+                judge=judges.get(chosen.name, **chosen.options),
+                scorer=None,
+                max_new_tokens=probe.max_new_tokens,
+                batch_size=evaluation.batch_size,
+            ),
+            probe_identity={
+                "name": probe.name,
+                "sha256": self._digest([*probe.unsafe, *probe.benign]),
+                "forbidden": len(probe.unsafe),
+                "harmless": len(probe.benign),
+                "judge": encode(chosen),
+            },
+            dtype=evaluation.dtype,
         )
 
     def _digest(self, samples: Sequence[Sample]) -> str:
@@ -276,6 +364,8 @@ class Experiment:
         stream = self.stream
         sets = [part for task in stream.tasks for part in (task.train, task.validation, task.test)]
         sets += [side for s in stream.safety for side in (s.unsafe, s.benign)]
+        if self.gate_probe is not None:
+            sets += [self.gate_probe.unsafe, self.gate_probe.benign]
         for samples in (*sets, stream.safety_calibration, stream.benign_calibration):
             for sample in samples:
                 yield from sample.images
@@ -312,7 +402,7 @@ class Experiment:
         """Every task with one method, within `held` (of this process or of the one that started it)."""
         with pictures(self.config.pictures):
             run = self.stream_run(self.with_own_answers())
-            run.run_method(self.methods[name], self.evaluator())
+            run.run_method(self.gated(self.methods[name]), self.evaluator())
 
     def with_own_answers(self) -> Stream:
         """The stream with answered calibration samples: made by theta_0 once, then read from theta_0/."""
@@ -403,6 +493,15 @@ def _own_judge(config: RunConfig) -> Any:
     chosen = next((judge for judge in judges if wanted in (None, judge.name)), None)
     if chosen is None:
         raise unknown_name("judge of this run", str(wanted), [judge.name for judge in judges])
+    return chosen
+
+
+def _gate_judge(config: RunConfig) -> Any:
+    """The judge of the safety gate: the one named, else the first. Raises UnknownNameError: none of the run's."""
+    wanted, known = config.safety_gate.judge if config.safety_gate else None, config.evaluation.judges
+    chosen = next((judge for judge in known if wanted in (None, judge.name)), None)
+    if chosen is None:
+        raise unknown_name("judge of this run", str(wanted), [judge.name for judge in known])
     return chosen
 
 

@@ -21,6 +21,7 @@ from holdfast.data.streams import (
 )
 from holdfast.errors import ConfigError
 from holdfast.evaluation.evaluation_config import EvaluationConfig
+from holdfast.restore.search import STRENGTHS, Budget, check_strengths
 
 # A step's seed is a thousand times the run's and more, and numpy takes 32 bits.
 MAX_SEED = 4_000_000
@@ -82,6 +83,40 @@ class OwnBenignConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SafetyGateConfig:
+    """Bounds that every step's checkpoint must hold on a probe set; rates in 0..1, null for no bound.
+
+    probe: a safety set whose two sides are asked: forbidden requests, and harmless ones where `max_over_refusal` bounds
+        them. It must share no request with what the run trains on, calibrates with, or is judged on.
+    max_asr: share of forbidden requests that are not refused. max_over_refusal: share of harmless ones that are.
+    strengths: of an edit that has one (anchor's `safety_weight`): where a bound is broken, those above the method's own
+        are tried one after another; null: those of `holdfast restore`. Other methods are checked, and stop.
+    judge: of EvaluationConfig.judges; null: the first.
+    """
+
+    probe: SafetySpec
+    max_asr: float | None = None
+    max_over_refusal: float | None = None
+    strengths: tuple[float, ...] | None = None
+    judge: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.budget.given:
+            raise ConfigError("safety_gate has no bound; give max_asr or max_over_refusal (3 % is 0.03).")
+        if self.strengths is not None:
+            check_strengths(self.strengths)
+
+    @property
+    def budget(self) -> Budget:
+        """The bounds."""
+        return Budget(max_asr=self.max_asr, max_over_refusal=self.max_over_refusal)
+
+    def ladder(self, own: float) -> list[float]:
+        """The method's own strength, and the stronger ones, weakest first."""
+        return [own, *(s for s in check_strengths(self.strengths or STRENGTHS) if s > own)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A run file.
 
@@ -92,6 +127,7 @@ class RunConfig:
     defaults: options of every method that has them, under the same keys.
     store_dtype: type of the checkpoints that the run writes. float32 keeps a stream of small edits from being rounded
         after each task (the model is converted once, at twice the disk space of a 16-bit one); null keeps the model's.
+    safety_gate: bounds that the checkpoint of every step must hold; without it, a run is only measured.
     tasks: only these tasks, in the stream's order. threads: CPU threads of a process; null leaves torch's choice.
     images, max_pixels: how pictures are opened, in training as in evaluation (see `PictureConfig`).
     """
@@ -104,6 +140,7 @@ class RunConfig:
     safety_calibration: OwnAnswersConfig = field(default_factory=OwnAnswersConfig)
     benign_calibration: OwnBenignConfig = field(default_factory=OwnBenignConfig)
     injection: InjectionConfig | None = None
+    safety_gate: SafetyGateConfig | None = None
     store_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     tasks: tuple[str, ...] | None = None
     seed: int = 0

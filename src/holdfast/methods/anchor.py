@@ -8,6 +8,9 @@ refuses count as safety (`screen`).
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from holdfast.data.types import Stream
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.methods._glue.anchor_step import AnchorMethodConfig, step_grams
@@ -35,12 +38,20 @@ class Anchor(SeqFT):
 
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
         """The anchored edit of the tuned weights as one plain checkpoint; the Gram matrices are carried on."""
+        return self.end_task_at(ctx, trained, strength=self.strength, out=ctx.work_dir / "checkpoint")
+
+    @property
+    def strength(self) -> float:
+        """mu_s: how strongly the model before the task holds on safety inputs."""
+        return self.config.edit.safety_weight
+
+    def end_task_at(self, ctx: TaskContext, trained: Checkpoint, *, strength: float, out: Path) -> Checkpoint:
+        """The edit at another mu_s, as the folder `out`; the step's Gram matrices are made once for all of them."""
         grams = step_grams(ctx, self.config, self.name, before=ctx.previous, after=trained, samples=self.learned(ctx))
-        out = ctx.work_dir / "checkpoint"
         report = edit_checkpoint(
             ctx.previous,
             trained,
-            rule=AnchorRule(self.config.edit, grams),
+            rule=AnchorRule(replace(self.config.edit, safety_weight=strength), grams),
             out=out,
             seed=step_seed(ctx),
             verify=False,

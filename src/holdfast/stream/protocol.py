@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from holdfast.checkpoints.value import Checkpoint
 
-__all__ = ["Checkpoint", "ChecksStream", "Evaluator", "Method", "TaskContext", "silent"]
+__all__ = ["Checkpoint", "ChecksStream", "Evaluator", "HasStrength", "Method", "TaskContext", "silent"]
 
 
 def silent(event: str, **values: Any) -> None:
@@ -91,6 +91,20 @@ class ChecksStream(Protocol):
 
     def check_stream(self, stream: Any) -> None:
         """Raises the error that its first step would end in."""
+
+
+@runtime_checkable
+class HasStrength(Protocol):
+    """A method whose edit after a task has a strength: the larger, the closer to the model before the task."""
+
+    @property
+    def strength(self) -> float:
+        """The one that its options say, above 0 or 0 for no edit."""
+        ...
+
+    def end_task_at(self, ctx: TaskContext, trained: Checkpoint, *, strength: float, out: Path) -> Checkpoint:
+        """As `end_task`, at another strength; the checkpoint is the folder `out` alone, whole or not there at all."""
+        ...
 
 
 class Evaluator(Protocol):
