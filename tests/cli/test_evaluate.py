@@ -179,5 +179,11 @@ def test_the_way_of_opening_pictures_is_part_of_the_question(pico_folder, data, 
     assert asked["pictures"] == {"images": "published", "max_pixels": 400}
     with pytest.raises(RunError, match=r"pictures.images: 'published' -> 'upright'"):
         call(*args)
-    with pytest.raises(ConfigError, match="images is 'odd'; expected upright or published"):
-        call(*args, "--images", "odd")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "known"), [("--images", "odd", "published"), ("--dtype", "int8", "float32")]
+)
+def test_a_choice_that_is_none_is_refused_with_the_list(pico_folder, data, option, value, known):
+    shown = call(pico_folder, "--tasks", data / "stream.yaml", option, value)
+    assert shown.exit_code == 2 and value in shown.output and known in shown.output

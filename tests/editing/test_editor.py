@@ -610,15 +610,18 @@ from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.rules.hpa import HpaRule
 
-class Slow(HpaRule):
-    def edit(self, layer, w_prev, w_new):
-        time.sleep(0.05)
-        return super().edit(layer, w_prev, w_new)
+plain = HpaRule.edit
+
+def slow(self, layer, w_prev, w_new):
+    time.sleep(0.05)
+    return plain(self, layer, w_prev, w_new)
+
+HpaRule.edit = slow  # in place: a rule of another class would be another plan
 
 def main(before, after, curvature, out):
     assert "transformers" not in sys.modules
     loaded = Curvature.load(curvature)
-    edit_checkpoint(before, after, rule=Slow(), curvature=loaded, out=Path(out), shard_bytes=9_000, verify=False)
+    edit_checkpoint(before, after, rule=HpaRule(), curvature=loaded, out=Path(out), shard_bytes=9_000, verify=False)
 """
 
 

@@ -399,7 +399,9 @@ def planted(spectrum: list[float], seed: int) -> tuple[torch.Tensor, torch.Tenso
     """A buffer with these singular values, as A and B of a training (neither orthogonal), and its right vectors."""
     v = torch.linalg.qr(torch.randn(40, 16, generator=seeded(seed), dtype=torch.float64))[0].T
     u = torch.linalg.qr(torch.randn(56, 16, generator=seeded(seed + 1), dtype=torch.float64))[0]
-    mix = torch.randn(16, 16, generator=seeded(seed + 2), dtype=torch.float64) / 4 + torch.eye(16)
+    turn = torch.linalg.qr(torch.randn(16, 16, generator=seeded(seed + 2), dtype=torch.float64))[0]
+    # Well conditioned: rounding of B must stay rounding of the product.
+    mix = turn @ torch.diag(torch.linspace(0.5, 2, 16, dtype=torch.float64))
     b = u @ torch.diag(torch.tensor(spectrum, dtype=torch.float64)) @ mix.inverse()
     return (mix @ v).float(), b.float(), v.float()
 

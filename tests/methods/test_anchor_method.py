@@ -11,6 +11,7 @@ import torch
 from holdfast.editing.report import EditReport
 
 import cram_kit
+from holdfast import methods
 from holdfast.checkpoints.gram_store import GramStore
 from holdfast.checkpoints.merged import open_checkpoint
 from holdfast.config import decode
@@ -221,3 +222,10 @@ def test_an_expert_of_cram_stays_an_adapter_of_its_rank(stream, pico_folder, tmp
         assert edited[name][0].shape == a.shape and torch.equal(edited[name][1], b)
     assert any(not torch.equal(edited[name][0], a) for name, (a, _) in before.items())
     assert not (ctx.carry_dir / PAST_FOLDER).exists()
+
+
+@pytest.mark.parametrize("name", ["anchor", "anchor_no_past", "anchor_no_screen", "cram_anchor"])
+def test_naming_one_option_of_the_edit_keeps_the_others(name):
+    made, changed = methods.get(name).config.edit, methods.get(name, edit={"damping": 0.1}).config.edit
+    assert changed == replace(made, damping=0.1) and made.benign_share == 0.6
+    assert methods.get(name).config == methods.class_of(name).Config() or name not in ("anchor", "cram_anchor")

@@ -86,7 +86,7 @@ def test_an_edited_expert_is_a_stock_adapter(learned, pico_folder):
 
 def test_a_projection_is_refused_and_the_name_leaves_it_out():
     assert methods.get("cram_hpa").config.edit == HpaConfig(projection="none")
-    with pytest.raises(ConfigError, match=r"edit\.orthogonal is True; an expert is a LoRA"):
+    with pytest.raises(ConfigError, match=r"edit\.projection is 'layer'; an expert is a LoRA"):
         methods.get("cram_hpa", edit={"orthogonal": True})
     with pytest.raises(ConfigError, match="cannot hold a multiple"):
         decode(CramHpaConfig, {"edit": {"orthogonal": "column"}})

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.data.streams import StreamSpec, TaskSpec
+from holdfast.data.types import Sample
 from holdfast.errors import CalibrationError
 from holdfast.evaluation import EvaluationConfig
 from holdfast.experiment import Experiment, RunConfig, build_methods
@@ -50,7 +51,20 @@ def unaligned(pico_folder, tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def needed(unaligned) -> dict[str, dict[str, str]]:
     """Options without which a method cannot run."""
-    return {"safe_lora": {"unaligned": unaligned}}
+    # Four training requests say little of a false-alarm rate.
+    return {"safe_lora": {"unaligned": unaligned}, "cram_guard": {"guard_false_alarm": 0.9, "guard_requests": 8}}
+
+
+@pytest.fixture(scope="session")
+def own_stream(pico_stream, pico_folder):
+    """The stream with the pico model's own answers to calibrate on, which a guard asks for (it refuses nothing)."""
+    from holdfast.models.generate import generate
+    from holdfast.models.load import load
+
+    asked = [*pico_stream.tasks[0].train[:4], *pico_stream.tasks[1].train[:4]]
+    answers = generate(load(pico_folder, device="cpu"), asked, max_new_tokens=4)
+    own = [Sample.single(f"own-{s.id}", s.prompt, a, images=s.images) for s, a in zip(asked, answers, strict=True) if a]
+    return replace(pico_stream, safety_calibration=own)
 
 
 def experiment(pico_folder, pico_stream, name, options, out, progress=silent, seed=0) -> Experiment:
@@ -87,12 +101,15 @@ def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 @pytest.fixture(scope="module", params=sorted(METHODS))
-def finished(request, pico_folder, pico_stream, needed, tmp_path_factory) -> tuple[str, Path, MakeExperiment]:
+def finished(
+    request, pico_folder, pico_stream, own_stream, needed, tmp_path_factory
+) -> tuple[str, Path, MakeExperiment]:
     """A method's finished run, and how to make the same experiment in another directory."""
     name = request.param
 
     def make(out: Path, progress=silent, seed=0) -> Experiment:
-        return experiment(pico_folder, pico_stream, name, needed.get(name, {}), out, progress, seed)
+        stream = own_stream if name.endswith("_guard") else pico_stream
+        return experiment(pico_folder, stream, name, needed.get(name, {}), out, progress, seed)
 
     out = tmp_path_factory.mktemp(name) / "run"
     base = snapshot(pico_folder)

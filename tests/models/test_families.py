@@ -15,6 +15,7 @@ from transformers import AutoProcessor
 
 import model_zoo
 from holdfast.calibration.curvature import collect_curvature
+from holdfast.calibration.gram_sets import GramSets, collect_grams
 from holdfast.calibration.walk import walk_grams
 from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.merged import open_checkpoint
@@ -22,12 +23,15 @@ from holdfast.data.images import PictureConfig, shrunk
 from holdfast.data.images import pictures as pictures_opened
 from holdfast.data.types import Sample, Turn
 from holdfast.editing.editor import edit_checkpoint
+from holdfast.errors import CalibrationError
+from holdfast.functional.anchor import anchor_weight
 from holdfast.functional.hpa import HpaConfig, edit_weight
 from holdfast.models.encode import IMAGE, encode_request, encode_training, token_kinds
 from holdfast.models.families import decoder_blocks, editable_linears
 from holdfast.models.generate import generate
 from holdfast.models.load import LoadedModel, load
 from holdfast.models.streaming import load_streamed
+from holdfast.rules.anchor import AnchorConfig, AnchorRule
 from holdfast.rules.hpa import HpaRule
 from holdfast.stream.protocol import Checkpoint
 from holdfast.training.supervised import lora_adapter, train
@@ -329,6 +333,42 @@ def test_edited_on_disk_it_says_what_the_edited_live_model_says(
         edited = load(source, device="cpu")
         torch.testing.assert_close(logits_of(edited, case.samples), expected, rtol=1e-3, atol=2e-3)
         assert all(isinstance(text, str) for text in generate(edited, case.samples, max_new_tokens=2))
+
+
+def test_anchored_on_disk_it_says_what_the_closed_form_says(case: Case, tuned: Checkpoint, tmp_path: Path) -> None:
+    """Gram matrices from the walk, on disk, through the shared editor: dense, and as an adapter of the same rank."""
+    grams = GramSets(
+        task=collect_grams(tuned, case.samples, tmp_path / "task", device="cpu"),
+        safety=collect_grams(case.folder, case.samples[:1], tmp_path / "safety", device="cpu"),
+    )
+    before, after = load(case.folder, device="cpu"), load(tuned, device="cpu")
+    unedited = logits_of(after, case.samples)
+    old = editable_linears(before.model)
+    assert set(grams.task.modules) == set(old)
+    for name, linear in editable_linears(after.model).items():
+        edited = anchor_weight(
+            old[name].weight.float(), linear.weight.float(), grams.task.gram(name), grams.safety.gram(name)
+        )
+        with torch.no_grad():
+            linear.weight.copy_(edited)
+    expected = logits_of(after, case.samples)
+    assert float((expected - unedited).abs().max()) > 1e-3
+    for export in ("dense", "adapter"):
+        out = tmp_path / export
+        edit_checkpoint(
+            case.folder,
+            tuned.adapters[0],
+            rule=AnchorRule(AnchorConfig(), grams),
+            out=out,
+            export=export,
+            coefficient="drop",
+            verify=False,
+        )
+        source = out if export == "dense" else Checkpoint(base=str(case.folder), adapters=(str(out),))
+        torch.testing.assert_close(logits_of(load(source, device="cpu"), case.samples), expected, rtol=1e-3, atol=2e-3)
+    swapped = GramSets(task=grams.safety, safety=grams.task)
+    with pytest.raises(CalibrationError, match=r"Gram matrices .* are of another model"):
+        edit_checkpoint(case.folder, tuned.adapters[0], rule=AnchorRule(AnchorConfig(), swapped), out=tmp_path / "no")
 
 
 def test_a_tied_head_stays_tied_through_calibration_and_edit(samples: list[Sample], tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def adapted_layers(before: Source, after: Source) -> Callable[[Iterable[str]], l
         return None
     with open_checkpoint(above) as checkpoint:
         names, own = checkpoint.names, checkpoint.adapters[len(below.adapters) :]
-        keys = {key for adapter in own for key in adapter.match(names).values()}
+        keys = {key for adapter in own for key in checkpoint.keys_of(adapter).values()}
         # Whole tensors of an adapter; those of its own, which the base has not, are no linear's weight.
         keys |= {key for adapter in own for name in adapter.saved if (key := names.find(name)) is not None}
 

@@ -17,14 +17,20 @@ from typing import Any
 
 from torch import Tensor
 
+from holdfast.checkpoints.contents import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INPUT_SCALE_FILE,
+    kind_of,
+    require_safe_adapter,
+)
 from holdfast.checkpoints.naming import NameIndex, strip_peft_prefix
 from holdfast.checkpoints.reader import read_json
 from holdfast.checkpoints.tensor_file import EDITABLE_DTYPES, TensorEntry, TensorFile
 from holdfast.errors import AdapterError, CheckpointError
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-INPUT_SCALE_FILE = "holdfast_input_scale.safetensors"
+CONFIG_FILE = ADAPTER_CONFIG
+WEIGHTS_FILE = ADAPTER_WEIGHTS
 
 # Keys of adapter_config.json that leave the meaning of the stored factors alone: which modules, how they were
 # initialised or trained, bookkeeping. Any other key with a value that says something is refused.
@@ -64,6 +70,7 @@ _HARMLESS = frozenset(
 )
 # These initialisations subtract the initial factors from the base weights, so the adapter fits no saved base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_NAMED_FACTOR = re.compile(r"(\.lora_[AB])\.\w+(\.weight)$")
 _A_SUFFIX, _B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -90,6 +97,8 @@ class LoraEntry:
 class LoraAdapter:
     """An adapter folder, opened: `modules` (name as in memory -> factors) and `saved` (whole tensors it replaces).
 
+    ties: what is done to one end of a tied embedding is done to the other (`ensure_weight_tying`). base_parameters: the
+        names in `saved` that PEFT loads into the base's own parameter, which a tied base shares between both ends.
     input_scale: module -> entry of a vector (c,) that the edit wrote beside the factors; the base weight's column j is
         multiplied by `scale[j]` before the update is added. Empty for an adapter of any other tool.
 
@@ -100,21 +109,21 @@ class LoraAdapter:
         self.folder = Path(folder)
         if not (self.folder / CONFIG_FILE).is_file():
             raise AdapterError(f"{self.folder} is no PEFT adapter: it has no {CONFIG_FILE}.")
+        extra = require_safe_adapter(self.folder)
         if not (self.folder / WEIGHTS_FILE).is_file():
-            pickled = (self.folder / "adapter_model.bin").exists()
-            raise AdapterError(
-                f"{self.folder} has no {WEIGHTS_FILE}"
-                + ("; adapter_model.bin is pickled and never loaded: save it again as safetensors." if pickled else ".")
-            )
+            raise AdapterError(f"{self.folder} has no {WEIGHTS_FILE}.")
         try:
             self.config = read_json(self.folder / CONFIG_FILE, "a PEFT configuration")
             _refuse_unusual(self.folder, self.config)
             self._file = TensorFile(self.folder / WEIGHTS_FILE)
             self._scales = self._open_scales()
+            self._extra = tuple(TensorFile(path) for path in extra)
         except AdapterError:
             raise
         except CheckpointError as error:
             raise AdapterError(str(error)) from error
+        self.ties = bool(self.config.get("ensure_weight_tying"))
+        self.base_parameters: set[str] = set()
         self.modules, self.saved = self._pair()
         self.input_scale = self._match_scales()
 
@@ -127,7 +136,9 @@ class LoraAdapter:
         factors: dict[str, dict[str, TensorEntry]] = {}
         saved: dict[str, TensorEntry] = {}
         for key, entry in entries.items():
-            name = strip_peft_prefix(key)
+            # `lora_A.default.weight`: saved from the model's own state, with the adapter's name in memory.
+            name = _NAMED_FACTOR.sub(r"\1\2", strip_peft_prefix(key))
+            name = name.replace(".modules_to_save.default.", ".modules_to_save.")
             if name.endswith(_A_SUFFIX):
                 factors.setdefault(name.removesuffix(_A_SUFFIX), {})["a"] = entry
             elif name.endswith(_B_SUFFIX):
@@ -140,11 +151,34 @@ class LoraAdapter:
                 )
             else:
                 # A trained bias of an adapted layer sits in that layer's base_layer.
-                saved[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = entry
+                plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+                saved[plain] = entry
+                if ".modules_to_save." not in name and not self._is_module_to_save(plain):
+                    self.base_parameters.add(plain)
         if not factors:
             raise AdapterError(f"{self.folder} holds no LoRA factors (lora_A, lora_B); there is nothing to edit.")
+        for file in self._extra:
+            for key, entry in file.entries.items():
+                # Its tool loads it into the base's own parameters, over what the adapter's file says.
+                name = strip_peft_prefix(key)
+                saved[name] = entry
+                self.base_parameters.add(name)
         modules = {name: self._entry(name, pair) for name, pair in sorted(factors.items())}
         return modules, saved
+
+    def _is_module_to_save(self, name: str) -> bool:
+        """Whether PEFT gives the module of this tensor a copy of its own (PEFT: _set_trainable)."""
+        listed = self.config.get("modules_to_save") or ()
+        module = name.rpartition(".")[0]
+        return any(isinstance(end, str) and module.endswith(end) for end in listed)
+
+    def changes_one_end(self, name: str) -> bool:
+        """Whether the change of `name`, a saved tensor or a LoRA module, spares what a tied base shares it with."""
+        return not self.ties and (name in self.modules or name not in self.base_parameters)
+
+    def weight_names(self) -> list[tuple[str, str]]:
+        """(name in `saved` or `modules`, name of the tensor that it changes), of all."""
+        return [*((name, name) for name in self.saved), *((module, f"{module}.weight") for module in self.modules)]
 
     def _entry(self, name: str, pair: Mapping[str, TensorEntry]) -> LoraEntry:
         if len(pair) != 2:
@@ -211,7 +245,8 @@ class LoraAdapter:
 
         Of the shape it is stored in, (out, in) for a linear.
         """
-        return self._file.read(self.saved[name])
+        entry = self.saved[name]
+        return next(file for file in (self._file, *self._extra) if file.path == entry.path).read(entry)
 
     def raw(self, entry: TensorEntry) -> Tensor:
         """Any tensor of the adapter file in its stored type.
@@ -241,17 +276,27 @@ class LoraAdapter:
     def meaning(self) -> dict[str, Any]:
         """What beside the factors decides the update (for the fingerprint): scaling by module, and input scales."""
         found: dict[str, Any] = {name: [e.rank, e.scaling, e.transposed] for name, e in self.modules.items()}
+        if self.ties:
+            found["ensure_weight_tying"] = True
         if self._scales is not None:
             digest = hashlib.sha256()
             for name, entry in sorted(self.input_scale.items()):
                 digest.update(name.encode() + self._scales.read(entry).float().numpy().tobytes())
             found[INPUT_SCALE_FILE] = digest.hexdigest()
+        for file in self._extra:
+            with file.path.open("rb") as opened:
+                found[file.path.name] = hashlib.file_digest(opened, "sha256").hexdigest()
         return found
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that hold tensors."""
-        return tuple(file.path for file in (self._file, self._scales) if file is not None)
+        return tuple(file.path for file in (self._file, self._scales, *self._extra) if file is not None)
+
+    @property
+    def extra_files(self) -> tuple[Path, ...]:
+        """Trained weights that another tool saved beside the adapter; they are part of `saved`."""
+        return tuple(file.path for file in self._extra)
 
     def match(self, base: NameIndex) -> dict[str, str]:
         """module -> key of its weight in the base; every module and saved tensor must have one.
@@ -259,19 +304,34 @@ class LoraAdapter:
         Raises: AdapterError: a module that the base does not have.
         """
         for name in self.saved:
-            base.require(name, error=AdapterError)
+            self.key_of_saved(name, base)
         return {module: base.require(f"{module}.weight", error=AdapterError) for module in self.modules}
+
+    def key_of_saved(self, name: str, base: NameIndex) -> str:
+        """The key in the base of a whole tensor. Raises AdapterError, naming the file where it is not the adapter's."""
+        path = self.saved[name].path
+        try:
+            return base.require(name, error=AdapterError)
+        except CheckpointError as error:
+            if path == self._file.path:
+                raise
+            raise AdapterError(
+                f"{path} holds trained weights beside the adapter that do not fit the base: {error} Merge all into "
+                "the base with the tool that trained it, or move the file away if it is no part of the model."
+            ) from error
 
     def close(self) -> None:
         """Close the adapter's files."""
+        for file in self._extra:
+            file.close()
         self._file.close()
         if self._scales is not None:
             self._scales.close()
 
 
 def is_adapter(folder: Path | str) -> bool:
-    """Whether the folder holds a PEFT adapter."""
-    return (Path(folder) / CONFIG_FILE).is_file()
+    """Whether the folder holds a PEFT adapter. Raises CheckpointError where it holds a full model too."""
+    return kind_of(folder) == "adapter"
 
 
 def _refuse_unusual(folder: Path, config: Mapping[str, Any]) -> None:

@@ -58,18 +58,19 @@ def cast_checkpoint(
                 recipe[key] = Copy(read)
         shards = plan_shards(tensors, shard_bytes=shard_bytes)
         prints = [fingerprint(checkpoint.base), *(fingerprint(adapter) for adapter in checkpoint.adapters)]
+        adapters = [adapter.folder for adapter in checkpoint.adapters]
         plan = {
             "cast": name,
             "fingerprints": prints,
-            "side_files": hash_side_files(checkpoint.folder),
+            "side_files": hash_side_files(checkpoint.folder, adapters),
             "shard_bytes": shard_bytes,
         }
         with Staging(Path(out), plan, inputs=file_stamps(checkpoint.files())) as staging:
             if staging.already_published:
                 return Path(out)
             rewrite(staging, shards, recipe)
-            copy_side_files(checkpoint.folder, staging.folder)
-            write_json(staging.folder / "config.json", _with_dtype(checkpoint.base.config(), dtype))
+            copy_side_files(checkpoint.folder, staging.folder, adapters)
+            write_json(staging.folder / "config.json", _with_dtype(checkpoint.config(), dtype))
             if len(shards) > 1:
                 write_json(staging.folder / INDEX_FILE, shard_index(shards))
             write_json(staging.folder / PROVENANCE_FILE, {"plan_hash": staging.plan_hash, "plan": plan})

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from holdfast.checkpoints.adapter import LoraAdapter, LoraEntry
-from holdfast.checkpoints.naming import NameIndex
+from holdfast.checkpoints.contents import require_model_folder
+from holdfast.checkpoints.naming import NameIndex, normalised
 from holdfast.checkpoints.reader import CheckpointReader
 from holdfast.checkpoints.tensor_file import EDITABLE_DTYPES, TensorEntry
+from holdfast.checkpoints.tied import EMBEDDING, HEAD, Tied, find_tied, untied_config
 from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
 from holdfast.errors import AdapterError, CheckpointError
 
@@ -32,6 +35,9 @@ class MergedCheckpoint:
     `entries` are the base's (keys, types, shapes). `replaced[key]` names the last adapter that replaces a whole tensor
     (`modules_to_save`); `updates[key]` lists the adapters that change a weight after that, in order.
 
+    Where the base ties its head to its input embedding and an adapter changes one end only, `untied` is True: `entries`
+    then has both ends (the one that no file stores starts as the other), and `config()` says that they are two.
+
     Raises: AdapterError: an adapter for other modules or shapes.
     """
 
@@ -40,33 +46,86 @@ class MergedCheckpoint:
         self.adapters = tuple(adapters)
         self.updates: dict[str, list[tuple[LoraAdapter, LoraEntry]]] = {}
         self.replaced: dict[str, tuple[LoraAdapter, str]] = {}
+        self.entries: dict[str, TensorEntry] = base.entries
+        self.names: NameIndex = base.names
+        self.untied = False
+        self._tied = self._find_tied()
         for adapter in self.adapters:
-            for module, key in adapter.match(base.names).items():
-                entry = adapter.modules[module]
-                _check_fit(adapter, entry, base.entries[key])
-                self.updates.setdefault(key, []).append((adapter, entry))
-            for name, saved in adapter.saved.items():
-                key = base.names.require(name, error=AdapterError)
-                if saved.shape != base.entries[key].shape:
-                    raise AdapterError(
-                        f"{adapter.folder}: {name} is {saved.shape} in the adapter and {base.entries[key].shape} in "
-                        f"{base.folder}; resized tensors are not handled. Merge the adapter with PEFT first."
-                    )
+            self._add(adapter)
+
+    def _find_tied(self) -> Tied | None:
+        """The tied ends of the base, where an adapter touches one; `entries` then has both."""
+        touched = {normalised(weight) for adapter in self.adapters for _, weight in adapter.weight_names()}
+        if not touched & {EMBEDDING, HEAD}:
+            return None
+        tied = find_tied(self.base.entries, self.base.config())
+        if tied is not None:
+            self.untied = any(
+                normalised(weight) in (EMBEDDING, HEAD) and adapter.changes_one_end(name)
+                for adapter in self.adapters
+                for name, weight in adapter.weight_names()
+            )
+            if tied.missing is not None and self.untied:
+                stored = self.base.entries[tied.embedding if tied.missing == tied.head else tied.head]
+                self.entries = {**self.base.entries, tied.missing: stored}
+                self.names = NameIndex(self.entries, what=f"checkpoint {self.base.folder}")
+        return tied
+
+    def _key(self, adapter: LoraAdapter, name: str) -> str:
+        """The key of a name of an adapter; the end that a tied base does not store is the one it does."""
+        if self._tied is not None and self._tied.missing is not None and not self.untied:
+            ends: dict[tuple[str, ...], str] = {EMBEDDING: self._tied.embedding, HEAD: self._tied.head}
+            if ends.get(normalised(name)) == self._tied.missing:
+                return str(self._tied.other(self._tied.missing))
+        return (
+            adapter.key_of_saved(name, self.names)
+            if name in adapter.saved
+            else self.names.require(name, error=AdapterError)
+        )
+
+    def keys_of(self, adapter: LoraAdapter) -> dict[str, str]:
+        """module of one of the adapters -> the key of the weight that it updates."""
+        return {module: self._key(adapter, f"{module}.weight") for module in adapter.modules}
+
+    def _add(self, adapter: LoraAdapter) -> None:
+        replaced = {name: self._key(adapter, name) for name in adapter.saved}
+        updated = self.keys_of(adapter)
+        done: set[str] = set()
+        for name, key in replaced.items():
+            saved, entry = adapter.saved[name], self.entries[key]
+            if saved.shape != entry.shape:
+                raise AdapterError(
+                    f"{adapter.folder}: {name} is {saved.shape} in the adapter and {entry.shape} in "
+                    f"{self.base.folder}; resized tensors are not handled. Merge the adapter with PEFT first."
+                )
+            if key in updated.values() and name not in adapter.base_parameters:
+                raise AdapterError(f"{adapter.folder} both replaces and updates {name}; merge it with PEFT first.")
+            if key in updated.values() and normalised(key) not in (EMBEDDING, HEAD):
+                raise AdapterError(f"{adapter.folder} both replaces and updates {name}; merge it with PEFT first.")
+            for end in self._ends(adapter, name, key, replaced.values()):
                 # What earlier adapters made of it is replaced too: this one was trained on top of them.
-                earlier = self.updates.pop(key, [])
-                if any(own is adapter for own, _ in earlier):
-                    raise AdapterError(f"{adapter.folder} both replaces and updates {name}; merge it with PEFT first.")
-                self.replaced[key] = (adapter, name)
+                self.updates.pop(end, None)
+                self.replaced[end] = (adapter, name)
+        for module, key in updated.items():
+            lora = adapter.modules[module]
+            _check_fit(adapter, lora, self.entries[key])
+            for end in self._ends(adapter, module, key, updated.values()):
+                if end in done:
+                    continue
+                done.add(end)
+                self.updates.setdefault(end, []).append((adapter, lora))
 
-    @property
-    def entries(self) -> dict[str, TensorEntry]:
-        """Every tensor of the base, by its key."""
-        return self.base.entries
+    def _ends(self, adapter: LoraAdapter, name: str, key: str, own: Collection[str]) -> list[str]:
+        """The keys that a change of `name` reaches: its own, and the tied one that nothing else in the adapter sets."""
+        other = self._tied.other(key) if self._tied is not None else None
+        if other is None or other not in self.entries or other in own or adapter.changes_one_end(name):
+            return [key]
+        return [key, other]
 
-    @property
-    def names(self) -> NameIndex:
-        """Where a module's tensors lie among the keys."""
-        return self.base.names
+    def config(self) -> dict[str, Any]:
+        """`config.json` of the merged model: the base's, untied where the two ends differ."""
+        config = self.base.config()
+        return untied_config(config) if self.untied else config
 
     @property
     def folder(self) -> Path:
@@ -74,7 +133,7 @@ class MergedCheckpoint:
         return self.base.folder
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.base)
+        return iter(self.entries)
 
     def files(self) -> dict[str, Path]:
         """Every file that holds weights: shards by their names, an adapter's under its place in the order."""
@@ -119,20 +178,22 @@ class MergedCheckpoint:
 
         Raises: CheckpointError: stored as integers or in 8 bits.
         """
-        entry = self.base.entry(key)
+        key = self.names.require(key)
+        entry = self.entries[key]
         if entry.dtype not in EDITABLE_DTYPES:
             raise CheckpointError(
                 f"{key} in {self.folder} is stored as {entry.dtype}; expected F16, BF16 or F32. Dequantise it first."
             )
-        return self.merge(entry.name, self.base.read(key))
+        return self.merge(key, self.base.read(entry.name))
 
     def read(self, key: str) -> Tensor:
         """One tensor, merged, cast once to its stored type.
 
         Of the stored shape, (out, in) for a linear.
         """
-        weight = self.base.read(key)
-        return weight if self.is_plain(self.base.entry(key).name) else self.merge(key, weight, out=weight)
+        key = self.names.require(key)
+        weight = self.base.read(self.entries[key].name)
+        return weight if self.is_plain(key) else self.merge(key, weight, out=weight)
 
     def close(self) -> None:
         """Close base and adapters."""
@@ -213,11 +274,13 @@ def open_checkpoint(source: Source) -> MergedCheckpoint:
     Raises: CheckpointError, AdapterError: see `CheckpointReader`, `LoraAdapter`, `locate`.
     """
     value = as_checkpoint(source)
-    reader = CheckpointReader(locate(value.base))
+    folder = locate(value.base)
+    require_model_folder(folder)
+    reader = CheckpointReader(folder)
     opened: list[LoraAdapter] = []
     try:
-        for folder in value.adapters:
-            opened.append(LoraAdapter(locate(folder)))
+        for name in value.adapters:
+            opened.append(LoraAdapter(locate(name)))
         return MergedCheckpoint(reader, opened)
     except BaseException:
         reader.close()

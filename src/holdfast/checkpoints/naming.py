@@ -13,13 +13,23 @@ from collections.abc import Iterable
 from holdfast.errors import CheckpointError, nearest
 
 # Path components that wrap a decoder or a tower and carry no identity of their own.
-_WRAPPERS = frozenset({"base_model", "model", "module", "language_model", "text_model", "vision_model", "thinker"})
+_PARALLEL = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
+_WRAPPERS = _PARALLEL | frozenset(
+    {"base_model", "model", "module", "language_model", "text_model", "vision_model", "thinker"}
+)
 _PEFT_PREFIX = "base_model.model."
 
 
 def strip_peft_prefix(key: str) -> str:
-    """`base_model.model.` removed, once; PEFT puts it before every key of an adapter file."""
-    return key.removeprefix(_PEFT_PREFIX)
+    """`base_model.model.` removed, once; PEFT puts it before every key of an adapter file.
+
+    What FSDP, activation checkpointing, torch.compile and data parallelism put into names goes too: a file that was
+    saved from within them names the same modules.
+    """
+    parts = [part for part in key.split(".") if part not in _PARALLEL]
+    while parts[:1] == ["module"]:
+        parts = parts[1:]
+    return ".".join(parts).removeprefix(_PEFT_PREFIX)
 
 
 def normalised(name: str) -> tuple[str, ...]:

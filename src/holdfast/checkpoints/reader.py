@@ -9,13 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from holdfast.checkpoints.contents import INDEX_FILE, PICKLED_ADAPTER, PICKLED_MODELS, SINGLE_FILE
 from holdfast.checkpoints.naming import NameIndex
 from holdfast.checkpoints.tensor_file import TensorEntry, TensorFile
 from holdfast.errors import CheckpointError
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+_PICKLES = (*PICKLED_MODELS, PICKLED_ADAPTER)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -58,7 +57,10 @@ class CheckpointReader:
 
     def _open(self) -> dict[str, TensorEntry]:
         index, single = self.folder / INDEX_FILE, self.folder / SINGLE_FILE
-        if index.is_file():
+        if single.is_file():
+            # As transformers: an index beside it is of another save.
+            entries = dict(self._file(single).entries)
+        elif index.is_file():
             weight_map = read_json(index, "an index of shards").get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{index} has no `weight_map`; expected {{tensor name: shard file}}.")
@@ -87,8 +89,6 @@ class CheckpointReader:
                 if entry is None:
                     raise CheckpointError(f"{index} says that {name} holds {key}, but its header does not.")
                 entries[key] = entry
-        elif single.is_file():
-            entries = dict(self._file(single).entries)
         else:
             pickled = [name for name in _PICKLES if (self.folder / name).exists()]
             hint = (

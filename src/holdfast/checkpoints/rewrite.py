@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from holdfast.checkpoints.adapter_settings import Content, overlay
 from holdfast.checkpoints.tensor_file import DTYPE_NAMES, EDITABLE_DTYPES, TORCH_DTYPES, TensorEntry
 from holdfast.checkpoints.writer import INPUTS_FILE, PROVENANCE_FILE, Shard, ShardWriter, Staging
 from holdfast.errors import CheckpointError, NumericalError
@@ -343,31 +344,43 @@ def _holds(buffer: Tensor, output: Tensor) -> bool:
     return buffer.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
 
 
-def copy_side_files(source: Path, target: Path) -> list[str]:
+def copy_side_files(source: Path, target: Path, adapters: Sequence[Path] = ()) -> list[str]:
     """Copy configuration, tokenizer and processor files (everything but weights); returns their names, sorted.
+
+    adapters: folders whose tokenizer, template and processor win over those of `source`.
 
     Raises: StorageError: the target cannot be written.
     """
     names = []
-    for path in _side_files(source):
-        if path.is_dir():
-            _copy(lambda p=path: shutil.copytree(p, target / p.name, dirs_exist_ok=True), target)  # type: ignore[misc]
-            names.append(f"{path.name}/")
+    for name, content in sorted(side_contents(source, adapters).items()):
+        if isinstance(content, bytes):
+            _copy(lambda c=content, n=name: (target / n).write_bytes(c), target)  # type: ignore[misc]
+            names.append(name)
+        elif content.is_dir():
+            _copy(lambda p=content: shutil.copytree(p, target / p.name, dirs_exist_ok=True), target)  # type: ignore[misc]
+            names.append(f"{name}/")
         else:
-            _copy(lambda p=path: shutil.copyfile(p, target / p.name), target)  # type: ignore[misc]
-            names.append(path.name)
+            _copy(lambda p=content: shutil.copyfile(p, target / p.name), target)  # type: ignore[misc]
+            names.append(name)
     return names
 
 
-def hash_side_files(source: Path) -> dict[str, str]:
+def hash_side_files(source: Path, adapters: Sequence[Path] = ()) -> dict[str, str]:
     """sha256 of each file that `copy_side_files` would copy, by its path within the folder."""
-    files = [
-        file
-        for path in _side_files(source)
-        for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
-        if file.is_file()
-    ]
-    return {str(file.relative_to(source)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    found = {}
+    for name, content in sorted(side_contents(source, adapters).items()):
+        if isinstance(content, bytes):
+            found[name] = hashlib.sha256(content).hexdigest()
+            continue
+        for file in sorted(content.rglob("*")) if content.is_dir() else [content]:
+            if file.is_file():
+                found[str(file.relative_to(content.parent))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
+
+
+def side_contents(source: Path, adapters: Sequence[Path] = ()) -> dict[str, Content]:
+    """name -> file, folder or content, of everything beside the weights."""
+    return overlay({path.name: path for path in _side_files(source)}, adapters)
 
 
 def _side_files(source: Path) -> list[Path]:

@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 from safetensors.torch import save_file
 
 from holdfast.checkpoints.adapter import INPUT_SCALE_FILE, WEIGHTS_FILE
+from holdfast.checkpoints.adapter_settings import describe_overlay
 from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.reader import INDEX_FILE, SINGLE_FILE
-from holdfast.checkpoints.rewrite import RewriteResult, copy_side_files, hash_side_files, rewrite
+from holdfast.checkpoints.rewrite import RewriteResult, copy_side_files, hash_side_files, rewrite, side_contents
 from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
 from holdfast.checkpoints.writer import (
     DEFAULT_SHARD_BYTES,
@@ -51,7 +52,7 @@ from holdfast.editing.verify.compare import verify_export
 from holdfast.errors import CalibrationError, ConfigError, ExportError, StorageError
 from holdfast.files import atomic_path, write_json
 from holdfast.registry import is_builtin, origin_of
-from holdfast.rules.base import EditRule
+from holdfast.rules.base import EditRule, GramRule
 
 Export = Literal["dense", "adapter"]
 
@@ -85,7 +86,8 @@ def edit_checkpoint(
         before: folder, hub id, or checkpoint value (base and adapters): what the update started from.
         after: the same, or the folder of a LoRA adapter trained on `before`.
         rule: what is done to a layer. curvature: which layers, and their diagonals; None for a rule that needs none:
-            then `blocks` = (module name -> 0-based block, number of blocks), or the model's structure, says which.
+            then `blocks` = (module name -> 0-based block, number of blocks), or the model's structure, says which; a
+            rule with Gram matrices of its own has its layers.
         export: "dense" writes a full checkpoint; "adapter" a PEFT folder with the edited A (`after` is an adapter).
         coefficient: for "adapter", of what the rule takes from the base weight (HPA's projection): "drop" (the base is
             not read), "measure" (read once, dropped, the error reported), "keep" (an input-scaling vector per layer in
@@ -108,6 +110,10 @@ def edit_checkpoint(
     with open_pair(before, after) as pair:
         if curvature is not None and not allow_other_calibration:
             check_calibration(curvature, pair)
+        if isinstance(rule, GramRule):
+            if not allow_other_calibration:
+                rule.check_models(pair.fingerprints())
+            blocks = blocks or rule.layers()
         layers: Curvature | Blocks
         if curvature is not None:
             layers = curvature
@@ -189,7 +195,7 @@ class _Edit:
             **({} if is_builtin(type(self.rule)) else {"rule_code": origin_of(type(self.rule))}),
             "coefficient": self.coefficient if self.export == "adapter" else None,
             "fingerprints": self.pair.fingerprints(),
-            "side_files": hash_side_files(self.side_folder()),
+            "side_files": hash_side_files(self.side_folder(), self.settings_folders()),
             "calibration": self.curvature.digest() if self.curvature is not None else None,
             "layers": [[t.layer.name, t.layer.block, t.key] for t in self.targets],
             "block_count": self.targets[0].layer.block_count,
@@ -209,7 +215,10 @@ class _Edit:
             layers=rows,
             inputs=self._inputs(),
             plan_hash=plan_hash,
-            warnings=_warnings([*unprotected, *result.changed], self.pair, rows, self.curvature),
+            warnings=[
+                *_warnings([*unprotected, *result.changed], self.pair, rows, self.curvature),
+                *describe_overlay(side_contents(self.side_folder()), self.settings_folders()),
+            ],
             versions=versions(),
         )
 
@@ -280,6 +289,10 @@ class _Edit:
             inputs["calibration"] = _calibration_input(self.curvature)
         return inputs
 
+    def settings_folders(self) -> list[Path]:
+        """Adapter folders whose tokenizer, template and processor a dense result gets over those of the base."""
+        return [] if self.export == "adapter" else [adapter.folder for adapter in self.pair.after.adapters]
+
     def side_folder(self) -> Path:
         """Whose configuration and tokenizer the result gets: the adapter's, or AFTER's (tuning may add tokens)."""
         lora = self.pair.lora
@@ -296,13 +309,18 @@ def _write_small_files(
 ) -> None:
     """All but the weights and the card: side files, scaling vectors, index, report, provenance."""
     folder = staging.folder
-    copy_side_files(edit.side_folder(), folder)
+    copy_side_files(edit.side_folder(), folder, edit.settings_folders())
+    if edit.export == "dense" and edit.pair.after.untied:
+        write_json(folder / "config.json", edit.pair.after.config())
     if edit.export == "adapter":
         rows = {target.lora.module: result.rows[target.lora.a.name] for target in lora_targets(edit.targets)}
         scales = {module: read_scale_field(row[SCALE_FIELD]) for module, row in rows.items() if SCALE_FIELD in row}
         if scales:
             with atomic_path(folder / INPUT_SCALE_FILE) as temporary:
                 save_file({name: scales[name] for name in sorted(scales)}, temporary)
+        for path in edit.pair.lora.extra_files if edit.pair.lora is not None else ():
+            with atomic_path(folder / path.name) as temporary:
+                shutil.copyfile(path, temporary)
     elif len(shards) > 1:
         write_json(folder / INDEX_FILE, shard_index(shards))
     report.save(folder / REPORT_FILE)

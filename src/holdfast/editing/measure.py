@@ -50,4 +50,4 @@ def measure_pair(
 
 def _read(checkpoint: MergedCheckpoint, key: str) -> Tensor:
     """As stored where nothing is merged into it, else the sum in fp32."""
-    return checkpoint.base.read(key) if checkpoint.is_plain(key) else checkpoint.read_float(key)
+    return checkpoint.read(key) if checkpoint.is_plain(key) else checkpoint.read_float(key)

@@ -99,7 +99,7 @@ def find_targets(pair: Pair, layers: Curvature | Blocks, *, seed: int) -> list[T
 def _loras_by_key(pair: Pair) -> dict[str, LoraEntry]:
     if pair.lora is None:
         return {}
-    return {key: pair.lora.modules[module] for module, key in pair.lora.match(pair.after.names).items()}
+    return {key: pair.lora.modules[module] for module, key in pair.after.keys_of(pair.lora).items()}
 
 
 def _find(pair: Pair, layer: Layer, curvature: Curvature | None, loras: Mapping[str, LoraEntry]) -> Target | None:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from holdfast.checkpoints.contents import require_model_folder, require_safe_adapter
 from holdfast.checkpoints.fingerprint import fingerprint
 from holdfast.checkpoints.merged import locate
 from holdfast.checkpoints.reader import INDEX_FILE, CheckpointReader
@@ -28,6 +29,7 @@ def checkpoint_digests(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises: CheckpointError: no such checkpoint.
     """
     folder = locate(checkpoint.base)
+    require_model_folder(folder)
     with CheckpointReader(folder) as reader:
         weights = fingerprint(reader)
     # The index is about shards, and the same weights in other shards are the same model.
@@ -77,6 +79,8 @@ def samples_digest(samples: Iterable[Sample], picture: Callable[[Path], str]) ->
 
 def _of_adapter(folder: Path) -> str:
     # A tuner's folder holds experts in folders of their own; below a plain one may lie a trainer's checkpoints.
+    if not is_tuner_folder(folder):
+        require_safe_adapter(folder)
     find = folder.rglob if is_tuner_folder(folder) else folder.glob
     return _of_files(folder, [path for pattern in ("*.safetensors", "*.bin", "*.json") for path in find(pattern)])
 

@@ -18,11 +18,12 @@ from holdfast.stream.protocol import Method
 METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "seqft": ("holdfast.methods.seqft:SeqFT", {}),
     "hpa": ("holdfast.methods.hpa:Hpa", {}),
-    # Our own edit, and what of it is left out.
-    "anchor": ("holdfast.methods.anchor:Anchor", {}),
-    "anchor_no_past": ("holdfast.methods.anchor:Anchor", {"edit": {"past_weight": 0.0}}),
+    # Our own edit, and what of it is left out. Options of `edit` that differ from the rule's own defaults stand here
+    # too, so that a run file which names one of them keeps the others.
+    "anchor": ("holdfast.methods.anchor:Anchor", {"edit": {"benign_share": 0.6}}),
+    "anchor_no_past": ("holdfast.methods.anchor:Anchor", {"edit": {"benign_share": 0.6, "past_weight": 0.0}}),
     "anchor_no_benign": ("holdfast.methods.anchor:Anchor", {"benign_samples": 0}),
-    "anchor_no_screen": ("holdfast.methods.anchor:Anchor", {"screen": False}),
+    "anchor_no_screen": ("holdfast.methods.anchor:Anchor", {"edit": {"benign_share": 0.6}, "screen": False}),
     # HPA with theta_0's benign answers in its safety set.
     "hpa_benign": ("holdfast.methods.hpa:Hpa", {"benign_samples": None}),
     # Rows of the paper's ablation.
@@ -50,7 +51,10 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "cram": ("holdfast.methods.cram:Cram", {}),
     # Both of them: the edit on finished experts.
     "cram_hpa": ("holdfast.methods.cram_hpa:CramHpa", {"edit": {"projection": "none"}}),
-    "cram_anchor": ("holdfast.methods.cram_anchor:CramAnchor", {}),
+    "cram_anchor": (
+        "holdfast.methods.cram_anchor:CramAnchor",
+        {"edit": {"benign_share": 0.6, "past_weight": 0.0}},
+    ),
     # What theta_0 would refuse goes to theta_0 alone.
     "cram_guard": ("holdfast.methods.cram:Cram", {"guard": "openings"}),
     # Ablations of CRAM.

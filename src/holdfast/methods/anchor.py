@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from holdfast.data.types import Stream
 from holdfast.editing.editor import edit_checkpoint
-from holdfast.methods._glue.anchor_step import AnchorMethodConfig, blocks_of, step_grams
+from holdfast.methods._glue.anchor_step import AnchorMethodConfig, step_grams
 from holdfast.methods.seqft import SeqFT, safety_set, step_seed
 from holdfast.rules.anchor import AnchorConfig, AnchorRule
 from holdfast.stream.protocol import Checkpoint, TaskContext
@@ -41,7 +41,6 @@ class Anchor(SeqFT):
             ctx.previous,
             trained,
             rule=AnchorRule(self.config.edit, grams),
-            blocks=blocks_of(grams),
             out=out,
             seed=step_seed(ctx),
             verify=False,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from holdfast.data.types import Stream
 from holdfast.editing.editor import edit_checkpoint
-from holdfast.methods._glue.anchor_step import AnchorMethodConfig, blocks_of, step_grams
+from holdfast.methods._glue.anchor_step import AnchorMethodConfig, step_grams
 from holdfast.methods.cram import Cram, CramMethodConfig
 from holdfast.methods.seqft import safety_set, step_seed
 from holdfast.rules.anchor import AnchorConfig, AnchorRule
@@ -23,7 +23,7 @@ from holdfast.stream.protocol import Checkpoint, TaskContext
 class CramAnchorConfig(CramMethodConfig, AnchorMethodConfig):
     """Options of CRAM, of the calibration, and of the edit."""
 
-    edit: AnchorConfig = field(default_factory=lambda: AnchorConfig(past_weight=0.0))
+    edit: AnchorConfig = field(default_factory=lambda: AnchorConfig(past_weight=0.0, benign_share=0.6))
 
 
 class CramAnchor(Cram):
@@ -51,7 +51,6 @@ class CramAnchor(Cram):
             ctx.theta_0,
             trained,
             rule=AnchorRule(self.config.edit, grams),
-            blocks=blocks_of(grams),
             out=out,
             export="adapter",
             coefficient="drop",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 from holdfast.checkpoints.adapter import CONFIG_FILE, INPUT_SCALE_FILE, LoraAdapter
+from holdfast.checkpoints.adapter_settings import has_settings
+from holdfast.checkpoints.contents import require_model_folder, require_safe_adapter
 from holdfast.checkpoints.merged import add_updates, locate
 from holdfast.checkpoints.naming import NameIndex
+from holdfast.checkpoints.rewrite import copy_side_files
+from holdfast.checkpoints.tied import untie_in_memory
 from holdfast.checkpoints.value import Source, as_checkpoint
 from holdfast.errors import AdapterError, CheckpointError, ModelError
 from holdfast.models.families import build_processors_without_video, family_of
@@ -56,7 +61,7 @@ def load(
     target = find_device(device) if device is not None else default_device()
     weight_dtype = resolve_dtype(dtype, config, target)
     with quiet_transformers():
-        processor = read_processor(base, config)
+        processor = read_processor(base, config, adapters)
         try:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 base,
@@ -94,6 +99,7 @@ def checkpoint_name(source: Source) -> str:
 def read_config(base: str) -> Any:
     """The configuration of a vision-language checkpoint. Raises ModelError where it is none."""
     path = Path(base)
+    require_model_folder(path)
     if path.exists() and not (path / "config.json").is_file():
         raise ModelError(f"{base} has no config.json; expected the folder of a saved transformers model.")
     try:
@@ -117,13 +123,37 @@ def read_config(base: str) -> Any:
     return config
 
 
-def read_processor(base: str, config: Any | None = None) -> Any:
-    """The processor of a checkpoint, with PIL images, a chat template and a padding token. Raises ModelError."""
+def read_processor(base: str, config: Any | None = None, adapters: Sequence[str] = ()) -> Any:
+    """The processor of a checkpoint, with PIL images, a chat template and a padding token.
+
+    adapters: folders on top of the base; a tokenizer, template or processor that one of them has wins over the base's.
+
+    Raises: ModelError: no processor, or a tokenizer with more tokens than the model has embeddings.
+    """
+    folders = [locate(adapter) for adapter in adapters if not is_tuner_folder(adapter)]
+    if not any(has_settings(folder) for folder in folders):
+        return _read_processor(base, config)
+    with tempfile.TemporaryDirectory(prefix="holdfast-settings-") as place:
+        copy_side_files(locate(base), Path(place), folders)
+        processor = _read_processor(place, read_config(base) if config is None else config, name=base)
+    rows = (config or read_config(base)).get_text_config().vocab_size
+    if len(processor.tokenizer) > rows:
+        raise ModelError(
+            f"{' + '.join((base, *adapters))}: the tokenizer knows {len(processor.tokenizer)} tokens and the model has "
+            f"{rows} embeddings. The embeddings were resized for this tuning and are not here; merge the adapter into "
+            "its base with the tool that trained it."
+        )
+    return processor
+
+
+def _read_processor(place: str, config: Any | None, *, name: str | None = None) -> Any:
+    """The processor whose files are in `place`. name: what errors call it."""
+    base = place if name is None else name
     config = read_config(base) if config is None else config
     build_processors_without_video()
     try:
         # The PIL backend everywhere: torchvision resizes a little differently, and is not always there.
-        processor = AutoProcessor.from_pretrained(base, trust_remote_code=False, backend="pil")
+        processor = AutoProcessor.from_pretrained(place, trust_remote_code=False, backend="pil")
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise ModelError(
             f"{base}: the processor cannot be loaded; expected processor_config.json or preprocessor_config.json and "
@@ -156,12 +186,13 @@ def merge_adapter(model: PreTrainedModel, adapter: str, *, base: str = "the mode
     Raises: AdapterError: no adapter there, tensors missing, unknown target modules, or nothing that it changes.
     """
     folder = locate(adapter)
+    extra = require_safe_adapter(folder)  # before PEFT sees it: PEFT would unpickle
     try:
         plain = LoraAdapter(folder)
     except AdapterError:
         # A kind that is not plain LoRA (DoRA, IA3, ...), or a damaged one: PEFT merges the first, and names the damage
         # of the second.
-        if not (folder / CONFIG_FILE).is_file() or (folder / INPUT_SCALE_FILE).is_file():
+        if not (folder / CONFIG_FILE).is_file() or (folder / INPUT_SCALE_FILE).is_file() or extra:
             raise
         return _merge_by_peft(model, str(folder), base)
     try:
@@ -175,18 +206,52 @@ def merge_adapter(model: PreTrainedModel, adapter: str, *, base: str = "the mode
 def _merge_lora(model: PreTrainedModel, adapter: LoraAdapter, base: str) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = NameIndex(parameters, what=base)
-    for module, key in adapter.match(names).items():
-        weight, entry = parameters[key], adapter.modules[module]
+    matched = adapter.match(names)
+    for name in adapter.saved:
+        key = adapter.key_of_saved(name, names)
+        if adapter.changes_one_end(name):
+            _give_own_parameter(model, key, parameters)
+        value = adapter.read_saved(name)
+        if value.shape != parameters[key].shape:
+            raise AdapterError(
+                f"{adapter.folder}: {name} is {tuple(value.shape)} in the adapter and {tuple(parameters[key].shape)} "
+                f"in {base}; resized tensors are not handled. Merge the adapter with PEFT first."
+            )
+        parameters[key].data.copy_(value)
+    done = set()
+    for module, key in matched.items():
+        entry = adapter.modules[module]
+        if adapter.changes_one_end(module):
+            _give_own_parameter(model, key, parameters)
+        weight = parameters[key]
         if tuple(weight.shape) != (entry.shape[::-1] if entry.transposed else entry.shape):
             raise AdapterError(
                 f"{adapter.folder} updates {module} as {entry.shape}, but it is {tuple(weight.shape)} in {base}; the "
                 "adapter was trained on another model."
             )
+        if id(weight) in done:  # the other end of a pair that the adapter keeps tied
+            continue
+        done.add(id(weight))
         a, b = (factor.to(weight.device) for factor in adapter.read_factors(module))
         scale = adapter.read_scale(module)
         add_updates(weight.data, [(a, b, entry, None if scale is None else scale.to(weight.device))], out=weight.data)
-    for name in adapter.saved:
-        parameters[names.require(name, error=AdapterError)].data.copy_(adapter.read_saved(name))
+
+
+def _give_own_parameter(model: Any, key: str, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Part a parameter from those it is tied to, for good: configuration and all. One that is not tied stays."""
+    shared = [name for name, parameter in parameters.items() if parameter is parameters[key] and name != key]
+    if not shared:
+        return
+    owner, _, name = key.rpartition(".")
+    own = torch.nn.Parameter(parameters[key].detach().clone(), requires_grad=parameters[key].requires_grad)
+    setattr(model.get_submodule(owner), name, own)
+    parameters[key] = own
+    untie_in_memory(model.config)
+    model.all_tied_weights_keys = {
+        target: source
+        for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
+        if key not in (target, source)
+    }
 
 
 def _merge_by_peft(model: PreTrainedModel, adapter: str, base: str) -> PreTrainedModel:
@@ -204,11 +269,21 @@ def _merge_by_peft(model: PreTrainedModel, adapter: str, base: str) -> PreTraine
         raise AdapterError(f"{adapter} does not fit {base}: {error}") from error
     if not any(isinstance(m, BaseTunerLayer) for m in wrapped.modules()):
         raise AdapterError(f"{adapter} matches no module of {base}; it was trained for another model.")
-    for name, parameter in wrapped.named_parameters():
+    everywhere = dict(wrapped.named_parameters(remove_duplicate=False))
+    for name, parameter in everywhere.items():
         if "lora_" in name:
             parameter.data = parameter.data.float()
+        if name.endswith(".base_layer.weight") and not wrapped.peft_config["default"].to_dict().get(
+            "ensure_weight_tying"
+        ):
+            # Merged in place, a tied head would take the embedding with it.
+            _give_own_parameter(wrapped, name, everywhere)
     # Not safe_merge: that rounds the change to the weight's dtype before the sum, and small edits vanish.
-    return wrapped.merge_and_unload()
+    merged = wrapped.merge_and_unload()
+    ends = [merged.get_input_embeddings(), merged.get_output_embeddings()]
+    if None not in ends and ends[0].weight is not ends[1].weight:
+        untie_in_memory(merged.config)
+    return merged
 
 
 def default_device() -> torch.device:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from holdfast.checkpoints.merged import MergedCheckpoint, open_checkpoint
+from holdfast.checkpoints.tied import untie_in_memory
 from holdfast.checkpoints.value import Source, as_checkpoint
 from holdfast.errors import ModelError
 from holdfast.models.families import decoder_blocks, family_of
@@ -63,12 +64,14 @@ def load_streamed(
     config = read_config(base)
     target = torch.device(device) if device is not None else default_device()
     weight_dtype = resolve_dtype(dtype, config, target)
+    checkpoint = open_checkpoint(value)
+    if checkpoint.untied:
+        untie_in_memory(config)
     with quiet_transformers():
-        processor = read_processor(base, config)
+        processor = read_processor(base, config, value.adapters)
         # Buffers (rotary frequencies) are computed, not stored: they stay real.
         with init_empty_weights(include_buffers=False):
             model = AutoModelForImageTextToText.from_config(config, dtype=weight_dtype, trust_remote_code=False)
-    checkpoint = open_checkpoint(value)
     model.eval().requires_grad_(False)
     model.tie_weights()
     inside = [f"{name}." for name, _ in decoder_blocks(model)]

@@ -27,7 +27,7 @@ from holdfast.rules.interpolation import InterpolationRule
 from holdfast.stream.protocol import Checkpoint
 
 if TYPE_CHECKING:
-    from holdfast.restore.run import RestoreConfig
+    from holdfast.restore.restore_config import RestoreConfig
 
 Progress = Callable[..., None]
 

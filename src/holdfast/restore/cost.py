@@ -16,7 +16,7 @@ from holdfast.models.load import default_device, read_config
 from holdfast.restore.sets import RestoreSets
 
 if TYPE_CHECKING:
-    from holdfast.restore.run import RestoreConfig
+    from holdfast.restore.restore_config import RestoreConfig
 
 # Typical tokenisers make one token of about four characters of English; a picture takes a few hundred.
 _CHARACTERS_PER_TOKEN, _TOKENS_PER_PICTURE = 4, 576

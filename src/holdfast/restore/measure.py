@@ -32,6 +32,7 @@ class Asked:
 
     @property
     def scored(self) -> list[Verdict]:
+        """The verdicts that are one."""
         return [v for v in self.verdicts if v.label != "unscored"]
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
@@ -33,48 +33,14 @@ from holdfast.models.generate import generate
 from holdfast.models.load import LoadedModel, load
 from holdfast.reports.restore_page import card_section, write_restore_page
 from holdfast.restore.measure import Probe, Reference, make_judge, make_scorer, reference
-from holdfast.restore.search import STRENGTHS, Budget, Point, check_strengths, choose, nearest_miss, search
+from holdfast.restore.restore_config import RestoreConfig
+from holdfast.restore.search import Budget, Point, choose, nearest_miss, search
 from holdfast.restore.sets import RestoreSets, digest, refuse_shared
 from holdfast.stream.protocol import Checkpoint
 from holdfast.version import __version__
 
 RECORD_FILE, PAGE_FILE = "restore.json", "restore.html"
 Progress = Callable[..., None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RestoreConfig:
-    """Options of a restore.
-
-    rule: whose strengths are searched. strengths: increasing, above 0. past_weight, damping: of the anchored edit.
-    export: what OUT is; None: as AFTER is. judge: who says what a reply did. scorer: of the task's answers.
-    min_refused: share of the forbidden requests that BEFORE must refuse, below which the policy is not BEFORE's.
-    screen: task samples whose request BEFORE refuses go to the safety side. tokens: longest reply; task_tokens: longest
-    answer to a task request.
-    """
-
-    rule: str = "anchor"
-    strengths: tuple[float, ...] = STRENGTHS
-    past_weight: float = 0.3
-    damping: float = 0.03
-    judge: str = "keyword"
-    scorer: str = "exact_match"
-    min_refused: float = 0.7
-    screen: bool = True
-    whole_curve: bool = False
-    tokens: int = 128
-    task_tokens: int = 64
-    batch_size: int = 16
-    seed: int = 0
-    export: Literal["dense", "adapter"] | None = None
-    dtype: str | None = None
-    device: str | None = None
-    memory_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        check_strengths(self.strengths)
-        if not 0 <= self.min_refused <= 1:
-            raise ConfigError(f"min_refused is {self.min_refused}; expected a rate in 0..1.")
 
 
 @dataclass(frozen=True)
@@ -159,6 +125,7 @@ class _Run:
     _model: tuple[str, LoadedModel] | None = None
 
     def restore(self) -> Restored:
+        """Every phase in turn; see `restore`."""
         from holdfast.restore.candidates import Candidates, calibrate, family, require_change
 
         config = self.config
@@ -539,20 +506,25 @@ class WorkFolder:
         return _point_of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
     def keep_point(self, name: str, point: Point) -> None:
+        """Keep a point under a name."""
         write_json(self.folder / f"{name}.point.json", _plain(point))
 
     def keep_reference(self, name: str, kept: Reference) -> None:
+        """Keep the log-probabilities (tokens, vocabulary) of every sample under a name."""
         with atomic_path(self.folder / f"{name}.safetensors") as temporary:
             save_file({f"{i:06d}": rows.contiguous() for i, rows in enumerate(kept.log_probs)}, temporary)
 
     def reference(self, name: str) -> Reference:
+        """The distributions kept under a name: (tokens, vocabulary) per sample."""
         found = load_file(self.folder / f"{name}.safetensors")
         return Reference(log_probs=[found[key] for key in sorted(found)])
 
     def known_point(self, strength: float) -> Point | None:
+        """The point that was measured at a strength, or None."""
         return self.known(f"at-{strength:g}")
 
     def point(self, strength: float, make: Callable[[], Point]) -> Point:
+        """The point at a strength, made now where there is none."""
         found = self.known_point(strength)
         if found is None:
             found = make()
@@ -560,6 +532,7 @@ class WorkFolder:
         return found
 
     def points(self) -> list[Path]:
+        """Files of the strengths that were measured."""
         return sorted(self.folder.glob("at-*.point.json"))
 
     def remove(self) -> None:
@@ -618,3 +591,6 @@ def _point_of(data: Mapping[str, Any]) -> Point:
 
 def _silent(event: str, **_: Any) -> None:
     """Nobody asked to be told."""
+
+
+__all__ = ["PAGE_FILE", "RECORD_FILE", "RestoreConfig", "Restored", "WorkFolder", "check_sets", "restore"]

@@ -6,7 +6,7 @@ The Gram matrices lie on disk (`checkpoints.gram_store`); a layer's are read whe
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ class AnchorConfig:
     safety_weight: float = 1.0
     past_weight: float = 0.3
     damping: float = 0.03
-    benign_share: float | None = 0.6
+    benign_share: float | None = None
     depth_slope: float = 0.0
 
     def __post_init__(self) -> None:
@@ -89,6 +89,29 @@ class AnchorRule(Rule):
         """Every option, and of each store of Gram matrices its digest."""
         return {**encode(self.config), "grams": self.grams.digests()}
 
+    def layers(self) -> tuple[Mapping[str, int], int]:
+        """The layers that have Gram matrices, with their blocks, and the number of blocks."""
+        return self.grams.task.blocks, self.grams.task.block_count
+
+    def check_models(self, fingerprints: Mapping[str, Sequence[str]]) -> None:
+        """Refuse Gram matrices of other models than those that are edited.
+
+        fingerprints: of `before` and `after`, the base's and then each adapter's. Grams of a live model have none.
+        Raises: CalibrationError: the safety inputs are not BEFORE's, or the task's not AFTER's.
+        """
+        for name, store in self.grams.stores.items():
+            side = {"task": "after", "safety": "before", "benign": "before"}.get(name)
+            model = store.meta.get("model", {})
+            if side is None or model.get("fingerprint") is None:
+                continue
+            found = [model["fingerprint"], *(a["fingerprint"] for a in model.get("adapters", ()))]
+            if found != list(fingerprints[side]):
+                raise CalibrationError(
+                    f"The {name} Gram matrices ({store.folder}) are of another model: they were made with "
+                    f"{model.get('name')} ({_short(found)}); {side.upper()} is {_short(fingerprints[side])}. Calibrate "
+                    "again with BEFORE and AFTER, or allow it (--allow-other-calibration)."
+                )
+
     def edit(self, layer: Layer, w_prev: Tensor, w_new: Tensor) -> DenseEdit:
         """The anchored edit of one layer. w_prev, w_new: (r, c)."""
         factor = self._factor(layer, w_new)
@@ -135,6 +158,10 @@ class AnchorRule(Rule):
             safety = safety.mul_(1 - share).add_(sets.benign.gram(name).to(device), alpha=share)
         past = sets.past.gram(name).to(device) if sets.past is not None and self.config.past_weight else None
         return AnchorGrams(sets.task.gram(name).to(device), safety, past, damping=self.config.damping)
+
+
+def _short(fingerprints: Sequence[str]) -> str:
+    return " + ".join(f"{value[:12]}..." for value in fingerprints)
 
 
 def _norm(matrix: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -121,6 +121,19 @@ class LoraEditRule(EditRule, Protocol):
         scaling: float,
     ) -> LoraEdit:
         """The edited factor A. `w_prev` None: what depends on the base weight (HPA's coefficient) is left out."""
+        ...
+
+
+@runtime_checkable
+class GramRule(EditRule, Protocol):
+    """A rule that brings Gram matrices of its own: it knows their layers, and of which models they are."""
+
+    def layers(self) -> tuple[Mapping[str, int], int]:
+        """Module name -> 0-based block of every layer that it can edit, and the number of blocks."""
+        ...
+
+    def check_models(self, fingerprints: Mapping[str, Sequence[str]]) -> None:
+        """Raises CalibrationError: the Grams are of other models than `before` and `after`."""
         ...
 
 

@@ -235,6 +235,28 @@ def test_theta_0_reads_a_request_once(make, requests, mixed, monkeypatch):
     assert all(isinstance(row["guard_score"], float) for row in rows)
 
 
+def test_the_vision_tower_looks_once_and_is_left_as_it_was(make, requests, mixed):
+    cram = make(samples=requests, abstain="off")
+    inputs = encode_request(cram.loaded, mixed)
+    calls: list[int] = []
+    tower = next(m for name, m in cram.loaded.model.named_modules() if name.endswith("vision_tower"))
+    handle = tower.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad(), cram.serving(mixed):
+        plain = cram.loaded.model(**inputs).logits
+    cram.guard = only(cram, mixed, set())
+    cram._score_of.clear()
+    calls.clear()
+    with torch.no_grad(), cram.serving(mixed):
+        assert torch.equal(cram.loaded.model(**inputs).logits, plain)
+    assert len(calls) == 1
+    assert "get_image_features" not in vars(cram.loaded.model.model)
+    cram._score_of.clear()
+    with pytest.raises(AdapterError, match="4 sequences but 3"), torch.no_grad(), cram.serving(mixed[:3]):
+        cram.loaded.model(**inputs)
+    handle.remove()
+    assert "get_image_features" not in vars(cram.loaded.model.model)
+
+
 def test_another_picture_under_the_same_name_is_another_request(make, requests, tmp_path):
     import model_zoo
 

@@ -155,7 +155,10 @@ def test_many_requests_are_decided_in_parts_as_one_by_one(mode):
     for i in (0, 31, 32, 499):
         one = r.route(many[torch.tensor([i])])
         for name, value in vars(one).items():
-            assert torch.equal(getattr(routing, name)[i : i + 1], value)
+            if value is None:  # what a guard would have said
+                assert getattr(routing, name) is None
+            else:
+                assert torch.equal(getattr(routing, name)[i : i + 1], value)
     assert routing.group.tolist() == [0] * 250 + [1] * 250 and bool(routing.weights[:, 0].any(0).all())
 
 

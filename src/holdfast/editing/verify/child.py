@@ -116,6 +116,21 @@ def attach_input_scale(model: nn.Module, folder: Path) -> int:
     return len(adapter.input_scale)
 
 
+def copy_extra_weights(model: nn.Module, folder: Path) -> None:
+    """Put the trained weights that lie beside an adapter into a model, as the tool that saved them does.
+
+    Raises: AdapterError: pickled, or not this model's.
+    """
+    from holdfast.checkpoints.contents import require_safe_adapter
+
+    parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    names = NameIndex(parameters, what="the base model")
+    for path in require_safe_adapter(folder):
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            for key in file.keys():  # noqa: SIM118  (no mapping)
+                parameters[names.require(strip_peft_prefix(key))].copy_(file.get_tensor(key))
+
+
 def _load(request: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     from holdfast.models.load import load, quiet_transformers, read_config
 
@@ -140,6 +155,8 @@ def _load(request: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         from peft import PeftModel
 
         without_weights = request["input_ids"] is None
+        if not without_weights:
+            copy_extra_weights(model, Path(request["export"]))
         model = PeftModel.from_pretrained(model, request["export"], low_cpu_mem_usage=without_weights)
         active = adapter_modules(model)
         return model.eval(), {
@@ -212,12 +229,11 @@ def _read_files(request: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def _files_by_key(folder: Path) -> dict[str, Path]:
-    """Shard of every tensor: by the index where there is one, as transformers looks them up."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {key: folder / file for key, file in weight_map.items()}
+    """Shard of every tensor, in the order in which transformers looks: one file, else an index."""
     path = folder / "model.safetensors"
+    if not path.is_file():
+        weight_map = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+        return {key: folder / file for key, file in weight_map.items()}
     with safe_open(path, framework="pt") as file:
         return dict.fromkeys(file.keys(), path)
 

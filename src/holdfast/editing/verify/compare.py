@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,7 +79,8 @@ class _Live:
 
     hashes: of the written tensors that are what the edit in memory gives, by layer. changed: weights that the edit
     moved. unedited, reference: logits before and after it. without_scale: how far the logits are off where an adapter
-    leaves the input scale out, or None.
+    leaves the input scale out, or None. from_peft: how far AFTER before the edit is from what transformers and PEFT
+    alone load; None where PEFT cannot load it (no adapter, names that it does not match, input scaling).
     """
 
     ids: list[list[int]]
@@ -87,6 +89,7 @@ class _Live:
     unedited: Tensor
     reference: Tensor
     without_scale: float | None
+    from_peft: float | None
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class _Guard:
             **_live_modules(self.folder, self.export),
             **{key: result[key] for key in ("active_modules", "scaled_modules") if key in result},
             "max_logit_difference": _relative(logits, live.reference),
+            "after_differs_from_peft_by": live.from_peft,
             "edit_moves_logits_by": _relative(live.unedited, live.reference),
             "logits_without_coefficient_off_by": live.without_scale,
             "tolerance": _tolerance(self.report, self.pair, self.targets),
@@ -161,9 +165,18 @@ class _Guard:
         from holdfast.editing.verify.child import forward, module_index, probe_ids
         from holdfast.models.load import load
 
+        # First, and gone before the next model is loaded: there is room for one.
+        stock = self._after_by_peft()
         model: Any = load(self._merged_value(), dtype=torch.float32, device="cpu").model
         ids = probe_ids(model.config)
         unedited = forward(model, ids)
+        from_peft = None if stock is None else _relative(unedited, stock)
+        if from_peft is not None and not from_peft <= _TOLERANCE["same"]:
+            raise ExportError(
+                f"AFTER as holdfast reads it is not what PEFT loads: their logits differ by {from_peft:.2g} of the "
+                f"largest (allowed: {_TOLERANCE['same']:.0e}). Merge {self.pair.after.adapters[-1].folder} into its "
+                "base with PEFT and pass the merged folder."
+            )
         names = module_index(model)
         hashes: dict[str, str] = {}
         scaled: dict[nn.Parameter, Tensor] = {}
@@ -183,7 +196,40 @@ class _Guard:
         for weight, value in scaled.items():
             weight.copy_(value)
         without_scale = _relative(forward(model, ids), reference) if scaled else None
-        return _Live(ids, hashes, changed, unedited, reference, without_scale)
+        return _Live(ids, hashes, changed, unedited, reference, without_scale, from_peft)
+
+    def _after_by_peft(self) -> Tensor | None:
+        """Logits of AFTER by a road that shares no code with the edit: transformers loads the base, PEFT the adapter.
+
+        The last adapter only, unmerged; those below it are BEFORE's. None where PEFT cannot say what AFTER is.
+        """
+        from peft import PeftModel
+        from transformers import AutoModelForImageTextToText
+
+        from holdfast.editing.verify.child import copy_extra_weights, forward, probe_ids
+        from holdfast.models.load import load, quiet_transformers
+
+        value = self._merged_value()
+        if not value.adapters or self.pair.after.adapters[-1].input_scale:
+            return None
+        last = str(locate(value.adapters[-1]))
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore")
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            if value.adapters[:-1]:
+                below = Checkpoint(base=value.base, adapters=value.adapters[:-1])
+                model: Any = load(below, dtype=torch.float32, device="cpu").model
+            else:
+                model = AutoModelForImageTextToText.from_pretrained(
+                    value.base, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+                )
+            copy_extra_weights(model, Path(last))
+            try:
+                PeftModel.from_pretrained(model, last)
+            except (UserWarning, ValueError, RuntimeError, KeyError):
+                return None
+            # PEFT put its layers into the model itself; its wrapper's forward adds nothing but arguments.
+            return forward(model.eval(), probe_ids(model.config))
 
     def _merged_value(self) -> Checkpoint:
         """AFTER as something that `models.load` takes."""

@@ -25,7 +25,7 @@ class AnchorMethodConfig(EditingConfig):
     mean per token.
     """
 
-    edit: AnchorConfig = field(default_factory=AnchorConfig)
+    edit: AnchorConfig = field(default_factory=lambda: AnchorConfig(benign_share=0.6))
     benign_samples: int | None = None
     screen: bool = True
 
@@ -98,9 +98,4 @@ def _past_meta(ctx: TaskContext, tasks: Sequence[str]) -> Mapping[str, Any]:
     }
 
 
-def blocks_of(grams: GramSets) -> tuple[dict[str, int], int]:
-    """Which layers are edited, and the number of blocks, as the editor takes them."""
-    return grams.task.blocks, grams.task.block_count
-
-
-__all__ = ["PAST_FOLDER", "AnchorMethodConfig", "blocks_of", "step_grams"]
+__all__ = ["PAST_FOLDER", "AnchorMethodConfig", "step_grams"]

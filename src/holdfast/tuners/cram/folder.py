@@ -474,7 +474,7 @@ def block_weights(loaded: LoadedModel) -> dict[str, Tensor]:
 
 
 def head_weights(loaded: LoadedModel) -> dict[str, Tensor]:
-    """The output embeddings, where they are held as numbers: what a guard reads theta_0's answer through."""
+    """The output embeddings (vocabulary, hidden), where they are held as numbers: a guard reads through them."""
     weight = loaded.model.get_output_embeddings().weight  # type: ignore[operator, union-attr]
     return {"output": weight} if weight.is_floating_point() and weight.element_size() >= 2 else {}
 

@@ -159,7 +159,10 @@ def begin_guard(loaded: LoadedModel, form: Form, samples: Sequence[Sample], *, b
 
 
 def see_task(guard: Guard, loaded: LoadedModel, name: str, samples: Sequence[Sample], *, batch_size: int = 16) -> Guard:
-    """The guard that has also seen training requests of the task `name`; `fit` it before it is asked."""
+    """The guard that has also seen training requests of the task `name`; `fit` it before it is asked.
+
+    Raises: CalibrationError: no request.
+    """
     if not samples:
         raise CalibrationError(f"Task {name!r} has no training request to set the guard's threshold by.")
     logits, states = read_prompts(loaded, samples, batch_size=batch_size)
@@ -308,7 +311,8 @@ _PREFIX = "guard."
 
 
 def guard_tensors(guard: Guard) -> dict[str, Tensor]:
-    """What of a guard is a tensor, by the names that it has in the router's file."""
+    """What of a guard is a tensor, by the names that it has in the router's file: log-odds (requests,), states
+    (requests, hidden), the probe's weight (hidden,)."""
     found = {f"{_PREFIX}refusals.log_odds": guard.refusals.log_odds}
     if guard.refusals.states is not None:
         found[f"{_PREFIX}refusals.states"] = guard.refusals.states
@@ -337,7 +341,10 @@ def guard_data(guard: Guard) -> dict[str, Any]:
 
 
 def read_guard(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Guard:
-    """The guard of a router's files. Raises ValueError, KeyError, TypeError: parts that are damaged or do not fit."""
+    """The guard of a router's files; tensors as `guard_tensors` gives them: (requests,), (requests, hidden), (hidden,).
+
+    Raises: ValueError, KeyError, TypeError: parts that are damaged or do not fit.
+    """
 
     def seen(place: str) -> Evidence:
         return Evidence(log_odds=tensors[f"{_PREFIX}{place}.log_odds"], states=tensors.get(f"{_PREFIX}{place}.states"))

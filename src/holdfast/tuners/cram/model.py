@@ -64,6 +64,7 @@ class Cram(nn.Module):
         self._asked: Sequence[Sample] | None = None  # requests whose guard scores the first forward pass must give
         self._scores: Tensor | None = None  # of the request at hand
         self._score_of: dict[Any, float] = {}
+        self._seen_images: SeenImages | None = None
         self._flat_rows: Tensor | None = None
         self._sets = 1
         targets = find_targets(loaded.model, router.config)
@@ -78,6 +79,7 @@ class Cram(nn.Module):
             linear.register_forward_hook(p.extend) for p, (_, linear) in zip(self.layers, targets.values(), strict=True)
         ]
         handles.append(loaded.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        handles.append(loaded.model.register_forward_hook(self._after_model, always_call=True))
         block = decoder_blocks(loaded.model)[0][1]
         handles.append(block.register_forward_pre_hook(self._before_blocks, with_kwargs=True))
         self._handles = handles
@@ -290,8 +292,15 @@ class Cram(nn.Module):
         if self._asked is not None:
             # Once per request, and before the experts' pass, which this pass of the base would otherwise re-enter.
             samples, self._asked = self._asked, None
-            with torch.no_grad():
-                scores = self._ask_base(args, kwargs)
+            # Both passes see the same images; the frozen vision tower need not look twice.
+            self._seen_images = None if torch.is_grad_enabled() else SeenImages.watch(self.loaded.model)
+            try:
+                with torch.no_grad():
+                    scores = self._ask_base(args, kwargs)
+            finally:
+                # From here on the end of this pass, good or bad, takes it off.
+                if self._seen_images is not None:
+                    self._seen_images.replay()
             beams = max(1, len(scores) // len(samples))
             if len(scores) == beams * len(samples):
                 # Beams of one request are one prompt: they must be decided alike.
@@ -308,6 +317,13 @@ class Cram(nn.Module):
         if ids is None:
             raise AdapterError("CRAM finds the images of a request by input_ids; call the model with input_ids.")
         self._input_ids = ids
+
+    def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        del model, args, output
+        # Not after the base's own pass, which is made within the one that is still to come.
+        if self._seen_images is not None and self._seen_images.replaying:
+            self._seen_images.stop()
+            self._seen_images = None
 
     def _before_blocks(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del block
@@ -330,6 +346,44 @@ class Cram(nn.Module):
             text = text.repeat_interleave(beams, dim=0)
         self._input_ids = None
         self.decide(Features(text=text, image=image, has_image=has_image))
+
+
+class SeenImages:
+    """What a model's `get_image_features` gave in one forward pass, handed out again in the next of the same inputs.
+
+    Set on the instance, so other models of the class are left alone; `stop` takes it off.
+    """
+
+    def __init__(self, holder: nn.Module) -> None:
+        self._holder = holder
+        self._real: Any = holder.get_image_features
+        self._found: list[Any] = []
+        self.replaying = False
+        holder.get_image_features = self._give  # type: ignore[assignment]
+
+    @classmethod
+    def watch(cls, model: nn.Module) -> SeenImages | None:
+        """None where the family has no such method (its tower then looks twice), or it is watched already."""
+        holder = getattr(model, "model", None)
+        if holder is None or not hasattr(holder, "get_image_features") or "get_image_features" in vars(holder):
+            return None
+        return cls(holder)
+
+    def _give(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replaying and self._found:
+            return self._found.pop(0)
+        found = self._real(*args, **kwargs)
+        if not self.replaying:
+            self._found.append(found)
+        return found
+
+    def replay(self) -> None:
+        """From now on, hand out what was seen instead of looking again."""
+        self.replaying = True
+
+    def stop(self) -> None:
+        """Give the model its own way of looking back."""
+        vars(self._holder).pop("get_image_features", None)
 
 
 def request_key(sample: Sample) -> Any:

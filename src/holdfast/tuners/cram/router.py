@@ -108,7 +108,7 @@ class Routing:
     guard_score: Tensor | None = None
 
     def under(self, guarded: Tensor, score: Tensor) -> Routing:
-        """The decision with that of the guard laid over it."""
+        """The decision with that of the guard laid over it. guarded, score: of each request, (requests,)."""
         guarded, score = guarded.to(self.weights.device), score.to(self.weights.device)
         weights = self.weights.masked_fill(guarded[:, None, None], 0.0)
         return replace(self, weights=weights, guarded=guarded, guard_score=score)
