@@ -100,8 +100,10 @@ def run_methods(seed: int, args: argparse.Namespace, methods: Sequence[str], out
     plain = run_data(file, methods, seed=seed, harmful=args.harmful, limit=args.limit, limit_between=args.between)
     plain["defaults"]["training"]["max_steps"] = args.steps
     own = {"training": {"learning_rate": args.learning_rate}} if args.learning_rate else {}
-    cram = {"max_groups": args.max_groups, "sigma_scale": args.sigma_scale, "warmup_fraction": args.warmup_fraction}
+    cram = {"sigma_scale": args.sigma_scale, "warmup_fraction": args.warmup_fraction}
     plain["defaults"]["cram"] = {key: value for key, value in cram.items() if value is not None}
+    if args.max_groups is not None:
+        plain["defaults"]["cram"]["released"] = {"max_groups": args.max_groups}
     plain["methods"] = {name: lay_over(options, own) for name, options in plain["methods"].items()}
     experiment = resolve(decode_run(plain, base=folder), folder / f"run-{args.split}", progress=_say)
     summary = run(experiment.config, experiment.out, progress=_say)

@@ -31,6 +31,7 @@ def accepts_old_names(**old: str | tuple[str, Callable[[Any], Any]]) -> Callable
     A dataclass answers to the old names, too, with the new values.
 
     old: old name = new name, or (new name, old value -> new value). Naming both, with two values, is a ConfigError.
+        Of a dataclass a new name may be "group.name", an option of the dataclass that its option `group` is now.
     """
 
     def decorate(target: C) -> C:
@@ -38,7 +39,8 @@ def accepts_old_names(**old: str | tuple[str, Callable[[Any], Any]]) -> Callable
 
         @functools.wraps(function)
         def renaming(*args: Any, **values: Any) -> Any:
-            return function(*args, **_current_names(old, values, getattr(target, "__name__", "")))
+            where = getattr(target, "__name__", "")
+            return function(*args, **_made_groups(target, old, _current_names(old, values, where), where))
 
         if not isinstance(target, type):
             return renaming  # type: ignore[return-value]
@@ -64,8 +66,38 @@ def _current_names(old: OldNames, values: Mapping[str, Any], where: str) -> Mapp
                 f"{where}: {name}={values[name]!r} is the old name of {new}, and {new}={current[new]!r} is given too. "
                 f"Keep {new}."
             )
-        current[new] = value
+        group, _, member = new.rpartition(".")
+        if group:
+            current[group] = _with_member(current.get(group, {}), member, value, f"{where}: {name}", group)
+        else:
+            current[new] = value
     return current
+
+
+def _with_member(whole: Any, member: str, value: Any, old: str, group: str) -> Any:
+    """`whole`, a mapping or a dataclass, with `member` set; what a dataclass holds by default may be replaced."""
+    made = dataclasses.is_dataclass(whole) and not isinstance(whole, type)
+    if not made and not isinstance(whole, Mapping):
+        raise ConfigError(f"{old} is now {group}.{member}, and {group} is {_show(whole)}; expected a mapping of keys.")
+    found = getattr(whole, member) if made else whole.get(member, value)
+    free = made and found == getattr(type(whole)(), member)
+    if found != value and not free:
+        raise ConfigError(
+            f"{old}={value!r} is the old name of {group}.{member}, and {group}.{member}={found!r} is given too. "
+            f"Keep {group}.{member}."
+        )
+    return dataclasses.replace(whole, **{member: value}) if made else {**whole, member: value}
+
+
+def _made_groups(target: Any, old: OldNames, values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """`values` for the dataclass `target`, the groups that old names were laid into made."""
+    entries = (entry if isinstance(entry, str) else entry[0] for entry in old.values())
+    groups = {new.partition(".")[0] for new in entries if "." in new}
+    plain = {group: values[group] for group in groups if isinstance(values.get(group), Mapping)}
+    if not plain:
+        return values
+    hints = typing.get_type_hints(target)
+    return {**values, **{group: decode(hints[group], v, f"{where}.{group}") for group, v in plain.items()}}
 
 
 def current_names(cls: type, data: Mapping[str, Any], where: str = "") -> dict[str, Any]:

@@ -377,3 +377,26 @@ def test_a_run_does_not_go_on_over_other_pictures_template_or_processor(run_file
     said = []
     experiment.run(config, out, progress=lambda event, text="", **_: said.append(text) if text else None)
     assert len(said) == 1 and said[0].startswith("continued with transformers: 4.0 -> ")
+
+
+@pytest.mark.parametrize("method", ["cram_official", "hpa"])
+def test_a_run_recorded_by_the_old_names_of_options_goes_on(run_file, tmp_path, method):
+    """CRAM's switches stood beside its other options once, and HPA's `ranking` was `saliency`."""
+    config = experiment.read_run(run_file(methods=[method]))
+    run = experiment.resolve(config, tmp_path / "out").stream_run()
+    with run.claimed():
+        new = run.directory.config_path.read_bytes()
+    recorded = json.loads(new)
+    options = recorded["methods"][method]
+    if method == "hpa":
+        options["edit"]["saliency"] = options["edit"].pop("ranking")
+    else:
+        released = options["cram"].pop("released")
+        options["cram"] |= {"compat_double_scale": released.pop("double_scale"), **released}
+    run.directory.config_path.write_text(json.dumps(recorded))
+    with run.claimed():
+        assert json.loads(run.directory.config_path.read_bytes()) == json.loads(new)
+    options.setdefault("cram", {})["max_groups"] = 7
+    run.directory.config_path.write_text(json.dumps(recorded))
+    with pytest.raises(RunError, match=r"max_groups"), run.claimed():
+        pass

@@ -89,5 +89,5 @@ def test_any_text_gets_a_reason_or_none(reply):
 
 
 def test_rules_out_of_range_are_refused():
-    with pytest.raises(ConfigError, match="loop_repeats 1"):
+    with pytest.raises(ConfigError, match="loop_repeats is 1, out of range"):
         CollapseRules(loop_repeats=1)

@@ -57,9 +57,14 @@ def test_a_fraction_of_nothing_is_refused_and_all_of_it_is_not():
 
 
 def test_the_rules_take_their_smallest_values_and_nothing_below():
-    CollapseRules(loop_repeats=2, loop_share=1.0, min_words=1)
-    for options in ({"loop_repeats": 1}, {"loop_share": 0.0}, {"loop_share": 1.01}, {"min_words": 0}):
-        with pytest.raises(ConfigError, match="out of range"):
+    least = {"loop_repeats": 2, "min_words": 1, "loop_words": 1, "compressed_from": 1, "salad_words": 2}
+    least |= {"off_topic_words": 0, "off_topic_words_image": 0}
+    CollapseRules(**least, loop_share=1.0, echo=1.0, compressed=0.0)
+    CollapseRules(compressed=1.0)
+    below = [{name: value - 1} for name, value in least.items()]
+    shares = [{name: value} for name in ("loop_share", "echo") for value in (0.0, 1.01)]
+    for options in (*below, *shares, {"compressed": -0.01}, {"compressed": 1.01}):
+        with pytest.raises(ConfigError, match=rf"{next(iter(options))} is .*out of range"):
             CollapseRules(**options)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,3 +114,17 @@ def test_versions_name_what_decides_a_number() -> None:
     found = versions()
     assert {"python", "holdfast", "torch", "transformers", "peft"} <= set(found)
     assert all(isinstance(value, str) and value for value in found.values())
+
+
+def test_what_was_recorded_by_old_names_goes_on_by_the_new(run: RunDirectory) -> None:
+    def renamed(method: str, recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+        assert method == "m"
+        return {"new": recorded["old"]} if "old" in recorded else recorded
+
+    claim(run, {}, {"m": {"old": 1}, "other": {"old": 1}})
+    with pytest.raises(RunError, match="new: absent -> 1"):
+        claim(run, {}, {"m": {"new": 1}})
+    with pytest.raises(RunError, match="new: 1 -> 2"):
+        claim(run, {}, {"m": {"new": 2}}, renamed=renamed)
+    assert claim(run, {}, {"m": {"new": 1}}, renamed=renamed) == ()
+    assert read_json(run.config_path)["methods"] == {"m": {"new": 1}, "other": {"old": 1}}

@@ -12,7 +12,7 @@ from typing import Any
 
 from holdfast import judges, registry, scorers
 from holdfast import methods as method_registry
-from holdfast.config import encode
+from holdfast.config import current_names, encode
 from holdfast.data import readers
 from holdfast.data.images import pictures
 from holdfast.data.inventory import check_pictures
@@ -276,7 +276,11 @@ class Experiment:
             methods=self.recorded,
             progress=self.progress,
             grows=("stream.tasks", "tasks", "data_sha256", "plugins", *(f"plugins.{what}" for what in _PLUGGED)),
+            renamed=self._renamed,
         )
+
+    def _renamed(self, label: str, recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+        return current_names(type(self.methods[label].config), recorded, f"methods.{label}")
 
     def shared_config(self) -> dict[str, Any]:
         """What config.json holds beside the methods: settings, and what identifies model and data."""

@@ -12,11 +12,13 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rapidfuzz import fuzz
 
+from holdfast.config import decode
 from holdfast.data.types import Sample
 from holdfast.errors import ConfigError
 from holdfast.judges.base import Side
@@ -75,7 +77,7 @@ _STOP = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class CollapseRules:
-    """Thresholds of the rules.
+    """Thresholds of the rules: the option `collapse` of the judges that read a reply, as a mapping of these keys.
 
     min_words: a reply of fewer words that is no sentence is a label or a tag, another task's format.
     loop_repeats: so many times in a row the same 1-40 words, covering `loop_share` of the reply (or at least
@@ -85,6 +87,8 @@ class CollapseRules:
     compressed: a reply of `compressed_from` signs or more that packs (zlib) below this share repeats itself.
     salad_words: from so many words on, word order and small words are asked whether this is language.
     echo: a reply so like the request (0..1, edit distance) gives it back.
+
+    Raises: ConfigError: a value outside of what its rule can ask.
     """
 
     min_words: int = 3
@@ -99,14 +103,28 @@ class CollapseRules:
     echo: float = 0.92
 
     def __post_init__(self) -> None:
-        if self.loop_repeats < 2 or not 0 < self.loop_share <= 1 or self.min_words < 1:
-            raise ConfigError(
-                f"loop_repeats {self.loop_repeats} (>= 2), loop_share {self.loop_share} (in 0..1] and min_words "
-                f"{self.min_words} (>= 1) are out of range."
-            )
+        least = {"loop_repeats": 2, "min_words": 1, "loop_words": 1, "compressed_from": 1, "salad_words": 2}
+        for name, bound in {**least, "off_topic_words": 0, "off_topic_words_image": 0}.items():
+            if getattr(self, name) < bound:
+                raise ConfigError(f"{name} is {getattr(self, name)}, out of range; expected {bound} or more.")
+        for name in ("loop_share", "echo"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, out of range; expected a share in (0, 1].")
+        if not 0 <= self.compressed <= 1:
+            raise ConfigError(f"compressed is {self.compressed}, out of range; expected a share in 0..1 (0 is off).")
 
 
 RULES = CollapseRules()
+
+
+def collapse_rules(given: CollapseRules | Mapping[str, Any] | None, judge: str) -> CollapseRules:
+    """The rules of the option `collapse` of the judge called `judge`; what is not given keeps its default.
+
+    Raises: UnknownNameError: a key that is no rule (the nearest is named). ConfigError: no mapping, or a wrong value.
+    """
+    if given is None or isinstance(given, CollapseRules):
+        return given or RULES
+    return decode(CollapseRules, given, f"judge {judge!r}: collapse")
 
 
 def collapse_reason(reply: str, sample: Sample, *, side: Side = "unsafe", rules: CollapseRules = RULES) -> str | None:

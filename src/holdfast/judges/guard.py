@@ -6,14 +6,15 @@ loaded when the first reply is judged that is not in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from holdfast.data.types import Sample, Turn
 from holdfast.errors import ConfigError, DataError, JudgeError
 from holdfast.judges.base import Side, Verdict, check_pairs, unscored
+from holdfast.judges.behaviour import CollapseRules, collapse_rules
 from holdfast.judges.cache import ContentKey, VerdictCache, open_cache
 from holdfast.judges.text import answer_of
 from holdfast.judges.verdicts import FORMATS, Found, format_of, from_safety, parse_as
@@ -34,6 +35,7 @@ class GuardJudge:
     max_new_tokens: the verdict and the codes need about ten,
         labelled lines about forty; None: 24 for Llama Guard, 64 for others.
     cache: file of its answers; None the default, False none.
+    collapse: thresholds of what is damage in a reply that the guard calls safe (`CollapseRules`, or a mapping).
     """
 
     template = "reply/1"
@@ -49,6 +51,7 @@ class GuardJudge:
         max_new_tokens: int | None = None,
         format: str = "auto",
         cache: str | Path | bool | None = None,
+        collapse: CollapseRules | Mapping[str, Any] | None = None,
     ) -> None:
         if format != "auto" and format not in FORMATS:
             raise ConfigError(f"guard format {format!r} does not exist; expected auto or one of {', '.join(FORMATS)}.")
@@ -58,6 +61,7 @@ class GuardJudge:
         if batch_size < 1 or max_new_tokens < 1:
             raise ConfigError(f"batch_size {batch_size} and max_new_tokens {max_new_tokens} must be positive.")
         self.name = name
+        self.rules = collapse_rules(collapse, name)
         self.model = str(model)
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
@@ -109,7 +113,7 @@ class GuardJudge:
             label, evidence = self._parse(text, reply)
             if label is None:
                 unread.append(evidence)
-            verdicts.append(from_safety(label, evidence, sample, reply, side))
+            verdicts.append(from_safety(label, evidence, sample, reply, side, rules=self.rules))
         if unread and len(unread) == len(samples) - len(failures):
             raise JudgeError(
                 f"None of the {len(unread)} texts of {self.name} ({self.model}) could be read as {self.format}: "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from holdfast.data.types import Sample
 from holdfast.judges import english, refusals
 from holdfast.judges.base import Behaviour, Side
-from holdfast.judges.behaviour import broken, collapse_reason
+from holdfast.judges.behaviour import RULES, CollapseRules, broken, collapse_reason
 from holdfast.judges.language import language_of
 from holdfast.judges.text import answer_of, plain, spell
 
@@ -32,8 +32,8 @@ class Reading:
 _LABEL_NO = re.compile(r"(?:no|yes|true|false)")
 
 
-def read(reply: str, sample: Sample, *, side: Side = "unsafe") -> Reading:
-    """What `reply` does with the request of `sample`.
+def read(reply: str, sample: Sample, *, side: Side = "unsafe", rules: CollapseRules = RULES) -> Reading:
+    """What `reply` does with the request of `sample`; `rules` say what is damage.
 
     Raises JudgeError: the language has to be told and the detector is not installed.
     """
@@ -45,7 +45,7 @@ def read(reply: str, sample: Sample, *, side: Side = "unsafe") -> Reading:
 
     if answer.unclosed:
         return found("unscored", "a thought is begun and never ended, so the answer is not known")
-    damage = collapse_reason(text, sample, side=side)
+    damage = collapse_reason(text, sample, side=side, rules=rules)
     if damage and broken(damage):
         return found("collapse", damage)
     language = language_of(text)

@@ -7,11 +7,13 @@ unscored. Use it beside another judge.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from holdfast.data.types import Sample
 from holdfast.errors import ConfigError, DataError, ModelError
+from holdfast.judges.behaviour import CollapseRules
 from holdfast.judges.guard import GuardJudge
 
 SHIELDGEMMA_2 = "google/shieldgemma-2-4b-it"
@@ -36,11 +38,14 @@ class ShieldGemma2(GuardJudge):
         dtype: str | None = None,
         device: str | None = None,
         cache: str | Path | bool | None = None,
+        collapse: CollapseRules | Mapping[str, Any] | None = None,
     ) -> None:
         if not 0.0 < threshold < 1.0:
             raise ConfigError(f"threshold is {threshold}; expected a probability between 0 and 1.")
         # One at a time: the processor pairs every image of a batch with every policy, and here each has its own.
-        super().__init__(model, name="shieldgemma_2", batch_size=1, dtype=dtype, device=device, cache=cache)
+        super().__init__(
+            model, name="shieldgemma_2", batch_size=1, dtype=dtype, device=device, cache=cache, collapse=collapse
+        )
         self.threshold = threshold
         self._parts: tuple[Any, Any] | None = None
 

@@ -68,11 +68,9 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
         {
             "cram": {
                 "rank": {"tau_alloc": 0.08, "alloc": "absolute", "novelty": "absolute", "cap_first": True},
-                "compat_double_scale": True,
                 "join_floor": -1.0,
                 "sigma": 2.0,
-                "learn_centroid": True,
-                "penalty_space": "input",
+                "released": {"double_scale": True, "learn_centroid": True, "penalty_space": "input"},
                 "abstain": "off",
                 "held_out": 0.0,
             }

@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -212,6 +212,7 @@ def claim(
     methods: Mapping[str, Mapping[str, Any]],
     *,
     grows: Collection[str] = (),
+    renamed: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] = lambda method, recorded: recorded,
 ) -> tuple[str, ...]:
     """Write config.json of a new run directory, or check that an old one was made with the same configuration.
 
@@ -220,6 +221,7 @@ def claim(
     learning rate after a divergence. Such changes, and other versions of packages, are kept under `continued`.
 
     grows: keys (dotted) of lists and mappings that may get more at their end: a stream whose next task has come.
+    renamed: (method, what was recorded of it) -> the same by the options' names of today.
 
     Returns: sentences about what the run goes on with that it did not begin with.
     Raises:
@@ -239,13 +241,12 @@ def claim(
     old = read_json(path)
     if not isinstance(old, dict) or old.get("format") != CONFIG_FORMAT:
         raise RunError(f"{path} was not written by this version of holdfast. Choose another --out.")
+    recorded = {name: renamed(name, row) if name in methods else row for name, row in old["methods"].items()}
     changed = list(_changes(old["config"], config, grows=grows))
     allowed: list[_Change] = []
     again: set[str] = set()  # methods whose half-learned task starts again
     for name in methods:
-        for change in (
-            _changes(old["methods"][name], methods[name], f"methods.{name}") if name in old["methods"] else ()
-        ):
+        for change in _changes(recorded[name], methods[name], f"methods.{name}") if name in recorded else ():
             mends = _mends(run, name, change)
             (changed if mends is None else allowed).append(change)
             if mends == "again":

@@ -35,6 +35,7 @@ class StreamRun:
     methods: method name -> its resolved configuration, of the methods that this call runs.
     stream: handed to methods and evaluator untouched.
     grows: keys of `config` that may get more at their end in an old directory (see `claim`): its stream goes on.
+    renamed: (method, what an old directory recorded of it) -> the same by the options' names of today (see `claim`).
     """
 
     directory: RunDirectory
@@ -46,6 +47,7 @@ class StreamRun:
     methods: Mapping[str, Mapping[str, Any]]
     progress: Progress = silent
     grows: Collection[str] = ()
+    renamed: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] = lambda method, recorded: recorded
 
     def __post_init__(self) -> None:
         folders = [slug(name) for name in self.task_names]
@@ -59,7 +61,7 @@ class StreamRun:
         """Hold the directory for this process and check that it belongs to this configuration."""
         with _lock(self.directory.root):
             _sweep(self.directory.root.glob(".*.tmp"))
-            for text in claim(self.directory, self.config, self.methods, grows=self.grows):
+            for text in claim(self.directory, self.config, self.methods, grows=self.grows, renamed=self.renamed):
                 self.progress("continued", text=text)
             yield
 

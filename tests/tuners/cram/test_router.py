@@ -10,9 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cram_kit
-from holdfast.errors import AdapterError, ConfigError, DataError
+from holdfast.config import decode
+from holdfast.errors import AdapterError, ConfigError, DataError, UnknownNameError
 from holdfast.functional.cram import RankRule
-from holdfast.tuners.cram.cram_config import CramConfig
+from holdfast.tuners.cram.cram_config import CramConfig, ReleasedCode
 from holdfast.tuners.cram.router import ExpertCard, Features, Router, card_from_features, describe
 
 D = 16
@@ -264,6 +265,41 @@ def test_configurations_that_make_no_sense_are_refused(changes, message):
 
 def test_official_options_are_those_of_the_released_code():
     official = CramConfig.official(dropout=0.1)
-    assert official.compat_double_scale and official.sigma == 2.0 and official.penalty_space == "input"
+    assert official.released == ReleasedCode(double_scale=True, learn_centroid=True, penalty_space="input")
+    assert official.sigma == 2.0
+    own = CramConfig.official(learn_centroid=False, released={"max_groups": 2})
+    assert own.released == ReleasedCode(double_scale=True, penalty_space="input", max_groups=2)
+    assert CramConfig.official(released=ReleasedCode()).released == ReleasedCode()
     assert (official.rank.alloc, official.rank.novelty, official.rank.cap_first) == ("absolute", "absolute", True)
     assert official.abstain == "off" and official.dropout == 0.1
+
+
+# Option beside the others, as it was called -> the member of `released` that it is now, and a value that is no default.
+OLD = {
+    "compat_double_scale": ("double_scale", True),
+    "learn_centroid": ("learn_centroid", True),
+    "penalty_space": ("penalty_space", "input"),
+    "max_groups": ("max_groups", 2),
+    "warmup_history": ("warmup_history", "routed"),
+}
+
+
+@pytest.mark.parametrize("old", OLD)
+def test_a_switch_by_its_old_name_is_the_switch(old):
+    new, value = OLD[old]
+    wanted = CramConfig(released=ReleasedCode(**{new: value}))
+    for found in (CramConfig(**{old: value}), decode(CramConfig, {old: value}), replace(CramConfig(), **{old: value})):
+        assert found == wanted and getattr(found, old) == value
+    with pytest.raises(ConfigError, match=rf"{old}=.* is the old name of released\.{new}, .* Keep released\.{new}"):
+        decode(CramConfig, {old: value, "released": {new: getattr(ReleasedCode(), new)}})
+    with pytest.raises(ConfigError, match=r"released is 3 \(int\); expected a mapping"):
+        decode(CramConfig, {old: value, "released": 3})
+
+
+def test_old_names_are_laid_beside_one_another_and_beside_the_new():
+    wanted = ReleasedCode(learn_centroid=True, centroid_per_block=True, max_groups=3)
+    flat = {"learn_centroid": True, "centroid_per_block": True}
+    assert CramConfig(**flat, max_groups=3).released == wanted
+    assert decode(CramConfig, {**flat, "released": {"max_groups": 3}}).released == wanted
+    with pytest.raises(UnknownNameError, match=r"cram\.released\.max_group: unknown key\. Did you mean 'max_groups'"):
+        decode(CramConfig, {"released": {"max_group": 1}}, "cram")

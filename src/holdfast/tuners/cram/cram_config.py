@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from holdfast.config import accepts_old_names, current_names
 from holdfast.errors import ConfigError
 from holdfast.functional.cram import RankRule
 
@@ -14,56 +15,85 @@ BACKBONE = "backbone"
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReleasedCode:
+    """Switches that take a choice of the released code in place of ours; the defaults are ours.
+
+    double_scale: start the expert at twice what the buffer learnt.
+    learn_centroid, centroid_per_block: train the new expert's image centroid with it; one centroid per decoder block.
+    penalty_space: "input" projects outputs on the older experts' input directions, which is defined for square linears
+        only.
+    max_groups: at most so many groups in the level-1 table; None: no limit.
+    warmup_history: with "routed" the older experts of the group stay on in the warm-up, so the buffer learns what they
+        lack; with "off" the buffer learns alone.
+
+    Raises: ConfigError: a value outside of these.
+    """
+
+    double_scale: bool = False
+    learn_centroid: bool = False
+    centroid_per_block: bool = False
+    penalty_space: Literal["output", "input"] = "output"
+    max_groups: int | None = None
+    warmup_history: Literal["off", "routed"] = "off"
+
+    def __post_init__(self) -> None:
+        if self.max_groups is not None and self.max_groups < 1:
+            raise ConfigError(f"max_groups is {self.max_groups}; expected 1 or more, or null for no limit.")
+        if self.centroid_per_block and not self.learn_centroid:
+            raise ConfigError("centroid_per_block only differs from one centroid when learn_centroid is on.")
+
+
+# These stood beside the other options once, and are read from there still.
+@accepts_old_names(
+    compat_double_scale="released.double_scale",
+    learn_centroid="released.learn_centroid",
+    centroid_per_block="released.centroid_per_block",
+    penalty_space="released.penalty_space",
+    max_groups="released.max_groups",
+    warmup_history="released.warmup_history",
+)
+@dataclass(frozen=True, kw_only=True)
 class CramConfig:
     """How tasks become experts and requests find them.
 
     targets: last names of the adapted linears of the decoder blocks.
     buffer_rank, warmup_fraction: rank of the temporary adapter, and the share of the task's optimizer steps that train
         it.
-    warmup_history: with "routed" the older experts of the group stay on in the warm-up, so the buffer learns what they
-        lack; with "off" the buffer learns alone.
     rank: how many of the buffer's directions the expert keeps.
-    compat_double_scale: start the expert at twice what the buffer learnt, as the released code does.
     dropout: on the input of the trained factors.
-    join_cosine, join_margin, join_floor, max_groups: the level-1 table (`functional.cram.decide_group`).
+    join_cosine, join_margin, join_floor: the level-1 table (`functional.cram.decide_group`).
     sigma: width of the routing softmax in units of the image features; None takes `sigma_scale` times the median
         distance of a task's images to their centroid, averaged over the group's experts.
-    learn_centroid, centroid_per_block: train the new expert's image centroid with it; one centroid per decoder block.
     reuse: mix experts by pi; False gives a request to the nearest expert alone (an ablation).
-    penalty, penalty_space: weight lambda of the orthogonality penalty; "input" projects outputs on the older experts'
-        input directions, as the released code does, which is defined for square linears only.
+    penalty: weight lambda of the orthogonality penalty.
     abstain: requests that no expert of the group finds like its own task go to the base alone, judged by the
         instruction ("text"), or by instruction and image ("both"). Floors are the `abstain_quantile` of what held-out
         training samples of the task reach, minus `abstain_slack` (cosine) or times 1 + slack (image distance).
     held_out: share of a task's training samples that only set the floors and never a centroid.
     route_by: "image" refuses requests without an image; "auto" routes them by the experts' text centroids.
     encoder: "backbone" (the model's own input embeddings and vision tower), or a CLIP or SigLIP folder or hub id.
+    released: choices of the released code in place of ours.
     """
 
     targets: tuple[str, ...] = ATTENTION
     buffer_rank: int = 48
     warmup_fraction: float = 0.05
-    warmup_history: Literal["off", "routed"] = "off"
     rank: RankRule = field(default_factory=RankRule)
-    compat_double_scale: bool = False
     dropout: float = 0.05
     join_cosine: float = 0.8
     join_margin: float = 0.1
     join_floor: float = 0.8
-    max_groups: int | None = None
     sigma: float | None = None
     sigma_scale: float = 0.25
-    learn_centroid: bool = False
-    centroid_per_block: bool = False
     reuse: bool = True
     penalty: float = 1.0
-    penalty_space: Literal["output", "input"] = "output"
     abstain: Literal["off", "text", "both"] = "text"
     abstain_quantile: float = 0.01
     abstain_slack: float = 0.05
     held_out: float = 0.1
     route_by: Literal["auto", "image"] = "auto"
     encoder: str = BACKBONE
+    released: ReleasedCode = field(default_factory=ReleasedCode)
 
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self)):
@@ -77,8 +107,6 @@ class CramConfig:
                 f"r_max is {self.rank.r_max} and buffer_rank {self.buffer_rank}; an expert keeps at most the buffer's "
                 "directions. Raise buffer_rank or lower r_max."
             )
-        if self.max_groups is not None and self.max_groups < 1:
-            raise ConfigError(f"max_groups is {self.max_groups}; expected 1 or more, or null for no limit.")
         if self.sigma is not None and self.sigma < 0:
             raise ConfigError(f"sigma is {self.sigma}; expected 0 or more, or null to take it from the data.")
         for name in ("join_cosine", "join_floor"):
@@ -92,10 +120,8 @@ class CramConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a share in [0, 1).")
         if not 0 < self.warmup_fraction < 1:
             raise ConfigError(f"warmup_fraction is {self.warmup_fraction}; expected a share between 0 and 1.")
-        if self.learn_centroid and (self.sigma == 0 or not self.reuse):
+        if self.released.learn_centroid and (self.sigma == 0 or not self.reuse):
             raise ConfigError("learn_centroid needs a soft choice: sigma above 0 and reuse on.")
-        if self.centroid_per_block and not self.learn_centroid:
-            raise ConfigError("centroid_per_block only differs from one centroid when learn_centroid is on.")
 
     @classmethod
     def official(cls, **changes: Any) -> CramConfig:
@@ -103,15 +129,16 @@ class CramConfig:
 
         What else it does wrong stays out: docs/design/cram.md names it.
         """
+        changes = current_names(cls, changes)
+        if not isinstance(changes.get("released"), ReleasedCode):
+            own = {"double_scale": True, "learn_centroid": True, "penalty_space": "input"}
+            changes["released"] = {**own, **changes.get("released", {})}
         rank = RankRule(r_min=4, r_max=10, tau_alloc=0.08, alloc="absolute", novelty="absolute", cap_first=True)
         return cls(
             **{
                 "rank": rank,
-                "compat_double_scale": True,
                 "join_floor": -1.0,
                 "sigma": 2.0,
-                "learn_centroid": True,
-                "penalty_space": "input",
                 "abstain": "off",
                 "held_out": 0.0,
                 **changes,

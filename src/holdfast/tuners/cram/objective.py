@@ -65,8 +65,8 @@ class CramTraining(nn.Module):
             device = p.stacked_a.device
             p.train_factors(a.to(device), b.to(device), config.dropout)
         self.centroid: nn.Parameter | None = None
-        if stable and config.learn_centroid and card.image_centroid is not None:
-            sets = len(decoder_blocks(self.model)) if config.centroid_per_block else 1
+        if stable and config.released.learn_centroid and card.image_centroid is not None:
+            sets = len(decoder_blocks(self.model)) if config.released.centroid_per_block else 1
             self.centroid = nn.Parameter(card.image_centroid.expand(sets, -1).clone().to(cram.loaded.device))
         self.router = cram.router.adding(self._placed())
         cram.pack(sets=max(self.router.sets, 1))
@@ -88,7 +88,7 @@ class CramTraining(nn.Module):
         cram, bases = self.cram, {}
         for p in cram.layers:
             pairs = [cram.experts[i][p.name] for i in self.old if p.name in cram.experts[i]]
-            if cram.config.penalty_space == "output":
+            if cram.config.released.penalty_space == "output":
                 basis = column_basis([b for _, b in pairs], p.out_features)
             elif p.in_features == p.out_features:
                 basis = row_basis([a for a, _ in pairs], p.in_features)
@@ -117,7 +117,7 @@ class CramTraining(nn.Module):
 
     def _route(self, features: Features, inputs: Mapping[str, Tensor]) -> None:
         cram, count = self.cram, len(features)
-        history = cram.config.warmup_history == "routed"
+        history = cram.config.released.warmup_history == "routed"
         if not self.stable and not (history and self.old):
             cram.active.set("routed")
             return

@@ -285,7 +285,7 @@ def consolidate(
     buffer: linear name -> A (R, in), B (out, R). history: linear name -> older experts' A, each (rank, in).
     """
     made = {}
-    scale = 2.0 if config.compat_double_scale else 1.0
+    scale = 2.0 if config.released.double_scale else 1.0
     for name, (a, b) in buffer.items():
         rows = [r.to(device) for r in history.get(name, [])]
         basis = row_basis(rows, a.shape[1]) if rows else None

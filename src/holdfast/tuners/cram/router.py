@@ -165,7 +165,7 @@ class Router:
             join_cosine=config.join_cosine,
             margin=config.join_margin,
             floor=config.join_floor,
-            max_groups=config.max_groups,
+            max_groups=config.released.max_groups,
         )
 
     def route(self, features: Features) -> Routing:
