@@ -42,7 +42,8 @@ def method_options(name: str) -> dict[str, Any]:
     from holdfast.config import encode
     from holdfast.methods import get
 
-    plain = encode(get(PRESETS[name].method).config)
+    method: Any = get(PRESETS[name].method)
+    plain = encode(method.config)
     calibration = {key: value for key, value in plain["calibration"].items() if key not in _MACHINE}
     return {**{key: plain[key] for key in _OWN}, "calibration": calibration}
 

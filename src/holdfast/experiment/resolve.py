@@ -280,7 +280,8 @@ class Experiment:
         )
 
     def _renamed(self, label: str, recorded: Mapping[str, Any]) -> Mapping[str, Any]:
-        return current_names(type(self.methods[label].config), recorded, f"methods.{label}")
+        method: Any = self.methods[label]
+        return current_names(type(method.config), recorded, f"methods.{label}")
 
     def shared_config(self) -> dict[str, Any]:
         """What config.json holds beside the methods: settings, and what identifies model and data."""
@@ -325,7 +326,7 @@ class Experiment:
         asked = [*self.gate_probe.unsafe, *self.gate_probe.benign]
         return {"safety_gate": self.config.safety_gate, "safety_gate_sha256": self._digest(asked)}
 
-    def gated(self, method: Method) -> Method:
+    def gated(self, method: Method) -> Any:
         """`method` behind the run's safety gate; itself where there is none."""
         gate, probe, evaluation = self.config.safety_gate, self.gate_probe, self.config.evaluation
         if gate is None or probe is None:
