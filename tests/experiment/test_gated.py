@@ -51,7 +51,7 @@ class FakeProbe:
 @pytest.fixture
 def ctx(pico_stream: Stream, pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TaskContext:
     monkeypatch.setattr(gated, "load", lambda checkpoint, dtype: checkpoint)
-    return cram_kit.context(pico_stream, pico_folder, tmp_path)
+    return cram_kit.context(pico_stream, pico_folder, tmp_path, 0)
 
 
 def anchor() -> Anchor:
