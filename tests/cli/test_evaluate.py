@@ -151,7 +151,6 @@ def test_two_safety_sets_of_one_file_name_are_refused(pico_folder, data, tmp_pat
         (("--safety", "{data}/stream.yaml", "--task", "colour"), ConfigError, "--task chooses among the tasks"),
         (("--tasks", "{data}/stream.yaml", "--judge", "keywrd"), UnknownNameError, "Did you mean 'keyword'"),
         (("--tasks", "{data}/stream.yaml", "--judge", "[1]"), ConfigError, "expected a name, or a mapping"),
-        (("--tasks", "{data}/stream.yaml", "--dtype", "int8"), ConfigError, "dtype: found 'int8'"),
         (("--safety", "{data}/none.yaml"), ConfigError, "names no safety set"),
     ],
 )
