@@ -355,7 +355,8 @@ class SeenImages:
     """
 
     def __init__(self, holder: nn.Module) -> None:
-        self._holder, self._real = holder, holder.get_image_features
+        self._holder = holder
+        self._real: Any = holder.get_image_features
         self._found: list[Any] = []
         self.replaying = False
         holder.get_image_features = self._give  # type: ignore[assignment]
