@@ -140,7 +140,9 @@ def _examine_encoding(model: str | None, config: Any, diagnosis: Any) -> None:
         for (name, split), samples in diagnosis.samples.items():
             sizes = {**diagnosis.headers, **diagnosis.sizes}
             cut_at = None if unbound or not bounds else max(length for length, _ in bounds)
-            trial = try_samples(loaded, samples, sizes, training=split == "train", cut_at=cut_at)
+            # Calibration prompts without an answer are answered by the model itself: they are asked, not learned.
+            own = name in ("safety_calibration", "benign_calibration") and any(s.answer is None for s in samples)
+            trial = try_samples(loaded, samples, sizes, training=split == "train" and not own, cut_at=cut_at)
             where = f"{name}, {split}"
             if trial.faults:
                 diagnosis.add(
@@ -148,7 +150,7 @@ def _examine_encoding(model: str | None, config: Any, diagnosis: Any) -> None:
                     where,
                     f"{len(trial.faults)} of {trial.tried} samples cannot be encoded for {base}: {trial.faults[0]}",
                 )
-            if split == "train" and name != "safety_calibration":
+            if split == "train" and name not in ("safety_calibration", "benign_calibration"):
                 for (max_length, share), methods in bounds.items():
                     for level, text in judge_lengths(trial, max_length, share):
                         diagnosis.add(level, f"{where} ({', '.join(methods)})", text)
