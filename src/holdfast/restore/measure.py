@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,7 @@ class Reference:
 class Probe:
     """How a model is asked. safety, benign: requests. task: with gold answers. batch_size, max_new_tokens: generation.
 
-    judge, scorer: names or ready ones. Side files of replies are the caller's.
+    judge, scorer: ready to be asked (`make_judge`, `make_scorer`).
     """
 
     safety: tuple[Sample, ...]
@@ -214,6 +214,3 @@ def _interval(asked: Asked, side: Side) -> dict[str, Any]:
         "high": interval.high,
         "worst": (hits + open_) / len(asked.verdicts),
     }
-
-
-Progress = Callable[..., None]

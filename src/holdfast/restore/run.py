@@ -36,7 +36,7 @@ from holdfast.restore.measure import Probe, Reference, make_judge, make_scorer, 
 from holdfast.restore.restore_config import RestoreConfig
 from holdfast.restore.search import Budget, Point, choose, nearest_miss, search
 from holdfast.restore.sets import RestoreSets, digest, refuse_shared
-from holdfast.stream.protocol import Checkpoint
+from holdfast.stream.protocol import Checkpoint, silent
 from holdfast.version import __version__
 
 RECORD_FILE, PAGE_FILE = "restore.json", "restore.html"
@@ -87,7 +87,7 @@ def restore(
     check_sets(sets, budget)
     work = WorkFolder(out, _plan(before, after, sets, budget, config, past))
     with work.held():
-        return _Run(before, after, sets, budget, config, tuple(past), out, work, progress or _silent).restore()
+        return _Run(before, after, sets, budget, config, tuple(past), out, work, progress or silent).restore()
 
 
 def check_sets(sets: RestoreSets, budget: Budget) -> None:
@@ -587,10 +587,6 @@ def _plain(point: Point) -> dict[str, Any]:
 def _point_of(data: Mapping[str, Any]) -> Point:
     strength = math.inf if data["strength"] is None else data["strength"]
     return Point(**{**data, "strength": strength})
-
-
-def _silent(event: str, **_: Any) -> None:
-    """Nobody asked to be told."""
 
 
 __all__ = ["PAGE_FILE", "RECORD_FILE", "RestoreConfig", "Restored", "WorkFolder", "check_sets", "restore"]
