@@ -299,7 +299,8 @@ class Experiment:
                 "model": config.model,
                 "model_fingerprint": identity,
                 "model_settings": settings,
-                "stream": config.stream,
+                # Its layouts are written out in what the tasks name; directories of before know of none.
+                "stream": {key: value for key, value in encode(config.stream).items() if key != "layouts"},
                 "tasks": config.tasks,
                 "data_sha256": {task.name: self._digest([*task.train, *task.test]) for task in self.stream.tasks},
                 "safety_sha256": {s.name: self._digest([*s.unsafe, *s.benign]) for s in self.stream.safety},
@@ -384,8 +385,10 @@ class Experiment:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the directory, and do once what all methods share: log what was injected, evaluate theta_0."""
+        from holdfast.models.held import holding
+
         run = self.stream_run()
-        with run.claimed(), pictures(self.config.pictures):
+        with run.claimed(), pictures(self.config.pictures), holding():
             check_pictures(self.out / "pictures.json", self._pictures(), self.stream.root)
             if self.injected:
                 write_json(self.out / "injected.json", [log.to_json() for log in self.injected])
@@ -405,7 +408,9 @@ class Experiment:
 
     def run_method(self, name: str) -> None:
         """Every task with one method, within `held` (of this process or of the one that started it)."""
-        with pictures(self.config.pictures):
+        from holdfast.models.held import holding
+
+        with pictures(self.config.pictures), holding():
             run = self.stream_run(self.with_own_answers())
             run.run_method(self.gated(self.methods[name]), self.evaluator())
 
@@ -436,7 +441,7 @@ class Experiment:
 
     def _helpful_answers(self, prompts: Sequence[Sample]) -> dict[str, Any]:
         from holdfast.calibration.own_answers import own_helpful_answers
-        from holdfast.models.load import load
+        from holdfast.models.held import load
 
         config, evaluation = self.config.benign_calibration, self.config.evaluation
         chosen = _benign_judge(self.config)
@@ -463,7 +468,7 @@ class Experiment:
 
     def _safe_answers(self, prompts: Sequence[Sample]) -> dict[str, Any]:
         from holdfast.calibration.own_answers import own_safe_answers
-        from holdfast.models.load import load
+        from holdfast.models.held import load
 
         config, evaluation = self.config.safety_calibration, self.config.evaluation
         chosen = _own_judge(self.config)

@@ -17,7 +17,7 @@ from holdfast.data.types import Sample, Stream
 from holdfast.errors import CalibrationError, ConfigError
 from holdfast.files import write_json
 from holdfast.methods.seqft import SeqFTConfig, draw, step_seed, training_samples
-from holdfast.models.load import load
+from holdfast.models.held import load
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.tuner import is_tuner_folder
 from holdfast.stream.protocol import Checkpoint, TaskContext
