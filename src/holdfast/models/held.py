@@ -86,7 +86,7 @@ class _Holder:
         plain, on_top = _split(value)
         stamp = _stamp(plain)
         loaded = loading.load(plain, dtype=dtype, device=device)  # lets go of what is held
-        usual = loaded.dtype if dtype is None else None
+        usual = loading.resolve_dtype(None, loading.read_config(plain.base), loaded.device)
         self._kept = _Kept(plain, stamp, loaded, usual, _state(loaded.model))
         return self._with_tuner(loaded, value, on_top)
 
@@ -132,12 +132,12 @@ class _Holder:
 
 @dataclass
 class _Kept:
-    """usual: the dtype that no dtype came to, where the model was loaded so. lent: to whom it was handed."""
+    """usual: the dtype that no dtype comes to. lent: to whom it was handed."""
 
     value: Checkpoint
     stamp: Any
     loaded: LoadedModel
-    usual: torch.dtype | None
+    usual: torch.dtype
     state: Any
     tuner: Any = None
     lent: list[weakref.ref[LoadedModel]] = field(default_factory=list)
