@@ -122,18 +122,18 @@ def is_spoken(key: str) -> bool:
     return key in SPOKEN_KEYS or key in REFUSED_KEYS or key in IMAGE_KEYS or modality(key) is not None
 
 
-def _refuse_modalities(item: Mapping[str, Any]) -> None:
+def _refuse_modalities(item: Mapping[str, Any], picture_keys: Sequence[str]) -> None:
     """Raises DataError: a picture, a sound or a film under a key that no reader reads.
 
-    Beside pictures that are read, `image_url` and its like name the same ones.
+    Beside pictures that are read, `image_url` and its like name the same ones. picture_keys: those that are read.
     """
     for key, value in item.items():
-        kind = modality(key)
+        kind = None if key in picture_keys else modality(key)
         if kind is None or is_blank(value) or isinstance(value, bool | int | float):
             continue
         if kind == "other":
             raise DataError(f"it has a key {key!r}, which would not reach the model; {_NO_PICTURE}")
-        if kind == "numbered picture" or not image_names(item):
+        if kind == "numbered picture" or all(is_blank(item.get(other)) for other in picture_keys):
             raise DataError(
                 f"it has a key {key!r}, whose picture would not reach the model; name its pictures in 'images', and "
                 f"mark their places with {MARK}"
@@ -258,16 +258,21 @@ def _is_learned(turn: Mapping[str, Any], position: int) -> bool:
 
 
 def dialogue(
-    item: Mapping[str, Any], *, prompt_key: str | None = None, answer_key: str | None = None, with_answer: bool = True
+    item: Mapping[str, Any],
+    *,
+    prompt_key: str | None = None,
+    answer_key: str | None = None,
+    picture_keys: Sequence[str] = IMAGE_KEYS,
+    with_answer: bool = True,
 ) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
     """(turns, gold answers) of an item in any of the shapes above, image marks not yet placed.
 
-    prompt_key, answer_key: the keys to read, where the item's author named them. with_answer: read the item's answer
+    prompt_key, answer_key, picture_keys: the keys to read, where the item's author named them. with_answer: read the item's answer
     too (it is left out where gold answers come from another file).
     Raises DataError: no request, or a key with words for the model that has no place.
     """
     if any(map(modality, item)):
-        _refuse_modalities(item)
+        _refuse_modalities(item, picture_keys)
     if not item.keys() & _UNUSUAL_KEYS and (plain := turns_of(item)) is not None and plain[-1].role == "assistant":
         return plain, (plain[-1].text,)
     chosen = prompt_key is not None  # the author knows what is asked; pictures' rivals are refused all the same

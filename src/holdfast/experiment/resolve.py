@@ -15,7 +15,7 @@ from holdfast import methods as method_registry
 from holdfast.config import current_names, encode
 from holdfast.data import readers
 from holdfast.data.images import pictures
-from holdfast.data.inventory import check_pictures
+from holdfast.data.inventory import check_models, check_pictures
 from holdfast.data.streams import build, build_calibration, build_safety
 from holdfast.data.types import SafetySet, Sample, Stream, Turn
 from holdfast.errors import ConfigError, DataError, UnknownNameError, nearest, unknown_name
@@ -376,6 +376,23 @@ class Experiment:
             for sample in samples:
                 yield from sample.images
 
+    def _other_models(self) -> dict[str, str]:
+        """Folder -> fingerprint of every model that the options of methods and judges name (an unaligned one, a guard).
+
+        The model that is tuned is in config.json.
+        """
+        from holdfast.checkpoints.fingerprint import fingerprint
+        from holdfast.checkpoints.reader import CheckpointReader
+
+        options = [*self.recorded.values(), *(judge.options for judge in self.config.evaluation.judges)]
+        found = {}
+        for place in sorted(set(_texts(encode(options))) - {self.config.model}):
+            folder = Path(place).expanduser()
+            if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+                with CheckpointReader(folder) as reader:
+                    found[place] = fingerprint(reader)
+        return found
+
     def evaluator(self) -> Any:
         """What asks a checkpoint every task and every safety set, as the run file says."""
         from holdfast.evaluation import CheckpointEvaluator
@@ -390,6 +407,7 @@ class Experiment:
         run = self.stream_run()
         with run.claimed(), pictures(self.config.pictures), holding():
             check_pictures(self.out / "pictures.json", self._pictures(), self.stream.root)
+            check_models(self.out / "models.json", self._other_models())
             if self.injected:
                 write_json(self.out / "injected.json", [log.to_json() for log in self.injected])
             self._convert_theta_0()
@@ -547,6 +565,18 @@ def _recorded(method: Any, name: str) -> dict[str, Any]:
     place = f"{type(method).__module__}:{type(method).__name__}"
     came_from = {key: value for key, value in origin.items() if key != "class"}
     return {"class": place, **({"class_from": came_from} if came_from else {}), **encode(method.config)}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in plain data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def _answered(sample: Sample, answer: str) -> Sample:
