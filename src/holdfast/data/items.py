@@ -267,8 +267,8 @@ def dialogue(
 ) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
     """(turns, gold answers) of an item in any of the shapes above, image marks not yet placed.
 
-    prompt_key, answer_key, picture_keys: the keys to read, where the item's author named them. with_answer: read the item's answer
-    too (it is left out where gold answers come from another file).
+    prompt_key, answer_key, picture_keys: the keys to read, where the item's author named them. with_answer: read the
+    item's answer too (it is left out where gold answers come from another file).
     Raises DataError: no request, or a key with words for the model that has no place.
     """
     if any(map(modality, item)):
