@@ -119,6 +119,12 @@ def test_the_cache_setting_of_the_checkpoint_comes_back(reads: list[str], pico_f
     assert held.load(pico_folder, device="cpu").model.config.use_cache == usual and len(reads) == 1
 
 
+def test_what_a_forward_pass_noted_is_forgotten(reads: list[str], pico_folder: Path) -> None:
+    model: Any = held.load(pico_folder, device="cpu").model
+    model.model.rope_deltas = torch.ones(1)
+    assert held.load(pico_folder, device="cpu").model.model.rope_deltas is None and len(reads) == 1
+
+
 def test_outside_of_a_run_nothing_is_kept(pico_folder: Path) -> None:
     model = weakref.ref(held.load(pico_folder, device="cpu").model)
     gc.collect()

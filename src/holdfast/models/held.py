@@ -95,7 +95,7 @@ class _Holder:
         kept = self._kept
         if kept is None or not kept.fits(dtype, device):
             return None
-        kept.take_off_tuner()
+        kept.put_back()
         below, extra = kept.value, plain.adapters[len(kept.value.adapters) :]
         if plain.base != below.base or plain.adapters[: len(below.adapters)] != below.adapters:
             return None
@@ -112,7 +112,7 @@ class _Holder:
 
     def release(self) -> None:
         if self._kept is not None:
-            self._kept.take_off_tuner()
+            self._kept.put_back()
             self._kept = None
             gc.collect()
 
@@ -153,20 +153,30 @@ class _Kept:
         here = self.loaded.device
         return wanted == self.loaded.dtype and target.type == here.type and target.index in (None, here.index)
 
-    def take_off_tuner(self) -> None:
+    def put_back(self) -> None:
+        """Take off a tuner, and what else a borrower may leave without changing what was read."""
         if self.tuner is not None:
             self.tuner.detach()
             self.tuner = None
         # The trainer turns the cache on when it is done, whatever it was.
         for config, cached in self.state.caches:
             config.use_cache = cached
+        # What a forward pass noted on a module (Qwen-VL's last position deltas) is not there in a fresh model.
+        for module, noted in self.state.notes:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, torch.Tensor) and value is not noted.get(name):
+                    module.__dict__[name] = noted.get(name)
 
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """What tells that a model is as it was loaded, without reading its weights."""
+    """What tells that a model is as it was loaded, without reading its weights.
+
+    caches, notes: what is put back (a configuration and its `use_cache`; a module and its loose tensors).
+    """
 
     caches: tuple[tuple[Any, Any], ...]
+    notes: tuple[tuple[Any, Any], ...]
     facts: tuple[Any, ...]
 
     def __eq__(self, other: object) -> bool:
@@ -190,7 +200,11 @@ def _state(model: Any) -> _State:
         tuple(getattr(config, "_attn_implementation", None) for config in configs),
         repr(model.generation_config),
     )
-    return _State(tuple((c, c.use_cache) for c in configs if hasattr(c, "use_cache")), facts)
+    notes = tuple(
+        (module, {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)})
+        for module in model.modules()
+    )
+    return _State(tuple((c, c.use_cache) for c in configs if hasattr(c, "use_cache")), notes, facts)
 
 
 def _split(value: Checkpoint) -> tuple[Checkpoint, str | None]:
