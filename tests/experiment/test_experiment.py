@@ -393,6 +393,7 @@ def test_a_run_does_not_go_on_over_another_model_that_a_method_names(run_file, t
     out = tmp_path / "out"
     made = experiment.resolve(experiment.read_run(path), out)
     assert made._other_models().keys() == {str(other)}
+    assert "layouts" not in made.shared_config()["stream"]  # directories of before know of none
     check_models(out / "models.json", made._other_models())
     check_models(out / "models.json", made._other_models())
     changed = {name: tensor + 1 for name, tensor in load_file(other / "model.safetensors").items()}
