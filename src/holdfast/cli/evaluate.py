@@ -53,6 +53,7 @@ def command(
 
     from holdfast import judges as judge_room
     from holdfast import scorers
+    from holdfast.checkpoints.value import as_checkpoint
     from holdfast.cli.progress import bars
     from holdfast.config import decode, encode
     from holdfast.data.images import PictureConfig, pictures
@@ -61,7 +62,6 @@ def command(
     from holdfast.errors import ConfigError
     from holdfast.evaluation.evaluation_config import EvaluationConfig
     from holdfast.registry import origins
-    from holdfast.stream.protocol import Checkpoint
 
     if tasks is None and safety is None:
         raise ConfigError("Nothing to ask: give --tasks STREAM.yaml, --safety STREAM.yaml, or both.")
@@ -71,7 +71,9 @@ def command(
     judges = {"judges": [_judge(text) for text in judge]} if judge else {}
     opened = PictureConfig(images=image_mode, max_pixels=max_pixels)
     config = decode(EvaluationConfig, {**options, "backend": backend, **judges})
-    checkpoint = Checkpoint(base=model, adapters=tuple(adapter or ()))
+    checkpoint = as_checkpoint(model)
+    for folder in adapter or ():
+        checkpoint = checkpoint.under(folder)
     task_spec = read_spec(tasks) if tasks is not None else None
     safety_specs, safety_root = _safety_specs(safety) if safety is not None else ((), Path())
     chosen: tuple[Task, ...] = ()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def command(
     before: Annotated[str, typer.Argument(help="The aligned model that the tuning started from: folder or hub id.")],
-    after: Annotated[str, typer.Argument(help="The tuned model, or the folder of a LoRA adapter trained on BEFORE.")],
+    after: Annotated[str, typer.Argument(help="The tuned model, or an adapter on BEFORE; several as A+B.")],
     safety: Annotated[Path, typer.Option(help="Requests that BEFORE refuses, JSON or JSON lines.")],
     out: Annotated[Path, typer.Option(help="Folder to make; it appears whole or not at all.")],
     benign: Annotated[

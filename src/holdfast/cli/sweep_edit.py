@@ -13,7 +13,7 @@ from holdfast.cli.choices import CriterionName, CurvatureFormName
 
 def command(
     before: Annotated[str, typer.Argument(help="The model that the tuning started from: folder or hub id.")],
-    after: Annotated[str, typer.Argument(help="The tuned model, or the folder of a LoRA adapter trained on BEFORE.")],
+    after: Annotated[str, typer.Argument(help="The tuned model, or an adapter on BEFORE; several as A+B.")],
     calibration: Annotated[Path, typer.Option(help="What `holdfast calibrate` wrote.")],
     keep: Annotated[list[str] | None, typer.Option(help="p_min..p_max in percent; repeat it for a grid.")] = None,
     focus: Annotated[list[float] | None, typer.Option(help="k / p; repeat it for a grid.")] = None,

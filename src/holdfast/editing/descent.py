@@ -16,14 +16,19 @@ def require_alike(
     key: str, *, before: tuple[Sequence[int], object], after: tuple[Sequence[int], object], remedy: str
 ) -> None:
     """Raise CheckpointError where (shape, type) of one tensor differ. remedy: what to do about types."""
-    if tuple(before[0]) != tuple(after[0]):
-        raise CheckpointError(
-            f"{key} is {tuple(after[0])} after and {tuple(before[0])} before; both must descend from one base model. "
-            "Pass as BEFORE the checkpoint this task was trained from."
-        )
+    require_shape(key, before=before[0], after=after[0])
     if before[1] != after[1]:
         raise CheckpointError(
             f"{key} is {after[1]} after and {before[1]} before: rounding would count as a change. {remedy}"
+        )
+
+
+def require_shape(key: str, *, before: Sequence[int], after: Sequence[int]) -> None:
+    """Raise CheckpointError where the shapes of one tensor differ."""
+    if tuple(before) != tuple(after):
+        raise CheckpointError(
+            f"{key} is {tuple(after)} after and {tuple(before)} before; both must descend from one base model. "
+            "Pass as BEFORE the checkpoint this task was trained from."
         )
 
 

@@ -24,9 +24,10 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from holdfast.checkpoints.adapter import is_adapter
+from holdfast.checkpoints.value import as_checkpoint
 from holdfast.config import encode
 from holdfast.data.types import Sample, Turn
-from holdfast.editing.pair import open_pair
+from holdfast.editing.pair import open_pair, tuned_checkpoint
 from holdfast.errors import ConfigError, DataError, StorageError
 from holdfast.files import atomic_path, write_json
 from holdfast.models.generate import generate
@@ -136,7 +137,7 @@ class _Run:
         self._check_answers(answers, probe)
         own = tuple(_answered(s, answers["benign"][s.id]) for s in self.sets.benign.probe)
         own = tuple(sample for sample in own if sample.answer)
-        before_point = self._end("before", probe, Checkpoint(base=self.before), own)
+        before_point = self._end("before", probe, as_checkpoint(self.before), own)
         samples, screened = self._calibration(answers)
         began = time.perf_counter()
         grams = calibrate(
@@ -202,9 +203,7 @@ class _Run:
         return self._model[1]
 
     def _tuned(self) -> Checkpoint:
-        if is_adapter(self.after):
-            return Checkpoint(base=self.before, adapters=(self.after,))
-        return Checkpoint(base=self.after)
+        return tuned_checkpoint(self.before, self.after)
 
     def _spent(self, phase: str, began: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
@@ -227,7 +226,7 @@ class _Run:
     def _own_answers(self) -> dict[str, Any]:
         """BEFORE's replies, by id: to every forbidden and harmless request, and to task requests for screening."""
         began = time.perf_counter()
-        model = self._load(Checkpoint(base=self.before))
+        model = self._load(as_checkpoint(self.before))
         asked = {
             "safety": [*self.sets.safety.calibration, *self.sets.safety.probe],
             "benign": [*self.sets.benign.calibration, *self.sets.benign.probe],
@@ -365,7 +364,7 @@ class _Run:
         self.progress("ask RESTORED", done=0, total=1)
         written = Checkpoint(base=str(folder))
         if is_adapter(folder):
-            written = Checkpoint(base=self.before, adapters=(str(folder),))
+            written = as_checkpoint(self.before).under(folder)
         model = self._load(written)
         began = time.perf_counter()
         point = probe.point(

@@ -96,7 +96,7 @@ def load_expert(folder: Path) -> Factors:
     """
     adapter = LoraAdapter(folder)
     try:
-        if more := [*adapter.saved, *adapter.input_scale]:
+        if more := [*adapter.saved, *adapter.dense, *adapter.input_scale]:
             raise AdapterError(
                 f"{folder} holds more than LoRA factors ({more[0]}): an expert only adds to the base's linear layers. "
                 "Train it without modules_to_save, or edit it with the coefficient dropped."
