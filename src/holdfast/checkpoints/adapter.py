@@ -25,6 +25,7 @@ from holdfast.checkpoints.contents import (
     require_safe_adapter,
 )
 from holdfast.checkpoints.naming import NameIndex, strip_peft_prefix
+from holdfast.checkpoints.patterns import try_patterns, values_by_module
 from holdfast.checkpoints.reader import read_json
 from holdfast.checkpoints.tensor_file import EDITABLE_DTYPES, TensorEntry, TensorFile
 from holdfast.errors import AdapterError, CheckpointError
@@ -71,6 +72,8 @@ _HARMLESS = frozenset(
 # These initialisations subtract the initial factors from the base weights, so the adapter fits no saved base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _NAMED_FACTOR = re.compile(r"(\.lora_[AB])\.\w+(\.weight)$")
+# Of a rank or an alpha: beyond, products leave what fp32 holds, and nobody trains so.
+_LARGEST = 1_000_000
 _A_SUFFIX, _B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -163,7 +166,13 @@ class LoraAdapter:
                 name = strip_peft_prefix(key)
                 saved[name] = entry
                 self.base_parameters.add(name)
-        modules = {name: self._entry(name, pair) for name, pair in sorted(factors.items())}
+        names, where = sorted(factors), str(self.folder / CONFIG_FILE)
+        try_patterns(self.config, names, where=where)
+        self._own = {
+            key: values_by_module(self.config.get(key) or {}, names, where=f"{where}: {key}")
+            for key in ("rank_pattern", "alpha_pattern")
+        }
+        modules = {name: self._entry(name, factors[name]) for name in names}
         return modules, saved
 
     def _is_module_to_save(self, name: str) -> bool:
@@ -202,10 +211,8 @@ class LoraAdapter:
 
     def _option(self, patterns: str, module: str, default: str) -> float:
         """A module's own value: of the first pattern that matches the end of its name (PEFT: get_pattern_key)."""
-        for pattern, value in (self.config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return self.config[default]
+        value: float = self._own[patterns].get(module, self.config[default])
+        return value
 
     def _match_scales(self) -> dict[str, TensorEntry]:
         if self._scales is None:
@@ -364,15 +371,15 @@ def _refuse_unusual(folder: Path, config: Mapping[str, Any]) -> None:
         patterns = config.get(name) or {}
         if not isinstance(patterns, Mapping):
             raise AdapterError(f"{folder / CONFIG_FILE}: {name} is {patterns!r}; expected {{module pattern: number}}.")
-        for pattern, value in patterns.items():
-            try:
-                re.compile(rf"(.*\.)?({pattern})$")
-            except re.error as error:
-                raise AdapterError(
-                    f"{folder / CONFIG_FILE}: {name} has {pattern!r}, which is no regular expression ({error}); "
-                    "expected the end of a module's name."
-                ) from error
-            values.append((f"{name}[{pattern!r}]", value))
+        values += [(f"{name}[{pattern!r:.80}]", value) for pattern, value in patterns.items()]
     for key, value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise AdapterError(f"{folder / CONFIG_FILE}: {key} is {value!r}; expected a positive number.")
+        whole = key == "r" or key.startswith("rank_pattern")
+        kinds = int if whole else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= _LARGEST:
+            raise AdapterError(
+                f"{folder / CONFIG_FILE}: {key} is {value!r:.40}; expected a positive {'whole ' * whole}number up to "
+                f"{_LARGEST}."
+            )
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise AdapterError(f"{folder / CONFIG_FILE}: modules_to_save is {saved!r:.80}; expected a list of names.")

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 @contextmanager
 def bars(title: str) -> Iterator[Callable[..., None]]:
     """A bar with the time left, on stderr; yields the function to hand on as `progress`."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from holdfast.cli.terminal import Console
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as shown:
@@ -25,8 +26,9 @@ def bars(title: str) -> Iterator[Callable[..., None]]:
 @contextmanager
 def phases() -> Iterator[Callable[..., None]]:
     """A bar per phase with the time left, on stderr; a line per phase where stderr is no terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    from holdfast.cli.terminal import Console
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

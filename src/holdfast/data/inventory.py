@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from holdfast.data.source_files import read_json, write_text
 from holdfast.errors import RunError
+from holdfast.files import open_regular
 
 # Pictures of more bytes than this are not read for their hashes: size and time must do.
 HASHED_BYTES = 256 * 2**20
@@ -64,7 +66,7 @@ def check_pictures(file: Path, pictures: Iterable[Path], root: Path) -> None:
 
 
 def _hash(path: Path) -> str:
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 

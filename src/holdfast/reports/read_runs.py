@@ -5,7 +5,6 @@ Every figure is the summary's, made anew from the records, so a report never sho
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import Any
 
 from holdfast.data.names import slug
 from holdfast.errors import RunError
+from holdfast.files import read_jsonl
 from holdfast.metrics.intervals import Interval
-from holdfast.stream.record import Record, RunDirectory
+from holdfast.stream.record import Record, RunDirectory, read_json
 from holdfast.stream.summary import summarize_run
 
 Rows = list[dict[str, Any]]
@@ -142,7 +142,7 @@ def load_run(path: Path | str) -> RunView:
         theta_0=theta_0,
         start=summary["theta_0"],
         methods=views,
-        config=json.loads(directory.config_path.read_text(encoding="utf-8")),
+        config=read_json(directory.config_path),
         versions=dict(theta_0.versions),
     )
 
@@ -160,19 +160,7 @@ def read_rows(path: Path) -> Rows:
     """
     if not path.is_file():
         return []
-    rows: Rows = []
-    # Not splitlines(): it also breaks at U+2028 and others, which are legal inside a JSON string.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise RunError(f"{path}, line {number}: not JSON ({error}).") from None
-    return rows
+    return read_jsonl(path, "answers", error=RunError, torn_end=True)
 
 
 def task_rows(folder: Path, task: str) -> Rows:
@@ -212,7 +200,7 @@ def behaviour(record: Record) -> dict[str, float]:
 def _edit_rows(path: Path) -> Rows:
     if not path.is_file():
         return []
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_json(path)
     rows = data.get("layers", data.get("rows", [])) if isinstance(data, Mapping) else data
     return [_named(row) for row in rows]
 

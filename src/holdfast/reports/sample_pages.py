@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
+from holdfast.data.images import thumbnail_uri
 from holdfast.reports.read_runs import MethodView, Rows, RunView, safety_rows, step_folder, task_rows
 
 _SIDE_PIXELS = 288
@@ -81,23 +78,10 @@ def _card(
         "prompt": _short(str(chosen.get("prompt", ""))),
         "kind": kind,
         "expected": _short(str(references[0])) if references and side is None else "",
-        "image": next((uri for uri in map(_data_uri, chosen.get("images") or []) if uri), ""),
+        "image": next((uri for path in chosen.get("images") or [] if (uri := thumbnail_uri(path, _SIDE_PIXELS))), ""),
         "answers": answers,
     }
 
 
 def _short(text: str) -> str:
     return text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
-
-
-def _data_uri(path: str) -> str:
-    """A small PNG of the picture, or nothing when the file has gone since: a report is no place to fail for that."""
-    try:
-        with Image.open(path) as image:
-            small = image.convert("RGB")
-    except (OSError, UnidentifiedImageError):
-        return ""
-    small.thumbnail((_SIDE_PIXELS, _SIDE_PIXELS))
-    out = io.BytesIO()
-    small.save(out, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")

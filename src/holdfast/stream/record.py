@@ -23,7 +23,6 @@ record.json: `{"format", "method", "t", "task", "tasks": [names 1..t], "seed", "
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from holdfast import files
 from holdfast.data.names import slug
 from holdfast.errors import RunError
 from holdfast.files import write_json
@@ -179,10 +179,10 @@ def read_json(path: Path) -> Any:
         RunError: it is not JSON. holdfast writes it in one rename, so something else damaged it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return files.read_json(path, "a record of a run", error=RunError)
+    except RunError as error:
         raise RunError(
-            f"{path} is not valid JSON ({error}). holdfast writes it in one rename, so another program changed it: "
+            f"{error} holdfast writes it in one rename, so another program changed it: "
             f"restore it, or delete {path.parent} to have it made again."
         ) from None
 

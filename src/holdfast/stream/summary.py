@@ -23,7 +23,6 @@ prompts, so they say how sure the figure of these weights is; the spread over se
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ import numpy.typing as npt
 
 from holdfast.data.names import slug
 from holdfast.errors import RunError
-from holdfast.files import write_json
+from holdfast.files import read_jsonl, write_json
 from holdfast.metrics.continual import summarize as summarize_matrix
 from holdfast.metrics.intervals import bootstrap, bootstrap_ap, bootstrap_bwt, wilson
 from holdfast.metrics.safety import worst_case
@@ -101,7 +100,7 @@ def predictions(folder: Path, kind: str, name: str) -> list[dict[str, Any]]:
     path = folder / "predictions" / f"{kind}-{slug(name)}.jsonl"
     if not path.is_file():
         raise RunError(f"{path} is missing, but its record is there. Delete {folder} to have this step made again.")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return read_jsonl(path, "answers", error=RunError)
 
 
 def _theta_0(directory: RunDirectory, record: Record) -> dict[str, Any]:
