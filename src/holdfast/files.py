@@ -8,6 +8,7 @@ Writing: a temporary name beside the target, fsync, one rename.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -87,6 +88,12 @@ def read_bytes(path: Path, *, error: type[HoldfastError], most: int | None = Non
         raise
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror or problem}; expected {what}.") from problem
+
+
+def sha256(path: Path | str) -> Any:
+    """The sha256 object of an ordinary file's content. Raises: OSError; NotAFileError."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        return hashlib.file_digest(file, "sha256")
 
 
 def parse_json(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from holdfast.errors import CalibrationError
-from holdfast.files import atomic_path, open_regular, parse_json, read_json, write_json
+from holdfast.files import atomic_path, parse_json, read_json, sha256, write_json
 from holdfast.functional.factorize import ieee_matmul
 
 if TYPE_CHECKING:
@@ -371,8 +370,8 @@ def _read_json(path: Path) -> Any:
 
 
 def _sha256(path: Path) -> str:
-    with os.fdopen(open_regular(path), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest: str = sha256(path).hexdigest()
+    return digest
 
 
 __all__ = ["FORMAT_VERSION", "GramInput", "GramStore", "GramWriter", "pack", "require_same", "running_mean", "unpack"]

@@ -10,25 +10,15 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import sys
-import tempfile
-import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from holdfast.cli.terminal import guarded_output
-from holdfast.errors import HoldfastError, StorageError
-from holdfast.files import atomic_path, storage_error
-from holdfast.text import visible
-from holdfast.version import __version__
+from holdfast.errors import HoldfastError
+from holdfast.failures import explain, keep_traceback, report_bug
 
 FAILED, BUG, STOPPED, NOBODY_READS = 2, 1, 130, 141
-
-# What torch says when the main memory or a device's is used up; its class is no MemoryError.
-_NO_MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
-_OF_A_WORKER = re.compile(r"\ACaught \w+ in .*?Original Traceback.*^[\w.]*\b{}: (.*)\Z", re.DOTALL | re.MULTILINE)
 
 
 def run(command: Callable[[], object]) -> None:
@@ -69,75 +59,12 @@ def _told(error: Exception) -> int:
     """Print an error as a sentence and return the exit status."""
     sentence = explain(error)
     if sentence is None:
-        where = _keep_traceback(error)
-        last = str(error).strip().splitlines()[:1] or [""]
-        sentence = (
-            f"This is a bug in holdfast, or in a plug-in of yours: {type(error).__name__}: {last[0]:.300}\n"
-            f"{where} Nothing that was published before is harmed, and the same command goes on where it can."
-        )
-        print(sentence, file=sys.stderr)
+        print(report_bug(error), file=sys.stderr)
         return BUG
     if not isinstance(error, HoldfastError):
-        sentence = f"{sentence}\n{_keep_traceback(error)}"
+        sentence = f"{sentence}\n{keep_traceback(error)}"
     print(sentence, file=sys.stderr)
     return FAILED
-
-
-def explain(error: Exception) -> str | None:
-    """A sentence for a user who can do something about it; None for what only we can mend."""
-    name = type(error).__name__
-    if isinstance(error, HoldfastError):
-        # A loader's worker hands on its whole traceback as the message.
-        found = re.search(_OF_A_WORKER.pattern.replace("{}", name), str(error), _OF_A_WORKER.flags)
-        return f"{name}: {found.group(1).strip() if found else error}"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
-        first = str(error).strip().splitlines()[:1]
-        return (
-            f"MemoryError: the memory is used up{f' ({first[0]:.200})' if first else ''}. Use a smaller batch size "
-            "(--batch-size, micro_batch_size), smaller pictures (max_pixels), --memory where the verb has it, or a "
-            "machine with more; `holdfast doctor` estimates what is needed."
-        )
-    if isinstance(error, RecursionError):
-        return "RecursionError: one of the files that were read is nested too deeply to be worked with."
-    if isinstance(error, OSError):
-        return _explain_system(error)
-    return None
-
-
-def _explain_system(error: OSError) -> str:
-    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
-    if path is not None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-        return f"{StorageError.__name__}: {storage_error(error, path)}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (
-            f"{StorageError.__name__}: the disk is full ({error.strerror}). Free some space and run the same command "
-            "again."
-        )
-    hints = {
-        errno.EACCES: "Ask its owner for the right to it, or name another.",
-        errno.EPERM: "Ask its owner for the right to it, or name another.",
-        errno.ENOENT: "Was it moved or removed while the command ran?",
-        errno.ENAMETOOLONG: "Give it a shorter name.",
-        errno.EMFILE: "Raise the limit of open files (`ulimit -n`).",
-        errno.ENOMEM: "The memory is used up: use smaller batches or pictures.",
-        errno.EIO: "The disk or the network under it fails.",
-    }
-    what = f"{path}: {error.strerror}" if path is not None else str(error)
-    return f"{type(error).__name__}: {what}. {hints.get(error.errno or 0, '')}".rstrip()
-
-
-def _keep_traceback(error: BaseException) -> str:
-    """Put the traceback into a file of its own, and say where it is."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    path = Path(tempfile.gettempdir()) / f"holdfast-{stamp}-{os.getpid()}.txt"
-    lines = "".join(traceback.format_exception(error))
-    text = f"holdfast {__version__}, Python {sys.version.split()[0]}, {sys.platform}\n{' '.join(sys.argv)}\n\n{lines}"
-    try:
-        with atomic_path(path) as temporary:
-            temporary.write_text(visible(text), encoding="utf-8")
-    except (OSError, StorageError):
-        return "Its traceback could not be written to a file; HOLDFAST_DEBUG=1 shows it."
-    return f"Its traceback is in {path}; please send it with your report."
 
 
 def _without_reader() -> int:

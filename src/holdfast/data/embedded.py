@@ -118,6 +118,8 @@ def parquet_rows(paths: Sequence[Path], *, needed: Sequence[str] = ()) -> Iterat
     for path in paths:
         if not path.exists():
             raise DataError(missing(path))
+        if not path.is_file():
+            raise DataError(f"{path} is no file; expected a Parquet file.")
         try:
             file = pq.ParquetFile(path)
         except (pa.ArrowInvalid, OSError) as error:

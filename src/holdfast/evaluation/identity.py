@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,7 @@ from holdfast.checkpoints.reader import INDEX_FILE, CheckpointReader
 from holdfast.checkpoints.value import Checkpoint
 from holdfast.data.images import open_image
 from holdfast.data.types import Sample, Stream
-from holdfast.files import open_regular
+from holdfast.files import sha256
 from holdfast.models.tuner import is_tuner_folder
 
 # Beside the weights: configuration, tokenizer, processor, chat template.
@@ -110,5 +109,5 @@ def _of_picture(path: Path) -> str:
 
 
 def _of_file(path: Path) -> str:
-    with os.fdopen(open_regular(path), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest: str = sha256(path).hexdigest()
+    return digest

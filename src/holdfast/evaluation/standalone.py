@@ -19,7 +19,7 @@ from holdfast.evaluation.answers import ALONE, Share
 from holdfast.evaluation.evaluation_config import EvaluationConfig
 from holdfast.evaluation.evaluator import CheckpointEvaluator
 from holdfast.evaluation.identity import checkpoint_digests, data_digests
-from holdfast.files import Lock, read_jsonl, write_json
+from holdfast.files import Lock, read_jsonl, require_space, write_json
 from holdfast.metrics.intervals import Interval, bootstrap_mean, wilson
 from holdfast.stream.record import RunDirectory, claim, versions
 
@@ -69,6 +69,7 @@ def _evaluate(
         digests = {"model_sha256": checkpoint_digests(checkpoint), "data_sha256": data_digests(stream, config.limit)}
         asked = {**asked, **digests}
         claim(RunDirectory(out), asked, {})
+        require_space(out, _answer_bytes(stream, config.limit), "All answers, as long as they may get,")
     share.wait()
     predictions = out / "predictions"
     evaluator = CheckpointEvaluator(config, share=share)
@@ -94,6 +95,14 @@ def _evaluate(
     }
     write_json(out / "evaluation.json", result)
     return result
+
+
+def _answer_bytes(stream: Stream, limit: int | None) -> int:
+    """Bytes of all answers and their evidence on disk, twice: parts go when the whole is written. Five a token."""
+    sets = [(task.test[:limit], task.max_new_tokens) for task in stream.tasks]
+    for one in stream.safety:
+        sets += [(side[:limit], one.max_new_tokens) for side in (one.unsafe, one.benign)]
+    return 2 * sum(5 * (tokens or 0) + 4 * len(s.prompt) + 1000 for samples, tokens in sets for s in samples)
 
 
 def _score_interval(path: Path) -> dict[str, Any] | None:

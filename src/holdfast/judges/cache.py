@@ -17,7 +17,7 @@ from typing import Any
 
 from holdfast.data.types import Sample
 from holdfast.errors import JudgeError, StorageError
-from holdfast.files import append, parse_json, read_bytes
+from holdfast.files import append, parse_json, read_bytes, sha256
 
 
 def default_folder() -> Path:
@@ -110,7 +110,7 @@ class ContentKey:
             status = path.stat()
             key = (str(path), status.st_size, status.st_mtime_ns)
             if key not in self._files:
-                self._files[key] = hashlib.sha256(path.read_bytes()).hexdigest()
+                self._files[key] = sha256(path).hexdigest()
         except OSError:
             # Whoever opens the image says what is wrong with it; here it only must not equal another.
             return f"missing:{path}"
