@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fake_run
 import pico
 
 ESC = "\x1b]0;owned\x07\x1b[2J"
@@ -50,6 +51,7 @@ def world(root: Path, base: Path) -> Path:
     assert run.is_file()
     samples = [{"prompt": f"Do {i}", "answer": "no", "image": "images/red.png"} for i in range(3)]
     (root / "data" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    fake_run.write_run(root / "run", methods={"seqft": 0.6, "hpa": 0.9}, n=4)
     safe = [{"prompt": f"Forbidden {i}", "answer": "I cannot."} for i in range(2)]
     (root / "data" / "safe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in safe))
     return root
@@ -345,6 +347,23 @@ def spoiled() -> dict[str, tuple[str, Spoil]]:
     }  # fmt: skip
     for name, content in yamls.items():
         text(run, "stream", name, content)
+    step = f"run/methods/hpa/1-{fake_run.TASKS[0]}"
+    for file in ("run/config.json", "run/theta_0/record.json", f"{step}/record.json", f"{step}/edit.json"):
+        for name, content in (
+            ("deep", DEEP),
+            ("digits", f'{{"format": {DIGITS}}}'),
+            ("list", "[]"),
+            ("surrogate", f'{{"format": {SURROGATE}}}'),
+            ("empty", ""),
+            ("object", "{}"),
+        ):
+            text(file, "report", name, content)
+        found[f"{file}: fifo"] = ("report", lambda w, f=file: replace_by_fifo(w / f))
+        found[f"{file}: folder"] = ("report", lambda w, f=file: replace_by_folder(w / f))
+    answers = f"run/theta_0/predictions/task-{fake_run.TASKS[0]}.jsonl"
+    for name, content in (("deep", DEEP), ("list", "[1]"), ("escape", json.dumps({"id": ESC, "prompt": ESC}))):
+        text(answers, "report", name, content + "\n{}\n")
+    found["run/picture.png: fifo"] = ("report", lambda w: replace_by_fifo(w / "run/picture.png"))
     text("edit.json", "inspect", "deep", DEEP)
     text("edit.json", "inspect", "digits", '{"format_version": ' + DIGITS + "}")
     text("edit.json", "inspect", "list", "[]")
@@ -369,5 +388,6 @@ def verbs(group: str, w: Path) -> list[list[object]]:
         "curvature": [["edit", w / "base", w / "adapter", "--calibration", w / "curvature.safetensors", "--out", out]],
         "samples": [["calibrate", *calibrate[1:], "--out", w / "c.safetensors"]],
         "stream": [["doctor", w / "data/run.yaml"], ["run", w / "data/run.yaml", "--out", w / "r"]],
+        "report": [["report", w / "run", "--out", w / "page"], ["label", w / "run", "--html", w / "form.html"]],
         "inspect": [["inspect", w / "edit.json"]],
     }[group]  # fmt: skip

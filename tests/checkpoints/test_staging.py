@@ -19,14 +19,14 @@ def finish(staging: Staging) -> None:
 
 @pytest.mark.parametrize("error", [StorageError("No space left"), NumericalError("NaN"), ValueError("bug")])
 def test_nothing_hidden_is_left_where_nothing_is_finished(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(type(error)), Staging(tmp_path / "out", {"a": 1}) as staging:
+    with pytest.raises(type(error)), Staging(tmp_path / "out", {"a": 1}) as staging:  # noqa: PT012
         assert staging.kept == "Nothing was kept."
         raise error
     assert not [*tmp_path.iterdir()]
 
 
 def test_finished_parts_are_kept_and_said_to_be(tmp_path: Path) -> None:
-    with pytest.raises(StorageError), Staging(tmp_path / "out", {"a": 1}) as staging:
+    with pytest.raises(StorageError), Staging(tmp_path / "out", {"a": 1}) as staging:  # noqa: PT012
         finish(staging)
         assert "1 finished file(s) are kept" in staging.kept
         raise StorageError("No space left")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,15 +190,13 @@ def test_a_choice_that_is_none_is_refused_with_the_list(pico_folder, data, optio
     assert shown.exit_code == 2 and value in shown.output and known in shown.output
 
 
-def test_two_processes_never_ask_for_one_folder_at_once(pico_folder, data, tmp_path):
+def test_two_processes_never_ask_for_one_folder_at_once(pico_folder, data, tmp_path, monkeypatch):
     out, stream = tmp_path / "out", data / "stream.yaml"
     args = (pico_folder, "--tasks", stream, "--out", out)
     with Lock(out / ".lock", busy="taken"), pytest.raises(RunError, match="in use by another holdfast process"):
         call(*args)
     assert not (out / "config.json").exists() and call(*args).exit_code == 0
     (out / "evaluation.json").unlink()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(StorageError, match="All answers, as long as they may get, needs about"):
-        patch = pytest.MonkeyPatch()
-        with patch.context() as full:
-            full.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
-            call(*args)
+        call(*args)

@@ -46,12 +46,14 @@ def throw(group: str, world: Path, place: Path, capfd: pytest.CaptureFixture[str
     return found
 
 
-@pytest.mark.parametrize("group", ["adapter", "base", "load", "curvature", "samples", "stream", "inspect"])
+@pytest.mark.parametrize("group", ["adapter", "base", "load", "curvature", "samples", "stream", "report", "inspect"])
 def test_no_file_brings_a_verb_down(
     group: str, world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     names = [name for name, (of, _) in kit.spoiled().items() if of == group]
-    chosen = names if kit.ALL else random.Random(f"{group}").sample(names, min(EACH, len(names)))
+    # Reports draw pictures: seconds each.
+    each = 3 if group == "report" else EACH
+    chosen = names if kit.ALL else random.Random(f"{group}").sample(names, min(each, len(names)))
     assert not throw(group, world, tmp_path, capfd, chosen)
     assert not [*tmp_path.glob("holdfast-2*.txt")] or kit.ALL

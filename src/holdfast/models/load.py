@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -318,9 +321,21 @@ def _merge_by_peft(model: PreTrainedModel, adapter: str, base: str) -> PreTraine
 
 
 def default_device() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
+    """The accelerator where there is one, else the CPU. One process uses one device; that there are more is said."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None and (count := torch.accelerator.device_count()) > 1:
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        if alone:
+            _say_one_device(accelerator.type, count)
     return accelerator or torch.device("cpu")
+
+
+@cache
+def _say_one_device(kind: str, count: int) -> None:
+    logging.getLogger("holdfast").warning(
+        f"{count} {kind} devices are in sight; this process uses one of them, which CUDA_VISIBLE_DEVICES chooses. "
+        "`holdfast calibrate` and `holdfast evaluate` use all under `accelerate launch`."
+    )
 
 
 @contextmanager

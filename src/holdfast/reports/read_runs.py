@@ -107,7 +107,13 @@ def load_run(path: Path | str) -> RunView:
     Raises:
         RunError: no run there, or no finished step yet.
     """
-    path = Path(path)
+    try:
+        return _load_run(Path(path))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise RunError(f"{path}: a record in it is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _load_run(path: Path) -> RunView:
     directory = RunDirectory(path)
     if not directory.config_path.is_file():
         raise RunError(
@@ -142,7 +148,7 @@ def load_run(path: Path | str) -> RunView:
         theta_0=theta_0,
         start=summary["theta_0"],
         methods=views,
-        config=read_json(directory.config_path),
+        config=directory.read_config(),
         versions=dict(theta_0.versions),
     )
 
@@ -202,6 +208,8 @@ def _edit_rows(path: Path) -> Rows:
         return []
     data = read_json(path)
     rows = data.get("layers", data.get("rows", [])) if isinstance(data, Mapping) else data
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise RunError(f"{path} holds no rows of layers. Restore it, or move it away to have a report without it.")
     return [_named(row) for row in rows]
 
 

@@ -44,7 +44,7 @@ def _last(view: MethodView) -> Path:
 
 
 def _choose(tables: Mapping[str, Rows], key: str) -> dict[str, Any] | None:
-    columns = [{str(r["id"]): r for r in rows} for rows in tables.values() if rows]
+    columns = [{str(r.get("id")): r for r in rows} for rows in tables.values() if rows]
     if not columns:
         return None
     everywhere = [i for i in columns[-1] if all(i in column for column in columns)]
@@ -59,7 +59,7 @@ def _card(
 ) -> dict[str, Any]:
     answers = []
     for who, rows in tables.items():
-        row = next((r for r in rows if str(r["id"]) == str(chosen["id"])), None)
+        row = next((r for r in rows if str(r.get("id")) == str(chosen.get("id"))), None)
         if row is None:
             continue
         tag, good = "", True
@@ -74,7 +74,7 @@ def _card(
         answers.append({"who": who, "text": _short(str(row.get(key, ""))), "tag": tag, "good": good})
     references = chosen.get("references") or []
     return {
-        "id": str(chosen["id"]),
+        "id": str(chosen.get("id")),
         "prompt": _short(str(chosen.get("prompt", ""))),
         "kind": kind,
         "expected": _short(str(references[0])) if references and side is None else "",

@@ -79,6 +79,15 @@ class RunDirectory:
         """Folder of the starting model's record and answers."""
         return self.root / "theta_0"
 
+    def read_config(self) -> dict[str, Any]:
+        """config.json. Raises RunError: damaged, or of something else."""
+        config = read_json(self.config_path)
+        parts = [config.get("config"), config.get("methods")] if isinstance(config, dict) else [None]
+        if not all(isinstance(part, dict) for part in parts):
+            raise RunError(f"{self.config_path} was not written by this version of holdfast, or is damaged.")
+        found: dict[str, Any] = config
+        return found
+
     def method_dir(self, method: str) -> Path:
         """Folder of one method's steps."""
         return self.root / "methods" / method
@@ -126,6 +135,13 @@ class RunDirectory:
             raise RunError(
                 f"{path}: format is {found!r}, expected {FORMAT!r}. Delete {folder} to have this step made again."
             )
+        kinds = {"tasks": list} | dict.fromkeys(("scores", "safety", "seconds", "versions", "checkpoint"), dict)
+        for key, kind in kinds.items():
+            if not isinstance(data.get(key, kind()), kind):
+                raise RunError(
+                    f"{path}: {key} is {data[key]!r:.60}; expected a {kind.__name__}. Delete {folder} to have this step "
+                    "made again."
+                )
         try:
             return Record(
                 method=data["method"],

@@ -36,7 +36,7 @@ from holdfast.files import read_jsonl, write_json
 from holdfast.metrics.continual import summarize as summarize_matrix
 from holdfast.metrics.intervals import bootstrap, bootstrap_ap, bootstrap_bwt, wilson
 from holdfast.metrics.safety import worst_case
-from holdfast.stream.record import Record, RunDirectory, read_json, versions
+from holdfast.stream.record import Record, RunDirectory, versions
 
 FORMAT = "holdfast.summary/1"
 _RATES = ("asr", "refusal", "compliance", "other_safe", "collapse")
@@ -60,7 +60,7 @@ def summarize_run(root: Path) -> dict[str, Any]:
         raise RunError(
             f"{root} has no config.json; expected a run directory made by `holdfast run` or `holdfast demo`."
         )
-    stored = read_json(directory.config_path)
+    stored = directory.read_config()
     theta_0 = directory.read_record(directory.theta_0_dir)
     if theta_0 is None:
         raise RunError(f"{root} has no record of theta_0 yet; run it first, or repeat the command to resume it.")
