@@ -13,7 +13,7 @@ from pathlib import Path
 
 from holdfast.errors import HoldfastError, StorageError
 from holdfast.files import atomic_path, storage_error
-from holdfast.text import visible
+from holdfast.text import one_line, visible
 from holdfast.version import __version__
 
 # What torch says when the main memory or a device's is used up; its class is no MemoryError.
@@ -34,6 +34,11 @@ def explain(error: Exception) -> str | None:
         )
     if isinstance(error, RecursionError):
         return "RecursionError: one of the files that were read is nested too deeply to be worked with."
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return (
+            f"UnicodeEncodeError: '{one_line(error.object, 200)}' holds bytes that are no UTF-8, or half of a "
+            "character, and cannot be written down. Rename the file, or correct the text."
+        )
     if isinstance(error, OSError):
         return _explain_system(error)
     return None

@@ -55,6 +55,11 @@ IN_WORKER = (
         (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 2, "PermissionError: /x/y: Permission denied."),
         (OSError(errno.ENAMETOOLONG, "File name too long", "/x"), 2, "Give it a shorter name"),
+        (
+            UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates not allowed"),
+            2,
+            r"a\udcff' holds bytes that are no UTF-8",
+        ),
         (KeyboardInterrupt(), 130, ""),
         (SystemExit(3), 3, ""),
         (SystemExit("no"), 2, "no"),

@@ -78,10 +78,9 @@ def _compile(pattern: str, form: str, where: str) -> Any:
     if len(pattern) > MAX_PATTERN:
         raise AdapterError(f"{where} has a pattern of {len(pattern)} characters; expected at most {MAX_PATTERN}.")
     try:
-        re.compile(form.format(pattern))
-        if threading.current_thread() is threading.main_thread():
-            return re.compile(form.format(pattern))
-        return _Timed(form.format(pattern), where)
+        compiled = re.compile(form.format(pattern))
+        main = threading.current_thread() is threading.main_thread()
+        return compiled if main else _Timed(form.format(pattern), where)
     except (re.error, RecursionError, OverflowError) as error:
         raise AdapterError(
             f"{where} has {one_line(pattern, 120)!r}, which is no regular expression ({one_line(str(error), 120)}); "

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -137,9 +136,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         yield image
 
 
-@cache
 def _formats() -> tuple[str, ...]:
-    Image.init()
+    Image.init()  # once; a plug-in for another format may be registered later
     return tuple(name for name in Image.ID if name not in _NOT_OPENED)
 
 

@@ -38,6 +38,9 @@ _MARKS = (
 MAX_UNPACKED_BYTES = 4 * 2**30
 
 
+_LONGEST_CELL = 2**28
+
+
 def read_text(path: Path) -> str:
     """The whole text of `path`. Raises DataError: missing, unreadable, or not UTF-8 (nor UTF-16/32 with a mark)."""
     try:
@@ -123,12 +126,17 @@ def read_records(path: Path, *, keys: Sequence[str] = ()) -> list[dict[str, Any]
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file with a header line, as dicts. Raises DataError: a row with more fields than the header."""
+    # A cell may hold a picture as text; the module's own bound is 128 kB.
+    csv.field_size_limit(_LONGEST_CELL)
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     rows = []
-    for row in reader:
-        if None in row:
-            raise DataError(f"{path}, line {reader.line_num}: more fields than the header ({reader.fieldnames}).")
-        rows.append({key: value or "" for key, value in row.items()})
+    try:
+        for row in reader:
+            if None in row:
+                raise DataError(f"{path}, line {reader.line_num}: more fields than the header ({reader.fieldnames}).")
+            rows.append({key: value or "" for key, value in row.items()})
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: no CSV that can be read: {error}.") from None
     return rows
 
 

@@ -139,8 +139,8 @@ class RunDirectory:
         for key, kind in kinds.items():
             if not isinstance(data.get(key, kind()), kind):
                 raise RunError(
-                    f"{path}: {key} is {data[key]!r:.60}; expected a {kind.__name__}. Delete {folder} to have this step "
-                    "made again."
+                    f"{path}: {key} is {data[key]!r:.60}; expected a {kind.__name__}. Delete {folder} to have this "
+                    "step made again."
                 )
         try:
             return Record(
