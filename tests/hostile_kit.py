@@ -138,7 +138,7 @@ def header(path: Path, items: dict[str, Any] | str, data: bytes = b"") -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def call(argv: Sequence[object], capfd: Any, seconds: float = 10.0) -> End:
+def call(argv: Sequence[object], capfd: Any, seconds: float = 20.0) -> End:
     """The `holdfast` command in this process, stopped when it takes longer."""
     from holdfast.cli import main
 

@@ -20,7 +20,7 @@ from holdfast.models.loaded import LoadedModel
 IMAGE_MARK = "<image>"
 IGNORED_LABEL = -100
 # Rendering takes a millisecond, and a conversation has some kB.
-_TEMPLATE_SECONDS, _TEMPLATE_BYTES = 10.0, 2 * GIB
+_TEMPLATE_SECONDS, _TEMPLATE_BYTES = 5.0, 2 * GIB
 # What a position of a batch holds, for calibration on a part of the tokens.
 PADDING, TEXT, IMAGE, ANSWER = range(4)
 

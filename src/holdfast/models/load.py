@@ -23,11 +23,17 @@ from transformers.utils import logging as transformers_logging
 from holdfast.bounds import bounded
 from holdfast.checkpoints.adapter import CONFIG_FILE, INPUT_SCALE_FILE, LoraAdapter
 from holdfast.checkpoints.adapter_settings import has_settings
-from holdfast.checkpoints.contents import ADAPTER_WEIGHTS, require_model_folder, require_safe_adapter
+from holdfast.checkpoints.contents import (
+    ADAPTER_WEIGHTS,
+    INDEX_FILE,
+    SINGLE_FILE,
+    require_model_folder,
+    require_safe_adapter,
+)
 from holdfast.checkpoints.merged import add_updates, locate
 from holdfast.checkpoints.naming import NameIndex
 from holdfast.checkpoints.patterns import try_patterns
-from holdfast.checkpoints.reader import read_json
+from holdfast.checkpoints.reader import CheckpointReader, read_json
 from holdfast.checkpoints.rewrite import copy_side_files
 from holdfast.checkpoints.sizes import require_plausible_sizes
 from holdfast.checkpoints.tensor_file import TensorFile
@@ -70,6 +76,7 @@ def load(
     config = read_config(base)
     target = find_device(device) if device is not None else default_device()
     weight_dtype = resolve_dtype(dtype, config, target)
+    _check_files(Path(base))
     with quiet_transformers():
         processor = read_processor(base, config, adapters)
         try:
@@ -380,6 +387,16 @@ def cpu_has_bf16() -> bool:
     ask = getattr(torch.cpu, "get_capabilities", None)  # torch 2.11 cannot be asked
     known = ask() if ask is not None else {}
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ModelError where weights on disk are damaged in a way that their loader may not mind: a name twice."""
+    if not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        return
+    try:
+        CheckpointReader(folder).close()
+    except CheckpointError as error:
+        raise ModelError(f"{folder}: the weights cannot be loaded: {error}") from error
 
 
 def _check_complete(base: str, info: dict[str, Any]) -> None:
