@@ -23,7 +23,9 @@ class _OutOfTimeError(BaseException):
 
 @contextmanager
 def bounded(what: str, *, seconds: float, error: type[HoldfastError], memory: int | None = None) -> Iterator[None]:
-    """Within, Python code (and `re`, which looks for signals) ends after `seconds` of wall-clock time.
+    """Within, Python code (and `re`, which looks for signals) ends after `seconds` of the processor's time.
+
+    Not of the clock's: on a busy machine right code would be stopped. What waits is not stopped.
 
     what: the subject of the error's sentence. memory: bytes that the whole process may grow by within the block, where
         the system keeps such a bound (Linux); None: no bound.
@@ -57,41 +59,36 @@ def _alarm(seconds: float) -> Iterator[None]:
         if inside:
             raise _OutOfTimeError
 
-    started = time.monotonic()
-    left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
-    if left and left < seconds:
-        # Somebody's own alarm comes first; it is theirs to decide what happens then.
-        signal.setitimer(signal.ITIMER_REAL, left, interval)
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    left, interval = signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    before = signal.signal(signal.SIGVTALRM, late)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
         inside = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        if left:
-            signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - started)), interval)
+        used = seconds - signal.setitimer(signal.ITIMER_VIRTUAL, 0)[0]
+        signal.signal(signal.SIGVTALRM, before)
+        if left:  # somebody's own alarm, which has waited meanwhile
+            signal.setitimer(signal.ITIMER_VIRTUAL, max(1e-3, left - used), interval)
 
 
 @contextmanager
 def _watchdog(seconds: float) -> Iterator[None]:
-    """The same for a thread that gets no signals: a timer raises in it at its next step of Python code."""
-    thread, over = threading.get_ident(), threading.Event()
-    lock = threading.Lock()
+    """The same for a thread that gets no signals: another one raises in it at its next step of Python code."""
+    thread, over, lock = threading.get_ident(), threading.Event(), threading.Lock()
+    clock = time.pthread_getcpuclockid(thread) if hasattr(time, "pthread_getcpuclockid") else time.CLOCK_MONOTONIC
+    until = time.clock_gettime(clock) + seconds
 
-    def late() -> None:
-        if not over.wait(seconds):
+    def watch() -> None:
+        while not over.wait(min(0.1, seconds)):
             with lock:
-                if not over.is_set():
+                if not over.is_set() and time.clock_gettime(clock) > until:
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(
                         ctypes.c_ulong(thread), ctypes.py_object(_OutOfTimeError)
                     )
+                    return
 
-    watcher = threading.Thread(target=late, daemon=True)
-    watcher.start()
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:

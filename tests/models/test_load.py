@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, ConfigError, ModelError
+from holdfast.models import load as load_module
 from holdfast.models.encode import encode_request
 from holdfast.models.families import editable_linears
 from holdfast.models.load import LoadedModel, load
@@ -171,3 +172,20 @@ def test_a_bf16_checkpoint_is_widened_where_the_cpu_would_emulate_it(monkeypatch
     usual = torch.bfloat16 if has_bf16 else torch.float32
     assert load(tmp_path, device="cpu").dtype is load_streamed(tmp_path, device="cpu").dtype is usual
     assert load(tmp_path, device="cpu", dtype="bfloat16").dtype is torch.bfloat16
+
+
+def test_one_process_uses_one_device_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_module._say_one_device.cache_clear()
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
+    for count, said in ((1, 0), (4, 1), (4, 1)):
+        monkeypatch.setattr("torch.accelerator.device_count", lambda n=count: n)
+        assert load_module.default_device() == torch.device("cuda")
+        assert caplog.text.count("devices are in sight; this process uses one of them") == said
+    load_module._say_one_device.cache_clear()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    load_module.default_device()
+    assert caplog.text.count("in sight") == 1
