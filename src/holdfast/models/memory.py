@@ -28,7 +28,7 @@ def quotas() -> dict[str, int]:
     Control groups (containers, Slurm, systemd) of either version, the process's own and every one above it; and the
     address space (`ulimit -v`).
     """
-    found = {}
+    found: dict[str, int] = {}
     for name, left in _left_in_groups(_CGROUPS, _OWN_GROUPS):
         if name not in found or left < found[name]:
             found[name] = left
