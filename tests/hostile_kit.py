@@ -132,10 +132,16 @@ def replace_by_socket(path: Path) -> None:
         os.chdir(place)
 
 
-def header(path: Path, items: dict[str, Any] | str, data: bytes = b"") -> None:
-    """A safetensors file with this header, given as an object or as text."""
+def header(path: Path, items: dict[str, Any] | str | Callable[[], str], data: bytes = b"") -> None:
+    """A safetensors file with this header, given as an object, as text, or as what makes it."""
+    items = items() if callable(items) else items
     text = (items if isinstance(items, str) else json.dumps(items)).encode("utf-8", "surrogatepass")
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def _very_many() -> str:
+    entry = '{"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}'
+    return "{" + ", ".join(f'"t{i}": {entry}' for i in range(300_000)) + "}"
 
 
 def call(argv: Sequence[object], capfd: Any, seconds: float = 20.0) -> End:
@@ -219,7 +225,6 @@ def spoiled() -> dict[str, tuple[str, Spoil]]:
         found[f"{file}: deep"] = (group, lambda w, f=file: (w / f).write_text(DEEP) and None)
         found[f"{file}: socket"] = (group, lambda w, f=file: replace_by_socket(w / f))
     weights = "adapter/adapter_model.safetensors"
-    big = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(300_000)}
     one = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     headers: dict[str, tuple[Any, bytes]] = {
         "float shape": ({"a": {**one, "shape": [2.0]}}, b"\0" * 8),
@@ -245,7 +250,7 @@ def spoiled() -> dict[str, tuple[str, Spoil]]:
         "deep": ('{"a": ' + DEEP + "}", b""),
         "digits": ('{"a": {"dtype": "F32", "shape": [' + DIGITS + '], "data_offsets": [0, 8]}}', b"\0" * 8),
         "NaN": ('{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 8]}}', b"\0" * 8),
-        "300,000 tensors": (big, b""),
+        "300,000 tensors": (_very_many, b""),
         "empty": ({}, b""),
     }
     files = ((weights, "adapter"), ("base/model.safetensors", "base"), ("curvature.safetensors", "curvature"))
