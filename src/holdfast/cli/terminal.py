@@ -43,6 +43,7 @@ class Console(rich_console.Console):
 
     @file.setter
     def file(self, new_file: IO[str]) -> None:
+        """Write to this stream from now on."""
         self._file = new_file
 
 
