@@ -254,7 +254,7 @@ def test_an_answer_may_hold_any_line_separator_of_unicode(tmp_path: Path) -> Non
         path.write_text(path.read_text(encoding="utf-8") + '{"id": "cut', encoding="utf-8")
         assert len(read_rows(path)) == len(rows)
         path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-        with pytest.raises(RunError, match=f"line {len(rows) + 1}: not JSON"):
+        with pytest.raises(RunError, match=f"line {len(rows) + 1} is not valid JSON"):
             read_rows(path)
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     assert "three" in write_report([run]).html.read_text(encoding="utf-8")

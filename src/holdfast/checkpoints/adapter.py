@@ -377,8 +377,8 @@ def _refuse_unusual(folder: Path, config: Mapping[str, Any]) -> None:
         kinds = int if whole else int | float
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= _LARGEST:
             raise AdapterError(
-                f"{folder / CONFIG_FILE}: {key} is {value!r:.40}; expected a positive {'whole ' * whole}number up to "
-                f"{_LARGEST}."
+                f"{folder / CONFIG_FILE}: {key} is {value!r:.40}; expected a positive number{', whole' * whole} and at "
+                f"most {_LARGEST}."
             )
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):

@@ -150,7 +150,7 @@ class Curvature:
         try:
             TensorFile(path).close()  # its header, within bounds
         except CheckpointError as error:
-            raise CalibrationError(f"{error} Or calibrate again.") from error
+            raise CalibrationError(f"{path} is not a readable safetensors file ({error}); calibrate again.") from error
         try:
             with safe_open(path, framework="pt") as file:
                 encoded = (file.metadata() or {}).get(_METADATA_KEY)
@@ -159,7 +159,7 @@ class Curvature:
             raise CalibrationError(f"{path} is not a readable safetensors file ({error}); calibrate again.") from error
         if encoded is None:
             raise CalibrationError(f"{path} is no calibration: it lacks the metadata that `holdfast calibrate` writes.")
-        meta = parse_json(encoded, f"The metadata of {path}", error=CalibrationError)
+        meta = parse_json(encoded, f"{path} holds metadata that cannot be read: it", error=CalibrationError)
         if not isinstance(meta, dict):
             raise CalibrationError(f"{path} holds metadata that is no JSON object; calibrate again.")
         version = meta.get("format_version")

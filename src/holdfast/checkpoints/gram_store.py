@@ -362,7 +362,7 @@ def _read(path: Path, *, tensor: bool = True) -> tuple[Tensor, Mapping[str, Any]
 def _read_json(path: Path) -> Any:
     try:
         data = read_json(path, "the record of Gram matrices", error=CalibrationError)
-    except OSError as error:
+    except (OSError, CalibrationError) as error:
         raise CalibrationError(f"{path} cannot be read ({error}); calibrate again.") from error
     if not isinstance(data, dict):
         raise CalibrationError(f"{path} holds no JSON object; calibrate again.")

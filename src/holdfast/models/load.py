@@ -304,7 +304,7 @@ def _merge_by_peft(model: PreTrainedModel, adapter: str, base: str) -> PreTraine
             TensorFile(Path(adapter) / ADAPTER_WEIGHTS).close()
             with bounded(f"{adapter}: loading it with PEFT", seconds=PEFT_SECONDS, error=AdapterError):
                 wrapped = PeftModel.from_pretrained(model, adapter)
-    except (CheckpointError, MemoryError):
+    except (AdapterError, MemoryError):
         raise
     except Exception as error:
         raise AdapterError(f"{adapter} does not fit {base}: {_shown(error)}") from error
