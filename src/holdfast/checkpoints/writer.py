@@ -21,7 +21,7 @@ from torch import Tensor
 
 from holdfast.checkpoints.reader import read_json
 from holdfast.checkpoints.tensor_file import TORCH_DTYPES
-from holdfast.errors import CheckpointError, StorageError
+from holdfast.errors import CheckpointError, HoldfastError, StorageError
 from holdfast.files import Lock, fsync, fsync_folder, storage_error, write_json
 
 DEFAULT_SHARD_BYTES = 256 << 20
@@ -316,7 +316,7 @@ class Staging:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         held = self._lock is not None
-        if held and isinstance(error, Exception) and not any(self._marks.glob("*.json")):
+        if held and isinstance(error, HoldfastError) and not any(self._marks.glob("*.json")):
             # Nothing in it can be gone on from: it would only be in the way, and take space.
             shutil.rmtree(self.root, ignore_errors=True)
         self.release()
