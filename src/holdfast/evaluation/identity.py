@@ -19,7 +19,7 @@ from holdfast.files import sha256
 from holdfast.models.tuner import is_tuner_folder
 
 # Beside the weights: configuration, tokenizer, processor, chat template.
-_SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
+_SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
 def checkpoint_digests(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -48,6 +48,8 @@ from holdfast.models.tuner import attach_tuner, is_tuner_folder
 # Matching and loading take seconds; a pattern that never ends is stopped.
 PEFT_SECONDS = 300.0
 
+# Called before weights are read: what somebody keeps for later gives way (`models.held`).
+before_load: list[Callable[[], None]] = []
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -77,6 +79,8 @@ def load(
     target = find_device(device) if device is not None else default_device()
     weight_dtype = resolve_dtype(dtype, config, target)
     _check_files(Path(base))
+    for give_way in before_load:
+        give_way()
     with quiet_transformers():
         processor = read_processor(base, config, adapters)
         try:
