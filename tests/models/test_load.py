@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, ConfigError, ModelError
+from holdfast.models import load as load_module
 from holdfast.models.encode import encode_request
 from holdfast.models.families import editable_linears
 from holdfast.models.load import LoadedModel, load
@@ -211,3 +212,20 @@ def test_where_fp32_does_not_fit_blocks_are_widened_while_they_run(
     monkeypatch.setattr("holdfast.calibration.curvature.usable_bytes", lambda device: 3 * elements)
     assert open_model(tmp_path, device="cpu").blocks_on_disk is None
     assert {p.dtype for p in load(tmp_path, device="cpu", dtype="float32").model.parameters()} == {torch.float32}
+
+
+def test_one_process_uses_one_device_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_module._say_one_device.cache_clear()
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
+    for count, said in ((1, 0), (4, 1), (4, 1)):
+        monkeypatch.setattr("torch.accelerator.device_count", lambda n=count: n)
+        assert load_module.default_device() == torch.device("cuda")
+        assert caplog.text.count("devices are in sight; this process uses one of them") == said
+    load_module._say_one_device.cache_clear()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    load_module.default_device()
+    assert caplog.text.count("in sight") == 1

@@ -25,6 +25,7 @@ from holdfast.config import encode
 from holdfast.data.images import current_pictures
 from holdfast.data.types import Sample
 from holdfast.errors import CalibrationError, ConfigError, NumericalError
+from holdfast.files import sha256
 from holdfast.functional.hessian import Normalization
 from holdfast.functional.inverse import OnFailure
 from holdfast.models.families import decoder_blocks, editable_linears
@@ -329,7 +330,7 @@ def samples_sha256(samples: Sequence[Sample]) -> str:
     for sample in samples:
         digest.update(repr((sample.id, [t.said for t in sample.turns], sample.references)).encode())
         for path in sample.images:
-            digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
+            digest.update(sha256(path).digest())
     return digest.hexdigest()
 
 

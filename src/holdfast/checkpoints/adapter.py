@@ -27,6 +27,7 @@ from holdfast.checkpoints.contents import (
 )
 from holdfast.checkpoints.dense_update import DenseUpdate, Part
 from holdfast.checkpoints.naming import NameIndex, normalised, strip_peft_prefix
+from holdfast.checkpoints.patterns import try_patterns, values_by_module
 from holdfast.checkpoints.reader import read_json
 from holdfast.checkpoints.support import adapter_kind
 from holdfast.checkpoints.tensor_file import EDITABLE_DTYPES, TensorEntry, TensorFile
@@ -98,6 +99,8 @@ _TAILS = {
 }
 # Folders in which a trainer keeps the factors that the training began with, inside the adapter's folder or beside it.
 _INITIAL = re.compile(r"(^|[_-])(init|initial)([_-]|$)")
+# Of a rank or an alpha: beyond, products leave what fp32 holds, and nobody trains so.
+_LARGEST = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +223,12 @@ class LoraAdapter:
                 self.parts[key] = (module, f"base_layer.{last}" if ".base_layer." in name else last)
                 if ".modules_to_save." not in name and not self._is_module_to_save(plain):
                     self.base_parameters.add(plain)
+        names, where = sorted(factors), str(self.folder / CONFIG_FILE)
+        try_patterns(self.config, names, where=where)
+        self._own = {
+            key: values_by_module(self.config.get(key) or {}, names, where=f"{where}: {key}")
+            for key in ("rank_pattern", "alpha_pattern")
+        }
         for name, roles in sorted(factors.items()):
             if set(roles) <= {"A", "B"} and self._initial is None and not _is_convolution(roles):
                 self.modules[name] = self._entry(name, roles)
@@ -338,10 +347,8 @@ class LoraAdapter:
 
     def _option(self, patterns: str, module: str, default: str) -> float:
         """A module's own value: of the first pattern that matches the end of its name (PEFT: get_pattern_key)."""
-        for pattern, value in (self.config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return self.config[default]
+        value: float = self._own[patterns].get(module, self.config[default])
+        return value
 
     def _match_scales(self) -> dict[str, TensorEntry]:
         if self._scales is None:
@@ -533,15 +540,15 @@ def _refuse_unusual(folder: Path, config: Mapping[str, Any]) -> None:
         patterns = config.get(name) or {}
         if not isinstance(patterns, Mapping):
             raise AdapterError(f"{folder / CONFIG_FILE}: {name} is {patterns!r}; expected {{module pattern: number}}.")
-        for pattern, value in patterns.items():
-            try:
-                re.compile(rf"(.*\.)?({pattern})$")
-            except re.error as error:
-                raise AdapterError(
-                    f"{folder / CONFIG_FILE}: {name} has {pattern!r}, which is no regular expression ({error}); "
-                    "expected the end of a module's name."
-                ) from error
-            values.append((f"{name}[{pattern!r}]", value))
+        values += [(f"{name}[{pattern!r:.80}]", value) for pattern, value in patterns.items()]
     for key, value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise AdapterError(f"{folder / CONFIG_FILE}: {key} is {value!r}; expected a positive number.")
+        whole = key == "r" or key.startswith("rank_pattern")
+        kinds = int if whole else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= _LARGEST:
+            raise AdapterError(
+                f"{folder / CONFIG_FILE}: {key} is {value!r:.40}; expected a positive number{', whole' * whole} and at "
+                f"most {_LARGEST}."
+            )
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise AdapterError(f"{folder / CONFIG_FILE}: modules_to_save is {saved!r:.80}; expected a list of names.")

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoints.reader import read_json
+from holdfast.errors import CheckpointError
+from holdfast.files import parse_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -132,7 +134,9 @@ def _without_images(content: Content) -> bytes:
 def _read(content: Content) -> dict[str, Any]:
     if isinstance(content, Path):
         return read_json(content, "settings of a tokenizer or processor")
-    found: dict[str, Any] = json.loads(content)
+    found = parse_json(content, "settings of a tokenizer or processor", error=CheckpointError)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"Settings of a tokenizer or processor are a {type(found).__name__}; expected an object.")
     return found
 
 

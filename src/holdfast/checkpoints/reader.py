@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from holdfast import files
 from holdfast.checkpoints.contents import INDEX_FILE, PICKLED_ADAPTER, PICKLED_MODELS, SINGLE_FILE
 from holdfast.checkpoints.naming import NameIndex, strip_wrappers
 from holdfast.checkpoints.tensor_file import TensorEntry, TensorFile
@@ -21,14 +21,12 @@ _PICKLES = (*PICKLED_MODELS, PICKLED_ADAPTER)
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from a file.
 
-    Raises: CheckpointError: no such file, not JSON, or not an object.
+    Raises: CheckpointError: no such file, no ordinary one, not JSON, a key that stands twice, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = files.read_json(path, what, error=CheckpointError, unique=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; expected {what}.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); expected {what}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; expected {what}, a JSON object.")
     return value

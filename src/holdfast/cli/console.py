@@ -35,10 +35,10 @@ def run_bars(methods: list[str], tasks: int) -> Iterator[Callable[..., None]]:
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description:<24}"),
+        TextColumn("{task.description:<24}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[doing]:<34}"),
+        TextColumn("{task.fields[doing]:<34}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -90,10 +90,12 @@ def run_bars(methods: list[str], tasks: int) -> Iterator[Callable[..., None]]:
 
 def summary_table(summary: Mapping[str, Any]) -> Any:
     """The last word on every method, as a rich table in percent."""
+    from rich.markup import escape
     from rich.table import Table
 
     theta_0 = summary["theta_0"]
-    table = Table(title=f"{summary['name']}, seed {summary['seed']}: after {len(summary['tasks'])} tasks, in %")
+    title = f"{summary['name']}, seed {summary['seed']}: after {len(summary['tasks'])} tasks, in %"
+    table = Table(title=escape(title))
     table.add_column("method", overflow="fold")
     for head in ("AP", "BWT", "MASR", "complied", "collapsed", "over-refusal", "helpful", "minutes"):
         table.add_column(head, justify="right", overflow="fold")
@@ -110,7 +112,7 @@ def summary_table(summary: Mapping[str, Any]) -> Any:
     for name, row in summary["methods"].items():
         intervals = row["intervals"]
         table.add_row(
-            name if row["complete"] else f"{name} ({row['steps']} tasks)",
+            escape(name if row["complete"] else f"{name} ({row['steps']} tasks)"),
             _with(row["ap"], intervals["ap"]),
             _with(row["bwt"], intervals["bwt"]),
             *_safety(row),
@@ -122,7 +124,7 @@ def summary_table(summary: Mapping[str, Any]) -> Any:
     )
     for name, row in [(_START, theta_0), *summary["methods"].items()]:
         if worst := _worst_case(row):
-            table.caption += f"\n{name}, whatever the unscored replies are: {worst}"
+            table.caption += f"\n{escape(name)}, whatever the unscored replies are: {worst}"
     return table
 
 

@@ -135,14 +135,10 @@ def _share() -> tuple[Any, Any]:
 
 def _judge(text: str) -> dict[str, Any]:
     """A judge of the command line: a name, or a YAML mapping with `name` and its options."""
-    import yaml
-
     from holdfast.errors import ConfigError
+    from holdfast.files import parse_yaml
 
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--judge {text!r} is no YAML: {error}.") from None
+    value = parse_yaml(text, f"--judge {text!r:.80}")
     if isinstance(value, str):
         return {"name": value}
     if not isinstance(value, dict) or not isinstance(value.get("judge", value.get("name")), str):
@@ -177,9 +173,10 @@ def _safety_specs(path: Path) -> tuple[tuple[Any, ...], Path]:
 
 
 def _show(result: dict[str, Any], out: Path) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from holdfast.cli.terminal import Console
 
     console = Console()
     if result["scores"]:

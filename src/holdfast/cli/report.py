@@ -17,9 +17,9 @@ def command(
     model_card: Annotated[bool, typer.Option("--model-card", help="Also write a model card per method.")] = False,
 ) -> None:
     """Make report.html (one self-contained file), PNGs, table.md and table.tex from finished runs."""
-    from rich.console import Console
     from rich.markup import escape
 
+    from holdfast.cli.terminal import Console
     from holdfast.reports.card import write_card
     from holdfast.reports.read_runs import load_run
     from holdfast.reports.write import write_report

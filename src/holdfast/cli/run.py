@@ -47,11 +47,11 @@ def command(
 
 def finish(config: object, out: Path, *, jobs: int, report: bool) -> None:
     """Run, show, report: what `run` and `demo` have in common."""
-    from rich.console import Console
     from rich.markup import escape
 
     from holdfast import experiment
     from holdfast.cli.console import run_bars, summary_table
+    from holdfast.cli.terminal import Console
 
     assert isinstance(config, experiment.RunConfig)
     tasks = len(config.tasks or config.stream.tasks)

@@ -35,11 +35,11 @@ def command(
     """Compare settings of HPA's edit by what they keep and take back. The weights are read once, whatever the grid."""
     from dataclasses import asdict
 
-    from rich.console import Console
     from rich.table import Table
 
     from holdfast.checkpoints.curvature_file import Curvature
     from holdfast.cli.progress import bars
+    from holdfast.cli.terminal import Console
     from holdfast.cli.units import format_bounds, parse_bounds
     from holdfast.editing.measure import measure_pair
     from holdfast.files import write_json

@@ -151,7 +151,10 @@ def edit_checkpoint(
         with Staging(Path(out), plan, inputs=pair.stamps()) as staging:
             if staging.already_published:
                 return edit.published(Path(out), verify=verify)
-            result = rewrite(staging, output.shards, output.recipe, progress=edit.layers_only(progress))
+            try:
+                result = rewrite(staging, output.shards, output.recipe, progress=edit.layers_only(progress))
+            except StorageError as error:
+                raise StorageError(f"{error} {staging.kept}") from error
             clock.lap("edit")
             report = edit.report(result, staging.plan_hash, output.unprotected)
             _write_small_files(staging, edit, report, result, plan, output.shards)

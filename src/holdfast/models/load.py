@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from holdfast.bounds import bounded
 from holdfast.checkpoints.adapter import CONFIG_FILE, INPUT_SCALE_FILE, LoraAdapter
 from holdfast.checkpoints.adapter_settings import describe_missing, fill_missing, has_settings, overlay
-from holdfast.checkpoints.contents import require_model_folder, require_safe_adapter
+from holdfast.checkpoints.contents import (
+    ADAPTER_WEIGHTS,
+    INDEX_FILE,
+    SINGLE_FILE,
+    require_model_folder,
+    require_safe_adapter,
+)
 from holdfast.checkpoints.merged import MergedCheckpoint, add_updates, locate
 from holdfast.checkpoints.naming import NameIndex, normalised
-from holdfast.checkpoints.reader import CheckpointReader, has_wrapped_names
+from holdfast.checkpoints.patterns import try_patterns
+from holdfast.checkpoints.reader import CheckpointReader, has_wrapped_names, read_json
 from holdfast.checkpoints.rewrite import copy_contents, side_contents
+from holdfast.checkpoints.sizes import require_plausible_sizes
 from holdfast.checkpoints.support import quantisation_kind
+from holdfast.checkpoints.tensor_file import TensorFile
 from holdfast.checkpoints.tied import EMBEDDING, HEAD, untie_in_memory
 from holdfast.checkpoints.value import Source, as_checkpoint
 from holdfast.errors import AdapterError, CheckpointError, ModelError
@@ -34,6 +46,9 @@ from holdfast.models.loaded import BlockStore, LoadedModel
 from holdfast.models.memory import find_device, usable_bytes
 from holdfast.models.tuner import attach_tuner, is_tuner_folder
 from holdfast.models.widened import widen_while_running
+
+# Matching and loading take seconds; a pattern that never ends is stopped.
+PEFT_SECONDS = 300.0
 
 # Called before weights are read: what somebody keeps for later gives way (`models.held`).
 before_load: list[Callable[[], None]] = []
@@ -65,6 +80,7 @@ def load(
     config = read_config(base)
     target = find_device(device) if device is not None else default_device()
     weight_dtype = resolve_dtype(dtype, config, target)
+    _check_files(Path(base))
     for give_way in before_load:
         give_way()
     narrow = None if trainable else stays_narrow(base, dtype, config, target)
@@ -80,13 +96,16 @@ def load(
                 use_safetensors=True,  # never a pickle
                 output_loading_info=True,
             )
-        except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-            raise ModelError(f"{base}: the weights cannot be loaded: {error}") from error
+        except MemoryError:
+            raise
         except ImportError as error:
             raise ModelError(
                 f"{base} is quantised, and the library for it is not installed here ({error}). It is of a kind "
                 f"{quantisation_kind('other').sentence}"
             ) from error
+        except Exception as error:
+            # Whatever a library raises over a foreign configuration or file.
+            raise ModelError(f"{base}: the weights cannot be loaded: {_shown(error)}") from error
     model, info = loaded
     _check_complete(base, info)
     model = model.to(target)
@@ -170,6 +189,9 @@ def read_config(base: str) -> Any:
     require_model_folder(path)
     if path.exists() and not (path / "config.json").is_file():
         raise ModelError(f"{base} has no config.json; expected the folder of a saved transformers model.")
+    if path.exists():
+        # Before transformers reads it: of a bounded size and depth.
+        read_json(path / "config.json", "a model's config.json")
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(base, trust_remote_code=False)
@@ -183,11 +205,17 @@ def read_config(base: str) -> Any:
             f"{base}: transformers {transformers.__version__} cannot build this model without running code from the "
             f"checkpoint, which holdfast never does: {error}"
         ) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{base}: config.json cannot be used: {_shown(error)}") from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ModelError(
             f"{base} is a {config.model_type!r} model without a vision tower; expected an image-text-to-text model "
             "such as LLaVA, Qwen2.5-VL or InternVL (`holdfast list families`)."
         )
+    if path.is_dir():
+        require_plausible_sizes(config.to_dict(), path)
     return config
 
 
@@ -243,10 +271,13 @@ def _read_processor(place: str, config: Any | None, *, name: str | None = None) 
     try:
         # The PIL backend everywhere: torchvision resizes a little differently, and is not always there.
         processor = AutoProcessor.from_pretrained(place, trust_remote_code=False, backend="pil")
-    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
+        # tokenizers raises Exception itself.
         raise ModelError(
             f"{base}: the processor cannot be loaded; expected processor_config.json or preprocessor_config.json and "
-            f"the tokenizer's files beside the weights: {error}"
+            f"the tokenizer's files beside the weights: {_shown(error)}"
         ) from error
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise ModelError(
@@ -357,9 +388,18 @@ def _merge_by_peft(model: PreTrainedModel, adapter: str, base: str) -> PreTraine
             warnings.filterwarnings("error", message="Found missing adapter keys")
             # PEFT asks transformers for an attribute that was renamed.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-            wrapped = PeftModel.from_pretrained(model, adapter)
-    except (ValueError, RuntimeError, OSError, KeyError, SafetensorError, UserWarning) as error:
-        raise AdapterError(f"{adapter} does not fit {base}: {error}") from error
+            # PEFT matches the configuration's patterns with every module's name, and reads its files.
+            place = Path(adapter) / CONFIG_FILE
+            try_patterns(
+                read_json(place, "a PEFT configuration"), [name for name, _ in model.named_modules()], where=str(place)
+            )
+            TensorFile(Path(adapter) / ADAPTER_WEIGHTS).close()
+            with bounded(f"{adapter}: loading it with PEFT", seconds=PEFT_SECONDS, error=AdapterError):
+                wrapped = PeftModel.from_pretrained(model, adapter)
+    except (AdapterError, MemoryError):
+        raise
+    except Exception as error:
+        raise AdapterError(f"{adapter} does not fit {base}: {_shown(error)}") from error
     if not any(isinstance(m, BaseTunerLayer) for m in wrapped.modules()):
         raise AdapterError(f"{adapter} matches no module of {base}; it was trained for another model.")
     everywhere = dict(wrapped.named_parameters(remove_duplicate=False))
@@ -380,9 +420,21 @@ def _merge_by_peft(model: PreTrainedModel, adapter: str, base: str) -> PreTraine
 
 
 def default_device() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
+    """The accelerator where there is one, else the CPU. One process uses one device; that there are more is said."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None and (count := torch.accelerator.device_count()) > 1:
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        if alone:
+            _say_one_device(accelerator.type, count)
     return accelerator or torch.device("cpu")
+
+
+@cache
+def _say_one_device(kind: str, count: int) -> None:
+    logging.getLogger("holdfast").warning(
+        f"{count} {kind} devices are in sight; this process uses one of them, which CUDA_VISIBLE_DEVICES chooses. "
+        "`holdfast calibrate` and `holdfast evaluate` use all under `accelerate launch`."
+    )
 
 
 @contextmanager
@@ -446,6 +498,16 @@ def cpu_has_bf16() -> bool:
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
+def _check_files(folder: Path) -> None:
+    """Raise ModelError where weights on disk are damaged in a way that their loader may not mind: a name twice."""
+    if not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        return
+    try:
+        CheckpointReader(folder).close()
+    except CheckpointError as error:
+        raise ModelError(f"{folder}: the weights cannot be loaded: {error}") from error
+
+
 def _check_complete(base: str, info: dict[str, Any]) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
@@ -462,6 +524,12 @@ def _check_complete(base: str, info: dict[str, Any]) -> None:
         )
     if info.get("error_msgs"):
         raise CheckpointError(f"{base}: {'; '.join(info['error_msgs'][:3])}")
+
+
+def _shown(error: BaseException) -> str:
+    """The text of an error of another library, with its kind where the text alone says nothing."""
+    text = str(error)
+    return text if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {text}"
 
 
 def _some(names: Sequence[str], count: int = 3) -> str:

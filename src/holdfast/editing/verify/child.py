@@ -20,8 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from holdfast.bounds import bounded
 from holdfast.checkpoints.naming import NameIndex, strip_peft_prefix
 from holdfast.checkpoints.value import Checkpoint
+from holdfast.errors import AdapterError
 
 
 def tensor_hash(tensor: Tensor, dtype: torch.dtype) -> str:
@@ -147,7 +149,7 @@ def copy_extra_weights(model: nn.Module, folder: Path) -> None:
 def _load(request: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     from holdfast.checkpoints.adapter import LoraAdapter
     from holdfast.checkpoints.tied import set_vocabulary
-    from holdfast.models.load import load, quiet_transformers, read_config, resize_vocabulary
+    from holdfast.models.load import PEFT_SECONDS, load, quiet_transformers, read_config, resize_vocabulary
 
     dense = request["kind"] == "dense"
     rows = None
@@ -179,7 +181,8 @@ def _load(request: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         without_weights = request["input_ids"] is None
         if not without_weights:
             copy_extra_weights(model, Path(request["export"]))
-        model = PeftModel.from_pretrained(model, request["export"], low_cpu_mem_usage=without_weights)
+        with bounded(f"{request['export']}: loading it with PEFT", seconds=PEFT_SECONDS, error=AdapterError):
+            model = PeftModel.from_pretrained(model, request["export"], low_cpu_mem_usage=without_weights)
         active = adapter_modules(model)
         return model.eval(), {
             "active_modules": len(active),

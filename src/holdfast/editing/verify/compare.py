@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from holdfast.bounds import bounded
 from holdfast.checkpoints.adapter import LoraAdapter
 from holdfast.checkpoints.merged import locate
 from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
@@ -32,7 +33,7 @@ from holdfast.editing.plan import LoraTarget, Target
 from holdfast.editing.verify.redo import Redo, Redone
 from holdfast.editing.verify.redo import Written as _Written
 from holdfast.editing.verify.redo import same as _same
-from holdfast.errors import ExportError
+from holdfast.errors import AdapterError, ExportError
 from holdfast.models.memory import free_memory_bytes
 from holdfast.rules.base import EditRule
 
@@ -207,7 +208,7 @@ class _Guard:
         from transformers import AutoModelForImageTextToText
 
         from holdfast.editing.verify.child import copy_extra_weights, forward, probe_ids
-        from holdfast.models.load import load, quiet_transformers, resize_vocabulary
+        from holdfast.models.load import PEFT_SECONDS, load, quiet_transformers, resize_vocabulary
 
         value = self._merged_value()
         last_adapter = self.pair.after.adapters[-1] if value.adapters else None
@@ -228,7 +229,8 @@ class _Guard:
             resize_vocabulary(model, self.pair.after.vocabulary)
             copy_extra_weights(model, Path(last))
             try:
-                PeftModel.from_pretrained(model, last)
+                with bounded(f"{last}: loading it with PEFT", seconds=PEFT_SECONDS, error=AdapterError):
+                    PeftModel.from_pretrained(model, last)
             except (UserWarning, ValueError, RuntimeError, KeyError):
                 return None
             # PEFT put its layers into the model itself; its wrapper's forward adds nothing but arguments.
