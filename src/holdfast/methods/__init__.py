@@ -70,9 +70,17 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
                 "rank": {"tau_alloc": 0.08, "alloc": "absolute", "novelty": "absolute", "cap_first": True},
                 "join_floor": -1.0,
                 "sigma": 2.0,
-                "released": {"double_scale": True, "learn_centroid": True, "penalty_space": "input"},
+                "released": {
+                    "forward_factor": 2.0,
+                    "double_scale": True,
+                    "learn_centroid": True,
+                    "centroid_per_block": True,
+                    "penalty_space": "input",
+                    "max_groups": 10,
+                },
                 "abstain": "off",
                 "held_out": 0.0,
+                "encoder": "openai/clip-vit-large-patch14-336",
             }
         },
     ),
