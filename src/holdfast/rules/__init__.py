@@ -25,6 +25,8 @@ RULES: dict[str, Any] = {
     "dare": "holdfast.rules.dare:DareRule",
     "ties": "holdfast.rules.ties:TiesRule",
     "safe_lora": "holdfast.rules.safe_lora:SafeLoraRule",
+    "resta": "holdfast.rules.resta:RestaRule",
+    "cgm": "holdfast.rules.cgm:CgmRule",
 }
 REGISTRY = Registry("rule", "holdfast.rules", RULES, made_needs=("name", "needs_curvature", "settings", "edit"))
 
