@@ -12,6 +12,7 @@ from holdfast.functional.hessian import InputGram, inverse_cholesky_factor
 from holdfast.functional.rivals import (
     cgm,
     dare,
+    least_squares_merge,
     model_tailor,
     safe_delta,
     safelora,
@@ -183,6 +184,41 @@ def test_cgm_weighs_each_entry_by_who_needs_it() -> None:
         cgm(delta, own, before, alpha=-1)
     with pytest.raises(ValueError, match="expected one shape"):
         cgm(delta, own[1:], before)
+
+
+def test_a_least_squares_merge_is_the_minimum_that_recursion_reaches() -> None:
+    """Against the normal equations over full matrices, and against recursive least squares, task by task."""
+    g = torch.Generator().manual_seed(0)
+    r, c, ranks = 5, 12, (3, 2, 4)
+    rows = [torch.randn(k, c, generator=g).double() for k in ranks]
+    columns = [torch.randn(r, k, generator=g).double() for k in ranks]
+    ridge = 0.05
+    found = least_squares_merge(rows, columns, ridge=ridge)
+    lam = ridge * float(torch.cat(rows).square().sum(1).mean())
+    left, right = lam * torch.eye(c, dtype=torch.float64), torch.zeros(r, c, dtype=torch.float64)
+    inverse, merged = torch.eye(c, dtype=torch.float64) / lam, torch.zeros(r, c, dtype=torch.float64)
+    for a, b in zip(rows, columns, strict=True):
+        left, right = left + a.T @ a, right + b @ a @ a.T @ a
+        gain = inverse @ a.T @ torch.linalg.inv(torch.eye(a.shape[0]).double() + a @ inverse @ a.T)
+        merged = merged + (b @ a @ a.T - merged @ a.T) @ gain.T
+        inverse = inverse - gain @ a @ inverse
+    torch.testing.assert_close(found, right @ torch.linalg.inv(left))
+    torch.testing.assert_close(found, merged)
+
+
+def test_a_least_squares_merge_keeps_tasks_that_read_apart_whole() -> None:
+    rows, columns = [torch.eye(6)[:2], torch.eye(6)[2:5]], [torch.ones(4, 2), torch.full((4, 3), 2.0)]
+    both = columns[0] @ rows[0] + columns[1] @ rows[1]
+    torch.testing.assert_close(least_squares_merge(rows, columns, ridge=1e-9), both)
+    # Two tasks that read alike meet in the middle.
+    torch.testing.assert_close(
+        least_squares_merge([rows[0]] * 2, [columns[0], 3 * columns[0]], ridge=1e-9), 2 * columns[0] @ rows[0]
+    )
+    assert not bool(least_squares_merge([torch.zeros(2, 6)], [torch.ones(4, 2)]).any())
+    with pytest.raises(ValueError, match="0 A and 0 B"):
+        least_squares_merge([], [])
+    with pytest.raises(ValueError, match="ridge=0"):
+        least_squares_merge(rows, columns, ridge=0)
 
 
 @pytest.mark.parametrize("density", [0.001, 0.03, 0.2, 0.5, 0.77, 1.0])

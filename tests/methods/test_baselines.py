@@ -148,6 +148,8 @@ def test_osf_as_an_ordinary_lora_is_what_peft_changed(ctx, pico_folder):
         ("cgm", {"alpha": -1.0}, "alpha is -1.0"),
         ("cgm", {"importance_samples": 0}, "importance_samples is 0"),
         ("intruders", {"keep": 2.0}, "keep is 2.0"),
+        ("many", {"ridge": 0.0}, "ridge is 0.0"),
+        ("guardspace", {"energy": 1.0}, "energy is 1.0"),
     ],
 )
 def test_a_wrong_option_is_named(name, options, message):

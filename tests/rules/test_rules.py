@@ -62,6 +62,7 @@ def test_the_rules_are_found():
         "safe_lora:SafeLoraRule",
         "resta:RestaRule",
         "cgm:CgmRule",
+        "many:ManyRule",
     }
 
 

@@ -237,6 +237,41 @@ def cgm(
     return delta * torch.where(against > 0, share, 1.0).to(delta)
 
 
+def least_squares_merge(
+    rows: Sequence[Float[Tensor, "k c"]], columns: Sequence[Float[Tensor, "r k"]], *, ridge: float = 1e-2
+) -> Float[Tensor, "r c"]:
+    """The update M that does for the rows of every A_t what B_t A_t did, in the least-squares sense.
+
+    M minimises sum over t of ||(M - B_t A_t) A_t^T||^2 + lam ||M||^2. Source: MAny's low-rank parameter merging (arXiv
+    2604.14016, our reading), which reaches the same minimum recursively. Only a matrix of all ranks together is solved.
+
+    Args:
+        rows, columns: A_t and B_t of each task, with any scaling in B_t; ranks may differ.
+        ridge: lam relative to the mean square of all rows' entries, times their number; above 0.
+
+    Raises: ValueError: no update, factors that do not belong together, or a ridge that is not above 0.
+    """
+    if not rows or len(rows) != len(columns):
+        raise ValueError(
+            f"{len(rows)} A and {len(columns)} B; expected one of each for every update, and one at least."
+        )
+    if not ridge > 0:
+        raise ValueError(f"ridge={ridge}; expected more than 0.")
+    for a, b in zip(rows, columns, strict=True):
+        check_lora(a, b, None)
+    a = torch.cat([r.double() for r in rows])
+    with ieee_matmul():
+        wanted = torch.cat(
+            [(b.double() @ r.double()) @ r.double().T for r, b in zip(rows, columns, strict=True)], dim=1
+        )
+        gram = a @ a.T
+        lam = ridge * float(gram.diagonal().mean())
+        if lam == 0:
+            return torch.zeros(wanted.shape[0], a.shape[1], dtype=rows[0].dtype, device=a.device)
+        gram.diagonal().add_(lam)
+        return (torch.linalg.solve(gram, wanted.T).T @ a).to(rows[0].dtype)
+
+
 def shared_threshold(tensors: Callable[[], Iterable[Tensor]], density: float) -> float:
     """The magnitude that the largest `density` (0..1) of all entries of all tensors reach; exact in fp32.
 
