@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from holdfast.data.types import Sample
 from holdfast.errors import CalibrationError, ConfigError
 from holdfast.methods import get
 from holdfast.methods._glue.lora_layers import live_factors, read_adapter
-from holdfast.models.families import decoder_blocks
+from holdfast.methods.safe_anchor import anchored_adapter, top_directions
+from holdfast.models.encode import encode_training
+from holdfast.models.families import decoder_blocks, editable_linears
 from holdfast.models.load import load
 from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.training.training_config import TrainingConfig
@@ -118,10 +121,50 @@ def test_intruders_are_reduced_by_what_is_not_kept(ctx, keep, changes):
     assert changes or max(moved) < 1e-3
 
 
+def test_safe_anchor_finds_the_directions_of_most_strength():
+    g = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(8, 8, generator=g)).Q
+    square = basis @ torch.diag(torch.tensor([9.0, 4.0, 1.0, 0, 0, 0, 0, 0])) @ basis.T
+    two = top_directions(square, 2)
+    torch.testing.assert_close((two.T @ basis[:, :2]).abs(), torch.eye(2), rtol=1e-3, atol=1e-3)
+    assert top_directions(square, 99).shape == (8, 3), "no more than there are"
+    assert top_directions(torch.eye(8), 99).shape == (8, 7), "one is left to learn with"
+    assert top_directions(torch.zeros(8, 8), 3).shape == (8, 0)
+
+
+def test_safe_anchor_keeps_gradients_off_what_safety_is_sensitive_to(ctx, pico_folder):
+    loaded = load(pico_folder, device="cpu")
+    g = torch.Generator().manual_seed(0)
+    subspaces = {}
+    for name, linear in editable_linears(loaded.model).items():
+        for side, width in (("out", linear.out_features), ("in", linear.in_features)):
+            subspaces[f"{name}/{side}"] = torch.linalg.qr(torch.randn(width, 3, generator=g)).Q
+    adapter = anchored_adapter(loaded, TrainingConfig(rank=2, alpha=4), subspaces)
+    layers = list(live_factors(adapter))
+    for factors in layers:
+        factors.b.data.normal_(std=0.1)
+    inputs = encode_training(loaded, list(ctx.stream.tasks[0].train[:2]))
+    adapter(**inputs).loss.backward()
+    for factors in layers:
+        assert float(factors.b.grad.norm()) > 0 and float(factors.a.grad.norm()) > 0
+        written = subspaces[f"{factors.name}/out"].T @ factors.b.grad
+        read = factors.a.grad @ subspaces[f"{factors.name}/in"]
+        assert float(written.abs().max()) < 1e-4 * float(factors.b.grad.abs().max()) + 1e-8
+        assert float(read.abs().max()) < 1e-4 * float(factors.a.grad.abs().max()) + 1e-8
+
+
+@pytest.mark.parametrize("tolerance, adapters", [(0.0, 2), (1e9, 1)])
+def test_safe_anchor_repairs_what_drifted_and_says_so(ctx, tolerance, adapters):
+    hard = {**TRAINING, "learning_rate": 0.05}
+    method = get("safe_anchor", tolerance=tolerance, samples=2, repair_steps=1, directions=2, training=hard)
+    trained = method.train_task(ctx)
+    record = json.loads((ctx.work_dir / "safety.json").read_text())
+    assert record["after"] > record["before"] > 0 and record["repaired"] is (adapters == 2)
+    assert len(trained.adapters) == adapters
+
+
 def test_osf_as_an_ordinary_lora_is_what_peft_changed(ctx, pico_folder):
     from peft import PeftModel
-
-    from holdfast.models.families import editable_linears
 
     trained = get("osf", training=TRAINING).train_task(ctx)
     lora = {f.name: f.update() for f in read_adapter(trained.adapters[-1])}
@@ -148,6 +191,8 @@ def test_osf_as_an_ordinary_lora_is_what_peft_changed(ctx, pico_folder):
         ("cgm", {"alpha": -1.0}, "alpha is -1.0"),
         ("cgm", {"importance_samples": 0}, "importance_samples is 0"),
         ("intruders", {"keep": 2.0}, "keep is 2.0"),
+        ("safe_anchor", {"directions": 0}, "directions is 0"),
+        ("safe_anchor", {"tolerance": -0.1}, "tolerance is -0.1"),
         ("many", {"ridge": 0.0}, "ridge is 0.0"),
         ("guardspace", {"energy": 1.0}, "energy is 1.0"),
     ],

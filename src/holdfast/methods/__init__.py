@@ -54,6 +54,7 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "sppft": ("holdfast.methods.sppft:Sppft", {}),
     "cgm": ("holdfast.methods.cgm:Cgm", {}),
     "cgm_hard": ("holdfast.methods.cgm:Cgm", {"hard": True}),
+    "safe_anchor": ("holdfast.methods.safe_anchor:SafeAnchor", {}),
     "many": ("holdfast.methods.many:Many", {}),
     "guardspace": ("holdfast.methods.guardspace:GuardSpace", {}),
     # From PEFT.
