@@ -102,15 +102,12 @@ class GuardedLora(nn.Module):
         self.model.requires_grad_(False)
         self.scaling, self._base = float(config.alpha) / config.rank, base_of(loaded)["base"]
         linears = editable_linears(loaded.model)
-        self.names = list(linears)
-        self.layers = nn.ModuleList()
+        made = {}
         for name, linear in linears.items():
             start = {k: v.to(linear.weight.device) for k, v in load_file(folder / f"{name}.safetensors").items()}
-            self.layers.append(_Guarded(start, self.scaling, config.dropout))
-        self._hooks = [
-            linear.register_forward_hook(layer.extend)
-            for linear, layer in zip(linears.values(), self.layers, strict=True)
-        ]
+            made[name] = _Guarded(start, self.scaling, config.dropout)
+        self._hooks = [linears[name].register_forward_hook(layer.extend) for name, layer in made.items()]
+        self.layers, self._by_name = nn.ModuleList(made.values()), made
 
     def forward(self, **inputs: Any) -> Any:
         """The model's forward pass; the adapter is in its linears."""
@@ -134,7 +131,7 @@ class GuardedLora(nn.Module):
 
     def save_pretrained(self, folder: str) -> None:
         """What the adapter changes, as an ordinary LoRA of twice its rank."""
-        factors = {name: layer.factors() for name, layer in zip(self.names, self.layers, strict=True)}
+        factors = {name: layer.factors() for name, layer in self._by_name.items()}
         save_expert(Path(folder), factors, base=self._base)
 
     def unload(self) -> nn.Module:

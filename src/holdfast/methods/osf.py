@@ -80,7 +80,7 @@ def lora_factors(model: PeftModel) -> Iterator[tuple[str, Tensor, Tensor]]:
     for name, layer in model.named_modules():
         if not isinstance(layer, OSFLayer):
             continue
-        now = layer.osf_svd_params[_ADAPTER]
+        now: Any = layer.osf_svd_params[_ADAPTER]
         u, s, v = (now[key].detach().float().cpu() for key in ("U_low", "S_low", "V_low"))
         first = (layer._osf_U_low_init, layer._osf_S_low_init, layer._osf_V_low_init)
         u0, s0, v0 = (kept[_ADAPTER].detach().float().cpu() for kept in first)
