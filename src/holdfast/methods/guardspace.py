@@ -25,7 +25,7 @@ from holdfast.files import atomic_path
 from holdfast.functional.guardspace import guarded_start, unseen
 from holdfast.methods.seqft import EditingConfig, SeqFT
 from holdfast.models.families import editable_linears
-from holdfast.models.load import load
+from holdfast.models.held import load
 from holdfast.models.loaded import LoadedModel
 from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.training.training_config import TrainingConfig

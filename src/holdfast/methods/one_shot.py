@@ -13,7 +13,7 @@ from holdfast.data.types import Stream
 from holdfast.errors import ConfigError
 from holdfast.methods._glue.refusals import refusals
 from holdfast.methods.seqft import SeqFT, SeqFTConfig, draw, step_seed
-from holdfast.models.load import load
+from holdfast.models.held import load
 from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.training.supervised import train
 

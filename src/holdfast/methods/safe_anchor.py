@@ -32,7 +32,7 @@ from holdfast.methods._glue.refusals import refusals
 from holdfast.methods.seqft import SeqFT, SeqFTConfig, draw, step_seed
 from holdfast.models.encode import encode_training
 from holdfast.models.families import editable_linears
-from holdfast.models.load import load
+from holdfast.models.held import load
 from holdfast.models.loaded import LoadedModel
 from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.training.supervised import lora_adapter, train
@@ -110,6 +110,9 @@ class SafeAnchor(SeqFT):
                     outputs[name] += weight.grad @ weight.grad.T
                     inputs[name] += weight.grad.T @ weight.grad
             ctx.progress("calibrate", done=number, total=len(safe))
+        # As it came: the same model is trained next.
+        loaded.model.requires_grad_(False)
+        loaded.model.zero_grad(set_to_none=True)
         found = {f"{name}/out": top_directions(value, self.config.directions) for name, value in outputs.items()}
         found |= {f"{name}/in": top_directions(value, self.config.directions) for name, value in inputs.items()}
         return {name: value.cpu().contiguous() for name, value in found.items()}, total / len(safe)

@@ -21,7 +21,7 @@ from holdfast.data.types import Sample
 from holdfast.functional.rivals import RivalEdit
 from holdfast.methods.seqft import EditingConfig, SeqFT
 from holdfast.models.families import decoder_blocks
-from holdfast.models.load import load
+from holdfast.models.held import load
 from holdfast.rules.base import EditRule
 from holdfast.rules.ready_edits import ReadyEdits, ReadyOptions, write_edit
 from holdfast.stream.protocol import Checkpoint, TaskContext

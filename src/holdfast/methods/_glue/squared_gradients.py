@@ -11,7 +11,7 @@ from holdfast.data.types import Sample
 from holdfast.functional.distill import squared_gradients
 from holdfast.models.encode import encode_training
 from holdfast.models.families import editable_linears
-from holdfast.models.load import load
+from holdfast.models.held import load
 from holdfast.stream.protocol import Checkpoint, TaskContext
 
 
@@ -32,4 +32,7 @@ def mean_squared_gradients(ctx: TaskContext, model: Checkpoint, samples: Sequenc
         for name, square in squared_gradients(weights).items():
             total[name] += square
         ctx.progress("calibrate", done=number, total=len(samples))
+    # As it came: a run may hold the model for its next phase.
+    loaded.model.requires_grad_(False)
+    loaded.model.zero_grad(set_to_none=True)
     return {name: summed.cpu() / len(samples) for name, summed in total.items()}
