@@ -78,6 +78,9 @@ class TaskVectors(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         return load_file(self._files[key])["vector"]
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._files  # a mapping would read the file to know
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
