@@ -15,6 +15,7 @@ VERBS: dict[str, str] = {
     "demo": "holdfast.cli.demo",
     "init": "holdfast.cli.init",
     "run": "holdfast.cli.run",
+    "sweep": "holdfast.cli.sweep",
     "list": "holdfast.cli.list",
     "new": "holdfast.cli.new",
     "doctor": "holdfast.cli.doctor",

@@ -30,7 +30,7 @@ PANELS: dict[str, tuple[str, ...]] = {
         "all_images", "as_json", "export", "json", "json_", "layers", "listed", "measured_safety", "model_card",
         "dry_run", "names_only", "out", "overwrite", "report", "shard", "title", "verify",
     ),
-    "Machine": ("backend", "batch_size", "device", "dtype", "jobs", "max_new_tokens", "memory"),
+    "Machine": ("backend", "batch_size", "device", "dtype", "jobs", "max_new_tokens", "memory", "retries"),
     "Checks to leave out": ("allow_other_base", "allow_other_calibration", "allow_problems", "allow_short"),
 }  # fmt: skip
 _PANEL_OF = {option: panel for panel, options in PANELS.items() for option in options}

@@ -10,6 +10,8 @@ from holdfast.errors import CheckpointError
 # Cosine of two weights of one layer, below which they are not taken for relatives. Independent weights of 16 x 16
 # numbers reach 0.06 and a 7B's 0.0002; a change of five times the norm still leaves 0.2.
 _UNRELATED = 0.1
+# Distance over change, from which an edit counts as having moved a weight further than the tuning did.
+_FURTHER = 1.01
 
 
 def require_alike(
@@ -52,3 +54,19 @@ def describe_no_change(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if all(row.get("change") == 0 for row in rows):
         return ["AFTER equals BEFORE in every calibrated layer: there was nothing to edit"]
     return []
+
+
+def describe_moved_further(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence where an edit left layers farther from BEFORE than the tuning had: compensation can do that."""
+    moved = {
+        str(row.get("layer", "?")): row["distance"] / row["change"]
+        for row in rows
+        if row.get("change") and row.get("distance") is not None and row["distance"] > _FURTHER * row["change"]
+    }
+    if not moved:
+        return []
+    name, most = max(moved.items(), key=lambda item: item[1])
+    return [
+        f"{len(moved)} of {len(rows)} layers are farther from BEFORE than AFTER is, {name} by {most:.2f} times: the "
+        "edit moves what the tuning had not"
+    ]

@@ -33,7 +33,7 @@ from holdfast.checkpoints.writer import (
 )
 from holdfast.editing.account import REPORT_FILE, VERIFICATION_FILE, EditReport, check_safety, model_card, versions
 from holdfast.editing.adapter_names import PresentNames, present_names
-from holdfast.editing.descent import describe_no_change
+from holdfast.editing.descent import describe_moved_further, describe_no_change
 from holdfast.editing.pair import Pair, open_pair, tuned_checkpoint
 from holdfast.editing.plan import (
     Blocks,
@@ -433,7 +433,7 @@ def _warnings(unprotected: list[str], pair: Pair, rows: list[dict[str, Any]], cu
     sentences = describe_unprotected(unprotected) if unprotected else []
     if curvature is not None:
         sentences += describe_calibration(curvature, pair)
-    sentences = describe_no_change(rows) + sentences + _other_base(pair)
+    sentences = describe_no_change(rows) + describe_moved_further(rows) + sentences + _other_base(pair)
     sentences += [f"{key}: in AFTER only, copied" for key in pair.only_after]
     if pair.only_before:
         count = f"{pair.only_before[0]} ({len(pair.only_before)} tensor(s))"

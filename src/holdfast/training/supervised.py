@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,13 +67,16 @@ class TrainResult:
     history: tuple[Mapping[str, float], ...]
 
 
-def lora_adapter(loaded: LoadedModel, config: TrainingConfig) -> PeftModel:
-    """A fresh LoRA on every linear layer of the language model's blocks; its factors are fp32."""
+def lora_adapter(loaded: LoadedModel, config: TrainingConfig, blocks: Collection[int] | None = None) -> PeftModel:
+    """A fresh LoRA on every linear layer of the language model's blocks; its factors are fp32.
+
+    blocks: 0-based indices of those that are tuned; None: all.
+    """
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
         lora_dropout=config.dropout,
-        target_modules=list(editable_linears(loaded.model)),
+        target_modules=list(editable_linears(loaded.model, blocks)),
         bias="none",
     )
     with warnings.catch_warnings():
