@@ -25,7 +25,7 @@ from holdfast.checkpoints.contents import (
     kind_of,
     require_safe_adapter,
 )
-from holdfast.checkpoints.dense_update import DenseUpdate, Part
+from holdfast.checkpoints.dense_update import DenseKind, DenseUpdate, Part
 from holdfast.checkpoints.naming import NameIndex, normalised, strip_peft_prefix
 from holdfast.checkpoints.patterns import try_patterns, values_by_module
 from holdfast.checkpoints.reader import read_json
@@ -275,7 +275,7 @@ class LoraAdapter:
                 "initial_A": Part(self._initial._file, before.a),
                 "initial_B": Part(self._initial._file, before.b),
             }
-        kind = "embedding" if embedding else "conv" if _is_convolution(roles) else "linear"
+        kind: DenseKind = "embedding" if embedding else "conv" if _is_convolution(roles) else "linear"
         return DenseUpdate(
             module=name,
             kind=kind,
@@ -450,7 +450,8 @@ class LoraAdapter:
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that hold tensors."""
-        files = (self._file, self._scales, *self._extra, self._initial and self._initial._file)
+        initial = None if self._initial is None else self._initial._file
+        files = (self._file, self._scales, *self._extra, initial)
         return tuple(file.path for file in files if file is not None)
 
     def why_not_factors(self) -> str | None:

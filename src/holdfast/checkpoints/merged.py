@@ -375,6 +375,7 @@ def open_checkpoint(source: Source) -> MergedCheckpoint:
 
 
 def _check_fit(adapter: LoraAdapter, update: LoraEntry | DenseUpdate, base: TensorEntry) -> None:
+    expected: tuple[int, ...]
     if isinstance(update, LoraEntry):
         expected = update.shape[::-1] if update.transposed else update.shape
         fits = base.shape == expected

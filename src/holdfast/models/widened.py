@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from holdfast.models.families import decoder_blocks
 
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def widen_while_running(model: nn.Module) -> int:
+def widen_while_running(model: PreTrainedModel) -> int:
     """Compute in fp32 from now on, block by block; returns how many bytes stay in 16 bits.
 
     The results are those of the whole model in fp32, bit for bit.
