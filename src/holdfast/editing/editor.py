@@ -5,15 +5,18 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
 from safetensors.torch import save_file
 
 from holdfast.checkpoints.adapter import INPUT_SCALE_FILE, WEIGHTS_FILE
+from holdfast.checkpoints.adapter_config import serving_notes, settle_adapter_config
 from holdfast.checkpoints.adapter_settings import describe_overlay
 from holdfast.checkpoints.curvature_file import Curvature
+from holdfast.checkpoints.hub_names import hub_names
 from holdfast.checkpoints.reader import INDEX_FILE, SINGLE_FILE
 from holdfast.checkpoints.rewrite import RewriteResult, copy_side_files, hash_side_files, rewrite, side_contents
 from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
@@ -182,8 +185,18 @@ class _Edit:
 
     def dense_output(self, shard_bytes: int, allow_other_base: bool) -> _Output:
         recipe, unprotected = dense_recipe(self.pair, self.targets, self.rule, allow_other_base=allow_other_base)
-        tensors = output_tensors(self.pair.after.entries)
-        return _Output(recipe, plan_shards(tensors, shard_bytes=shard_bytes, stem=_stem(SINGLE_FILE)), unprotected)
+        names = self.released
+        tensors = [replace(tensor, name=names[tensor.name]) for tensor in output_tensors(self.pair.after.entries)]
+        return _Output(
+            {names[key]: step for key, step in recipe.items()},
+            plan_shards(tensors, shard_bytes=shard_bytes, stem=_stem(SINGLE_FILE)),
+            [names[key] for key in unprotected],
+        )
+
+    @cached_property
+    def released(self) -> dict[str, str]:
+        """Key of AFTER -> the name that a dense result gives it, as released checkpoints of this family spell it."""
+        return hub_names(self.pair.after.entries, self.pair.after.config())
 
     def plan(self, *, seed: int, shard_bytes: int) -> dict[str, Any]:
         """Everything that decides the bytes of the result."""
@@ -201,9 +214,15 @@ class _Edit:
             "block_count": self.targets[0].layer.block_count,
             "seed": seed,
             "shard_bytes": shard_bytes if self.export == "dense" else None,
+            **self._renamed(),
             "safety": dict(self.safety) if self.safety else None,
             "versions": {name: versions()[name] for name in ("holdfast", "torch")},
         }
+
+    def _renamed(self) -> dict[str, Any]:
+        """In the plan where names change: an unfinished result with the old ones is another result."""
+        changed = self.export == "dense" and any(key != name for key, name in self.released.items())
+        return {"names": "released"} if changed else {}
 
     def report(self, result: RewriteResult, plan_hash: str, unprotected: list[str]) -> EditReport:
         rows = self._rows(result)
@@ -250,7 +269,8 @@ class _Edit:
 
     def write_card(self, folder: Path, report: EditReport) -> None:
         with atomic_path(folder / "README.md") as temporary:
-            temporary.write_text(model_card(report, safety=self.safety), encoding="utf-8")
+            served = serving_notes(folder) if self.export == "adapter" else []
+            temporary.write_text(model_card(report, safety=self.safety, served=served), encoding="utf-8")
 
     def layers_only(self, progress: Callable[..., None] | None) -> Callable[..., None] | None:
         """`progress` told of edited layers by their names, and of no other tensor."""
@@ -269,7 +289,9 @@ class _Edit:
 
     def _written_key(self, target: Target) -> str:
         """The output tensor that a target's edit is in."""
-        return target.lora.a.name if self.export == "adapter" and isinstance(target, LoraTarget) else target.key
+        if self.export == "adapter" and isinstance(target, LoraTarget):
+            return target.lora.a.name
+        return self.released[target.key]
 
     def _rows(self, result: RewriteResult) -> list[dict[str, Any]]:
         rows = []
@@ -310,6 +332,10 @@ def _write_small_files(
     """All but the weights and the card: side files, scaling vectors, index, report, provenance."""
     folder = staging.folder
     copy_side_files(edit.side_folder(), folder, edit.settings_folders())
+    if edit.export == "adapter":
+        # The shards are in place: a pattern of target modules is replaced by what they are for.
+        before = edit.pair.before
+        settle_adapter_config(folder, base=edit.before.base, base_config=before.base.config())
     if edit.export == "dense" and edit.pair.after.untied:
         write_json(folder / "config.json", edit.pair.after.config())
     if edit.export == "adapter":

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, DataError, unknown_name
 from holdfast.models.encode import encode_request
-from holdfast.tuners.cram.folder import base_of, save_expert
+from holdfast.tuners.cram.folder import base_for_peft, save_expert
 from holdfast.tuners.cram.model import Cram, Factors
 
 
@@ -72,9 +72,7 @@ def export_merged(
     record: plain data kept beside it as merge.json.
     """
     factors = merged_factors(cram, mass)
-    save_expert(
-        folder, factors, base=base_of(cram.loaded)["base"], beside={"merge.json": dict(record)} if record else None
-    )
+    save_expert(folder, factors, **base_for_peft(cram.loaded), beside={"merge.json": dict(record)} if record else None)
     return factors
 
 
