@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Spin-waiting OpenMP threads cost 4-8x on a shared two-core machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint serve-test clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,15 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest
+
+# A real vLLM on the CPU, in an environment of its own (3.5 GB); a quarter of an hour on two cores. Not part of `make test`.
+SERVE_VENV ?= .venv-vllm
+$(SERVE_VENV)/.installed: tests/serve_vllm/make_environment.sh tests/serve_vllm/stub_torchvision.py
+	PYTHON=$(PYTHON) bash tests/serve_vllm/make_environment.sh $(SERVE_VENV)
+	@touch $@
+
+serve-test: $(STAMP) $(SERVE_VENV)/.installed
+	HOLDFAST_VLLM_PYTHON=$(abspath $(SERVE_VENV))/bin/python $(BIN)/python -m pytest -s tests/serve_vllm
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

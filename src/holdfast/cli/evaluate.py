@@ -38,7 +38,13 @@ def command(
     dtype: Annotated[DtypeName | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     seed: Annotated[int | None, typer.Option(help="Sample with this seed instead of greedy decoding.")] = None,
     temperature: Annotated[float, typer.Option(help="Of sampling; greedy decoding has none.")] = 1.0,
-    backend: Annotated[BackendName, typer.Option(help="vllm is installed by oneself.")] = "transformers",
+    backend: Annotated[
+        BackendName, typer.Option(help="vllm is installed by oneself (docs/serving.md).")
+    ] = "transformers",
+    eager: Annotated[bool, typer.Option("--eager", help="vllm: no compiled graphs (short start, CPUs).")] = False,
+    max_model_len: Annotated[int | None, typer.Option(help="vllm: tokens of prompt and answer together.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="vllm: share of the GPU's memory, such as 0.9.")] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(help="vllm: GPUs that share the model.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print evaluation.json instead of tables.")] = False,
 ) -> None:
     """Ask a model every test sample and every safety request; score, judge, and say how sure each figure is.
@@ -62,6 +68,7 @@ def command(
     from holdfast.data.types import Stream, Task
     from holdfast.errors import ConfigError
     from holdfast.evaluation.evaluation_config import EvaluationConfig
+    from holdfast.evaluation.vllm_options import VllmOptions
     from holdfast.registry import origins
     from holdfast.stream.protocol import Checkpoint
 
@@ -71,6 +78,17 @@ def command(
         raise ConfigError("--task chooses among the tasks of a stream file; give that file with --tasks.")
     options = {"batch_size": batch_size, "dtype": dtype, "limit": limit, "seed": seed, "temperature": temperature}
     judges = {"judges": [_judge(text) for text in judge]} if judge else {}
+    engine = VllmOptions(
+        eager=True if eager else None,
+        max_model_len=max_model_len,
+        gpu_memory=gpu_memory,
+        tensor_parallel=tensor_parallel,
+    )
+    if backend != "vllm" and engine != VllmOptions():
+        raise ConfigError(
+            f"{', '.join('--' + name.replace('_', '-') for name in engine.to_json())} only speaks to vLLM's engine; "
+            "add --backend vllm, or leave it out."
+        )
     opened = PictureConfig(images=image_mode, max_pixels=max_pixels)
     config = decode(EvaluationConfig, {**options, "backend": backend, **judges})
     checkpoint = Checkpoint(base=model, adapters=tuple(adapter or ()))
@@ -111,10 +129,20 @@ def command(
             bars.update(bar, completed=done, total=total)
 
         from holdfast.evaluation.answers import ALONE
+        from holdfast.evaluation.engine_log import stdout_for_results
         from holdfast.evaluation.standalone import evaluate
 
-        with pictures(opened):
-            result = evaluate(checkpoint, stream, config, out=out, asked=asked, progress=progress, share=share or ALONE)
+        with pictures(opened), stdout_for_results():
+            result = evaluate(
+                checkpoint,
+                stream,
+                config,
+                out=out,
+                asked=asked,
+                progress=progress,
+                share=share or ALONE,
+                vllm_options=engine,
+            )
     if finish is not None:
         finish()
     if not chief:
