@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import model_zoo
 from holdfast.checkpoints.cast import cast_checkpoint
-from holdfast.checkpoints.hub_names import hub_name, hub_names
+from holdfast.checkpoints.hub_names import hub_name, hub_names, memory_name
 from holdfast.errors import CheckpointError
 
 _LLAVA = {"language_model.model.layers", "language_model.lm_head", "multi_modal_projector"}
@@ -51,6 +51,8 @@ def test_names_in_memory_and_names_of_transformers_5_become_released_ones(family
         if "vision_tower.vision_model" in RELEASED[family]:
             assert not [n for n in names if n.startswith("vision_tower.") and not n.startswith("vision_tower.vision_m")]
         assert not [n for n in names if n.startswith("model.vision_tower") or n.startswith("model.multi_modal")]
+        # There and back: what transformers has in memory.
+        assert {memory_name(name, config) for name in names} >= set(model.state_dict()) - {"lm_head.weight"}
         # Released names stay: a second pass changes nothing.
         assert {name: name for name in names} == hub_names(sorted(names), config)
 

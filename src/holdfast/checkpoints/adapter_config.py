@@ -13,6 +13,7 @@ from typing import Any
 
 from holdfast.checkpoints.adapter import CONFIG_FILE, LoraAdapter
 from holdfast.checkpoints.contents import ADAPTER_WEIGHTS
+from holdfast.checkpoints.hub_names import memory_name
 from holdfast.checkpoints.naming import normalised
 from holdfast.checkpoints.reader import read_json
 from holdfast.files import write_json
@@ -71,7 +72,8 @@ def settle_adapter_config(
     if isinstance(config.get("target_modules"), str) and (folder / ADAPTER_WEIGHTS).is_file():
         adapter = LoraAdapter(folder)
         try:
-            config["target_modules"] = sorted(adapter.modules)
+            # PEFT matches them with the modules in memory, whatever the weights are called.
+            config["target_modules"] = sorted(memory_name(name, base_config or {}) for name in adapter.modules)
         finally:
             adapter.close()
         config |= {key: None for key in ("layers_to_transform", "layers_pattern") if key in config}

@@ -53,6 +53,19 @@ def hub_name(key: str, config: Mapping[str, Any]) -> str:
     return key
 
 
+def memory_name(name: str, config: Mapping[str, Any]) -> str:
+    """The name in memory (transformers 5) of a module or tensor that is spelled as in a released checkpoint.
+
+    What is spelled so already stays. config: the checkpoint's config.json.
+    """
+    for new, old in _PREFIXES.get(str(config.get("model_type")), ()):
+        if name.startswith(new):
+            return name.replace("vision_tower.vision_model.", "vision_tower.")
+        if name.startswith(old):
+            return (new + name.removeprefix(old)).replace("vision_tower.vision_model.", "vision_tower.")
+    return name
+
+
 def hub_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
     """Key -> released name, in the order of `keys`.
 
@@ -71,4 +84,4 @@ def hub_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-__all__ = ["hub_name", "hub_names"]
+__all__ = ["hub_name", "hub_names", "memory_name"]

@@ -154,7 +154,7 @@ class VllmBackend:
         """Who answers each request of a CRAM folder, and why, as plain data."""
         if self._engine is None:
             self._engine = self._start(max((len(s.images) for s in samples), default=1))
-        return [{"id": s.id, **d.to_json()} for s, d in zip(samples, self._decide(samples), strict=True)]
+        return [d.explain(s.id) for s, d in zip(samples, self._decide(samples), strict=True)]
 
     def _first_tokens(self, samples: Sequence[Sample]) -> list[Mapping[int, float]]:
         """theta_0's likeliest first answer tokens for each sample, with their log-probabilities."""

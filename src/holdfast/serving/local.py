@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from holdfast.models.tuner import is_tuner_folder
 from holdfast.serving.api_error import ApiError, bad_request
 from holdfast.serving.engine import BASE, Piece, chosen_part, model_names
 from holdfast.serving.protocol import ChatRequest, Limits
-from holdfast.tuners.cram.folder import ROUTER, from_pretrained
+from holdfast.tuners.cram.folder import Stamp, folder_stamp, from_pretrained
 from holdfast.tuners.cram.model import Cram
 from holdfast.tuners.cram.standalone import Decision, decisions
 
@@ -79,7 +79,7 @@ class LocalEngine:
         self._line = 0
         self._thread: threading.Thread | None = None
         self._folder = next((Path(a) for a in checkpoint.adapters if is_tuner_folder(a)), None)
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: Stamp | None = None
         self._problem: str | None = None
         self._last_alive = time.monotonic()
 
@@ -224,14 +224,10 @@ class LocalEngine:
                 # Keyed by the pictures' places, which are gone: nothing would ever be found again.
                 cram.forget_scores()
 
-    def _folder_stamp(self) -> tuple[int, int] | None:
+    def _folder_stamp(self) -> Stamp | None:
         if self._folder is None:
             return None
-        try:
-            found = (self._folder / ROUTER).stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_ino
+        return folder_stamp(self._folder)
 
     def _renew(self) -> None:
         """Take up the folder where it has changed (a task was learned): between two batches, or not at all."""
@@ -244,7 +240,7 @@ class LocalEngine:
         cram.detach()
         try:
             renewed = from_pretrained(self._folder, self._loaded)
-        except HoldfastError as error:
+        except (HoldfastError, OSError) as error:
             self._problem = f"{self._folder} has changed and cannot be taken up, the old experts answer on: {error}"
             _log.error("%s", self._problem)
             renewed = cram.attached_again()
@@ -274,7 +270,7 @@ class _Batch:
             _Row(loaded, job, prompt=length, room=self._room(length, job.request))
             for job, length in zip(self.jobs, lengths, strict=True)
         ]
-        told = _Told(rows, width)
+        told = _Told(rows, width, self._routes)
         config: GenerationConfig = greedy_config(loaded, max(row.most for row in rows))
         noise = LogitsProcessorList([_Noise(self.jobs)] if any(j.request.temperature for j in self.jobs) else [])
         with self._asked(), quiet_transformers():
@@ -286,7 +282,8 @@ class _Batch:
             )
         routes = self._routes()
         for row, ids, route in zip(rows, tokens[:, width:].tolist(), routes, strict=True):
-            row.end(ids, route)
+            if not row.ended:
+                row.end(ids, route)
 
     def _room(self, prompt: int, request: ChatRequest) -> int:
         bound = self.loaded.context_length
@@ -321,6 +318,7 @@ class _Row:
         self.prompt, self.most = prompt, room
         self._sent = ""
         self._stopped: str | None = None  # the text before a stop sequence
+        self.ended = False
 
     def is_over(self, ids: list[int]) -> bool:
         """Whether nothing more is wanted after these new tokens; what is new is sent where the client listens."""
@@ -340,9 +338,11 @@ class _Row:
 
     def end(self, ids: list[int], route: Mapping[str, Any] | None) -> None:
         """Send what is left, and how it ended."""
+        self.ended = True
         new = self._until_end(ids)[: self.most]
-        ended = len(new) < len(ids) and ids[len(new)] in self._ends
-        if not ended and self._stopped is None and time.monotonic() > self._job.deadline:
+        # At the bound what follows is padding, which some tokenizers spell as their end.
+        ended = len(new) < min(len(ids), self.most)
+        if not ended and self._stopped is None and len(new) < self.most:
             self._job.give(_too_late_after(len(new)))
             return
         text = self._text(new)
@@ -377,17 +377,21 @@ class _Row:
 
 
 class _Told(StoppingCriteria):
-    """Ends each row at its own bound, and hands its new text on."""
+    """Ends each row at its own bound, and hands its new text on; who answers has been decided by the first token."""
 
-    def __init__(self, rows: Sequence[_Row], width: int) -> None:
-        self._rows, self._width = rows, width
+    def __init__(
+        self, rows: Sequence[_Row], width: int, routes: Callable[[], Sequence[Mapping[str, Any] | None]]
+    ) -> None:
+        self._rows, self._width, self._routes = rows, width, routes
         self._over = [False] * len(rows)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         del scores, kwargs
         for i, ids in enumerate(input_ids[:, self._width :].tolist()):
-            if not self._over[i]:
-                self._over[i] = self._rows[i].is_over(ids)
+            if not self._over[i] and self._rows[i].is_over(ids):
+                self._over[i] = True
+                # Its answer does not wait for the others'.
+                self._rows[i].end(ids, self._routes()[i])
         return torch.tensor(self._over, device=input_ids.device)
 
 

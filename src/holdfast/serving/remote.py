@@ -12,14 +12,16 @@ import io
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import httpx2
 
@@ -38,13 +40,13 @@ from holdfast.models.tuner import is_tuner_folder
 from holdfast.serving.api_error import ApiError, bad_request
 from holdfast.serving.engine import BASE, Piece, chosen_part, model_names
 from holdfast.serving.protocol import ChatRequest, Limits
-from holdfast.tuners.cram.folder import ROUTER, read_router
+from holdfast.tuners.cram.folder import Stamp, folder_stamp, read_router
 from holdfast.tuners.cram.standalone import Decision, StandaloneRouter, open_exported, open_on_base
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 MixedName = Literal["first", "refuse"]
 _WATCH_S = 2.0
-_LONGEST_DEFAULT = 256
 
 
 class RemoteEngine:
@@ -88,7 +90,7 @@ class RemoteEngine:
         self._line = 0
         self._problem: str | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._stamp: int | None = None
+        self._stamp: Stamp | None = None
 
     @property
     def models(self) -> Mapping[str, str]:
@@ -146,7 +148,8 @@ class RemoteEngine:
             try:
                 await asyncio.to_thread(self._server.wait, 20)
             except subprocess.TimeoutExpired:
-                self._server.kill()
+                # Its engine and workers too, which are processes of its session.
+                os.killpg(self._server.pid, signal.SIGKILL)
 
     def _open(self) -> None:
         if self._folder is None:
@@ -215,7 +218,12 @@ class RemoteEngine:
         # So that experts can be added while it runs; it listens on this machine alone.
         environment = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
         self._server = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=False
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            # Ctrl-C is for this process, which lets the server answer what has come.
+            start_new_session=True,
         )
         threading.Thread(target=self._read_log, name="holdfast-vllm-log", daemon=True).start()
         self._url = f"http://127.0.0.1:{port}"
@@ -270,12 +278,18 @@ class RemoteEngine:
         if self._line >= self._limits.waiting:
             raise ApiError(429, f"{self._line} requests are waiting; come back in a second.", code="overloaded")
         self._line += 1
+        pieces: AsyncIterator[Piece] | None = None
+        deadline = time.monotonic() + self._limits.timeout_s
         try:
-            async with asyncio.timeout(self._limits.timeout_s):
-                messages = await asyncio.to_thread(self._messages, request.sample)
-                target, route = await self._choose(request, messages)
-                async for piece in self._ask(target, route, request, messages):
-                    yield piece
+            # Each wait on its own: a stream is begun in one task and goes on in another.
+            messages = await asyncio.to_thread(self._messages, request.sample)
+            target, route = await _before(deadline, self._choose(request, messages))
+            pieces = self._ask(target, route, request, messages)
+            while True:
+                try:
+                    yield await _before(deadline, anext(pieces))
+                except StopAsyncIteration:
+                    return
         except TimeoutError:
             raise ApiError(504, f"no answer within {self._limits.timeout_s:g} s.", code="timeout") from None
         except (httpx2.ConnectError, httpx2.RemoteProtocolError, httpx2.ReadError) as error:
@@ -288,6 +302,9 @@ class RemoteEngine:
             raise bad_request(str(error), param="messages") from None
         finally:
             self._line -= 1
+            if pieces is not None:
+                with suppress(RuntimeError):
+                    await pieces.aclose()  # type: ignore[attr-defined]
 
     def _messages(self, sample: Sample) -> dict[str, Any]:
         """What is sent of a conversation: OpenAI's messages, and the rule of tokenisation for them."""
@@ -351,7 +368,6 @@ class RemoteEngine:
         body: dict[str, Any] = {
             **messages,
             "model": target,
-            "max_tokens": request.max_tokens or _LONGEST_DEFAULT,
             "temperature": request.temperature,
             "top_p": 1.0,
             "repetition_penalty": 1.0,
@@ -359,6 +375,8 @@ class RemoteEngine:
         if request.temperature:
             # The full distribution, as the transformers backend samples.
             body |= {"top_k": -1, "min_p": 0.0}
+        if request.max_tokens is not None:
+            body["max_tokens"] = request.max_tokens
         if request.seed is not None:
             body["seed"] = request.seed
         if request.stop:
@@ -407,12 +425,9 @@ class RemoteEngine:
 
     # Experts that come while the server runs
 
-    def _folder_stamp(self) -> int | None:
+    def _folder_stamp(self) -> Stamp | None:
         assert self._folder is not None
-        try:
-            return (self._folder / ROUTER).stat().st_mtime_ns
-        except OSError:
-            return None
+        return folder_stamp(self._folder)
 
     async def _watch(self) -> None:
         while True:
@@ -424,7 +439,7 @@ class RemoteEngine:
             try:
                 await self._renew()
                 self._problem = None
-            except (HoldfastError, httpx2.HTTPError) as error:
+            except (HoldfastError, httpx2.HTTPError, OSError) as error:
                 self._problem = f"{self._folder} has changed and cannot be taken up, the old experts answer on: {error}"
                 _log.error("%s", self._problem)
 
@@ -443,6 +458,11 @@ class RemoteEngine:
                 raise AdapterError(f"vLLM does not take expert {card.name!r}: {answer.text[:300]}")
         self._router = self._router.with_router(stored, self._folder)
         _log.info("experts now: %s", ", ".join(card.name for card in stored.router.experts))
+
+
+async def _before(deadline: float, what: Awaitable[_T]) -> _T:
+    """Raises TimeoutError."""
+    return await asyncio.wait_for(what, max(0.0, deadline - time.monotonic()))  # type: ignore[arg-type]
 
 
 def check_servable(folder: Path) -> int:

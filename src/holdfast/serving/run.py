@@ -110,7 +110,8 @@ async def _serve(
     engine = make_engine()
     starting = asyncio.ensure_future(engine.start())
     loop = asyncio.get_running_loop()
-    # A signal while the model loads ends it; afterwards uvicorn has its own handlers.
+    # A signal while the model loads ends it. They stay: uvicorn hands a signal that it has heeded on at its end, and
+    # without a handler that would kill this process before the engine has let go.
     for number in (signal.SIGTERM, signal.SIGINT):
         with suppress(NotImplementedError, RuntimeError, ValueError):
             loop.add_signal_handler(number, starting.cancel)
@@ -119,10 +120,6 @@ async def _serve(
     except asyncio.CancelledError:
         await engine.stop()
         return
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with suppress(NotImplementedError, RuntimeError, ValueError):
-                loop.remove_signal_handler(number)
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     config = uvicorn.Config(

@@ -246,6 +246,20 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
     return Cram(loaded, Router(stored.router.config, cards), experts, encoder=encoder, guard=stored.guard)
 
 
+Stamp = tuple[tuple[int, int], ...]
+
+
+def folder_stamp(folder: Path) -> Stamp | None:
+    """Changes whenever a CRAM folder's router is written anew (times and inodes of its files), None where it is not
+    whole.
+    """
+    try:
+        found = [(folder / name).stat() for name in (ROUTER, TENSORS)]
+    except OSError:
+        return None
+    return tuple((state.st_mtime_ns, state.st_ino) for state in found)
+
+
 def _check_experts(folder: Path, stored: StoredRouter) -> None:
     """Raises AdapterError unless every expert's weights are the ones that the router was written with."""
     missing = [path for path in stored.folders if not _is_expert(path)]

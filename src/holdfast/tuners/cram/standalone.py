@@ -38,10 +38,12 @@ from holdfast.models.load import load, parse_dtype, quiet_transformers, read_con
 from holdfast.models.loaded import LoadedModel
 from holdfast.tuners.cram.cram_config import BACKBONE
 from holdfast.tuners.cram.folder import (
+    BASE_PROBE,
     ENCODER_PROBE,
     ROUTER,
     TENSORS,
     StoredRouter,
+    block_weights,
     compare_probe,
     new_folder,
     read_router,
@@ -79,6 +81,20 @@ class Decision:
     def is_one_hot(self) -> bool:
         """Whether one expert, or the base, answers alone (up to a thousandth)."""
         return self.reason != "routed" or max(self.weights.values()) > 0.999
+
+    def explain(self, id: str) -> dict[str, Any]:
+        """As `Cram.explain` gives it for the request `id`."""
+        guard = (
+            {} if self.guard_score is None else {"guarded": self.reason == "guarded", "guard_score": self.guard_score}
+        )
+        return {
+            "id": id,
+            "group": self.group,
+            "similarity": dict(self.similarity),
+            "abstained": self.reason == "abstained",
+            **guard,
+            "weights": dict(self.weights),
+        }
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, for a reply's extra field."""
@@ -216,6 +232,7 @@ def export_router(folder: Path, out: Path, *, base: str | None = None) -> dict[s
             shutil.copyfile(folder / name, temporary / name)
         if stored.router.config.encoder == BACKBONE:
             loaded = load(source)
+            _check_base(stored, loaded, folder)
             _check_encoder(stored, BackboneEncoder(loaded), folder)
             written = outside_blocks(loaded)
             save_file({k: v.detach().cpu().clone().contiguous() for k, v in written.items()}, temporary / ENCODER_FILE)
@@ -287,6 +304,7 @@ def open_on_base(folder: Path, *, base: str | None = None) -> StandaloneRouter:
     source = Checkpoint.from_json(stored.base) if base is None else Checkpoint(base=base)
     if stored.router.config.encoder == BACKBONE:
         loaded = load(source)
+        _check_base(stored, loaded, folder)
         for _, block in decoder_blocks(loaded.model):
             block.to("meta")
         encoder: Encoder = BackboneEncoder(loaded)
@@ -306,6 +324,16 @@ class _Nowhere:
     """Stands for a model where only its device is asked."""
 
     device = torch.device("cpu")
+
+
+def _check_base(stored: StoredRouter, loaded: LoadedModel, folder: Path) -> None:
+    compare_probe(
+        stored.probe(BASE_PROBE),
+        block_weights(loaded),
+        f"{folder} was trained on another base ({stored.base['base']}) than {loaded.name}",
+        "Its experts are corrections to those weights; name the base they were trained on.",
+        places={name for name, _ in loaded.model.named_modules()},
+    )
 
 
 def _check_encoder(stored: StoredRouter, encoder: Encoder, folder: Path) -> None:
