@@ -9,9 +9,11 @@ import sys
 import threading
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import adapter_kit
 from holdfast.checkpoints.value import Checkpoint
@@ -20,8 +22,9 @@ from holdfast.serving import remote
 from holdfast.serving.api_error import ApiError
 from holdfast.serving.protocol import ChatRequest, Limits
 from holdfast.serving.remote import RemoteEngine
+from holdfast.tuners.cram.folder import load_expert
 from holdfast.tuners.cram.guard import Evidence, Guard
-from holdfast.tuners.cram.standalone import export_router
+from holdfast.tuners.cram.standalone import Decision, export_router
 
 
 @dataclass
@@ -185,6 +188,31 @@ def test_what_the_base_would_refuse_the_base_answers(world, stand_in, router, mo
     opened.stored = replace(opened.stored, guard=replace(guard, form="probe"))
     with pytest.raises(AdapterError, match=r"its guard is a probe, .* --backend transformers"):
         run(engine(world, stand_in, router=router))
+
+
+def test_a_request_of_several_experts_goes_where_it_is_told(world, stand_in, router, monkeypatch):
+    shared = Decision(weights={"warm": 0.6, "cold": 0.4, "maths": 0.0}, group="warm", similarity={}, reason="routed")
+    monkeypatch.setattr(remote.StandaloneRouter, "decide", lambda self, samples: [shared] * len(samples))
+    ((first,),) = run(engine(world, stand_in, router=router), request(world))
+    assert first.text == "by warm" and first.route["exact"] is False and first.route["largest_share_off_by"] == 0.4
+    (refused,) = run(engine(world, stand_in, router=router, mixed="refuse"), request(world))
+    assert refused.status == 409 and "warm 0.60, cold 0.40" in refused.message
+    made = engine(world, stand_in, router=router, mixed="merge")
+    seen = {}
+
+    async def keep(path, body):
+        if path == "/v1/load_lora_adapter":
+            seen[body["lora_name"]] = load_expert(Path(body["lora_path"]))
+
+    monkeypatch.setattr(made, "_told", keep)
+    (one,), (two,) = run(made, request(world), request(world))
+    assert one.text == two.text == "by mixture-1x3-0x5" and list(seen) == ["mixture-1x3-0x5"]
+    assert one.route["served_weights"] == {"warm": 0.625, "cold": 0.375} and one.route["largest_share_off_by"] == 0.025
+    folders = remote.open_exported(router).folders
+    warm, cold = load_expert(folders["warm"]), load_expert(folders["cold"])
+    for name, (a, b) in seen["mixture-1x3-0x5"].items():
+        parts = [0.625 * warm[name][1] @ warm[name][0], 0.375 * cold[name][1] @ cold[name][0]]
+        assert torch.allclose(b @ a, sum(parts), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ def command(
         Path | None, typer.Option(help="vllm: folder of `holdfast export-router`, so that the base is not loaded here.")
     ] = None,
     mixed: Annotated[
-        MixedName, typer.Option(help="vllm: a request that several experts share goes to the first, or is refused.")
+        MixedName,
+        typer.Option(help="vllm: a request that several experts share goes to the first, to a merge, or nowhere."),
     ] = "first",
     vllm_url: Annotated[str | None, typer.Option(help="vllm: a running server, instead of starting one.")] = None,
     vllm_python: Annotated[str | None, typer.Option(help="vllm: the Python that has it, where it is another.")] = None,

@@ -12,10 +12,12 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
@@ -40,13 +42,17 @@ from holdfast.models.tuner import is_tuner_folder
 from holdfast.serving.api_error import ApiError, bad_request
 from holdfast.serving.engine import BASE, Piece, chosen_part, model_names
 from holdfast.serving.protocol import ChatRequest, Limits
-from holdfast.tuners.cram.folder import Stamp, folder_stamp, read_router
+from holdfast.tuners.cram.folder import Stamp, folder_stamp, read_router, save_expert
+from holdfast.tuners.cram.merge import mixture_of_folders, quantised
 from holdfast.tuners.cram.standalone import Decision, StandaloneRouter, open_exported, open_on_base
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-MixedName = Literal["first", "refuse"]
+MixedName = Literal["first", "merge", "refuse"]
 _WATCH_S = 2.0
+# Shares of a mixture are multiples of one over this.
+MIXTURE_STEPS = 8
+_MIXTURES_KEPT = 64
 
 
 class RemoteEngine:
@@ -55,7 +61,8 @@ class RemoteEngine:
     url: of a running server whose LoRA modules bear the experts' names and whose base is called "base"; None starts
     one.
     python: the interpreter that has vLLM. arguments: more for its command line. router: folder of `export-router`.
-    mixed: where several experts share a request, its largest share answers ("first"), or it is refused.
+    mixed: where several experts share a request, its largest share answers ("first"), or one LoRA that is made once
+        per mixture, in eighths ("merge"), or it is refused.
     """
 
     def __init__(
@@ -90,6 +97,8 @@ class RemoteEngine:
         self._line = 0
         self._problem: str | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._mixtures: dict[str, Path] = {}
+        self._mixture_folder: tempfile.TemporaryDirectory[str] | None = None
         self._stamp: Stamp | None = None
 
     @property
@@ -143,6 +152,8 @@ class RemoteEngine:
             self._watching.cancel()
         if self._client is not None:
             await self._client.aclose()
+        if self._mixture_folder is not None:
+            self._mixture_folder.cleanup()
         if self._server is not None and self._server.poll() is None:
             self._server.terminate()
             try:
@@ -186,7 +197,8 @@ class RemoteEngine:
         made += ["--model", self._checkpoint.base, "--served-model-name", BASE if modules else self._name]
         made += ["--disable-log-stats", "--max-logprobs", str(max(20, GUARD_LOGPROBS))]
         if modules:
-            rank = max(check_servable(folder) for folder in modules.values())
+            ranks = {name: check_servable(folder) for name, folder in modules.items()}
+            rank = self._largest_mixture(ranks) if self._mixed == "merge" else max(ranks.values())
             room = self._options.max_lora_rank or max_lora_rank(rank)
             if room is None or room < rank:
                 raise AdapterError(
@@ -201,6 +213,15 @@ class RemoteEngine:
             option = f"--{flag.replace('_', '-')}"
             made += [option] if value is True else [option, str(value)]
         return made + self._arguments
+
+    def _largest_mixture(self, ranks: Mapping[str, int]) -> int:
+        """The rank of all experts of a group together, of the largest group."""
+        if self._router is None:
+            return max(ranks.values())
+        groups: dict[int, int] = {}
+        for card in self._router.router.experts:
+            groups[card.group] = groups.get(card.group, 0) + ranks.get(card.name, 0)
+        return max(groups.values())
 
     def _start_server(self) -> None:
         port = _free_port()
@@ -333,13 +354,46 @@ class RemoteEngine:
         if router.guard is not None:
             decision = router.under_guard(decision, await self._first_token(messages))
         route: dict[str, Any] = decision.to_json()
-        if not decision.is_one_hot:
-            route["exact"] = False
-            if self._mixed == "refuse":
-                raise ApiError(
-                    409, f"several experts share this request: {_shares(decision)}.", code="several_experts", param=None
-                )
-        return decision.expert or BASE, route
+        if decision.is_one_hot:
+            return decision.expert or BASE, route
+        if self._mixed == "refuse":
+            raise ApiError(
+                409, f"several experts share this request: {_shares(decision)}.", code="several_experts", param=None
+            )
+        served = {str(decision.expert): 1.0}
+        if self._mixed == "merge":
+            served = quantised(decision.weights, MIXTURE_STEPS)
+        # How far what answers is from what the router asked for, at most, in one expert's share.
+        off = max(abs(served.get(name, 0.0) - weight) for name, weight in decision.weights.items())
+        route |= {"exact": False, "served_weights": served, "largest_share_off_by": round(off, 4)}
+        return (next(iter(served)) if len(served) == 1 else await self._mixture(router, served)), route
+
+    async def _mixture(self, router: StandaloneRouter, weights: Mapping[str, float]) -> str:
+        """The server's name of a LoRA that is this mixture, made where it is asked for the first time."""
+        names = [card.name for card in router.router.experts]
+        name = "mixture-" + "-".join(f"{names.index(n)}x{round(w * MIXTURE_STEPS)}" for n, w in sorted(weights.items()))
+        async with self._lock:
+            if name in self._mixtures:
+                return name
+            if len(self._mixtures) >= _MIXTURES_KEPT:
+                oldest = next(iter(self._mixtures))
+                await self._told("/v1/unload_lora_adapter", {"lora_name": oldest})
+                shutil.rmtree(self._mixtures.pop(oldest), ignore_errors=True)
+            if self._mixture_folder is None:
+                self._mixture_folder = tempfile.TemporaryDirectory(prefix="holdfast-mixtures-")
+            place = Path(self._mixture_folder.name) / name
+            await asyncio.to_thread(
+                lambda: save_expert(place, mixture_of_folders(router.folders, weights), base=self._checkpoint.base)
+            )
+            await self._told("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(place)})
+            self._mixtures[name] = place
+        return name
+
+    async def _told(self, path: str, body: Mapping[str, Any]) -> None:
+        assert self._client is not None
+        answer = await self._client.post(path, json=body)
+        if answer.status_code != 200:
+            raise ApiError(502, f"vLLM does not do {path}: {answer.text[:300]}", code="backend_error")
 
     async def _first_token(self, messages: Mapping[str, Any]) -> dict[int, float]:
         body = {

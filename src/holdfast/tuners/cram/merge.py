@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, DataError, unknown_name
 from holdfast.models.encode import encode_request
-from holdfast.tuners.cram.folder import base_for_peft, save_expert
+from holdfast.tuners.cram.folder import base_for_peft, load_expert, save_expert
 from holdfast.tuners.cram.model import Cram, Factors
 
 
@@ -61,6 +61,37 @@ def merged_factors(cram: Cram, mass: Mapping[str, float]) -> dict[str, tuple[Ten
         if pairs:
             a = torch.cat([a if weight == 1 else a * weight for (a, _), weight in pairs])
             merged[p.name] = (a, torch.cat([b for (_, b), _ in pairs], dim=1))
+    return merged
+
+
+def quantised(weights: Mapping[str, float], steps: int) -> dict[str, float]:
+    """Shares as multiples of 1 / steps that sum to 1, the nearest ones; experts without a share are left out.
+
+    Raises: ValueError: no share at all.
+    """
+    total = sum(weights.values())
+    if total <= 0:
+        raise ValueError(f"the shares {dict(weights)} sum to {total}; expected more than 0")
+    exact = {name: weight / total * steps for name, weight in weights.items()}
+    whole = {name: int(value) for name, value in exact.items()}
+    # What is left goes to the largest remainders; a tie to the name that comes first.
+    by_rest = sorted(exact, key=lambda name: (whole[name] - exact[name], name))
+    for name in by_rest[: steps - sum(whole.values())]:
+        whole[name] += 1
+    return {name: count / steps for name, count in whole.items() if count}
+
+
+def mixture_of_folders(folders: Mapping[str, Path], weights: Mapping[str, float]) -> Factors:
+    """The factors of a constant mixture of expert folders, without a model: A (sum of ranks, in), B (out, the same).
+
+    Raises: as `folder.load_expert`.
+    """
+    chosen = [(load_expert(folders[name]), weight) for name, weight in weights.items() if weight]
+    merged = {}
+    for name in dict.fromkeys(name for expert, _ in chosen for name in expert):
+        pairs = [(expert[name], weight) for expert, weight in chosen if name in expert]
+        a = torch.cat([a * weight for (a, _), weight in pairs])
+        merged[name] = (a, torch.cat([b for (_, b), _ in pairs], dim=1))
     return merged
 
 
