@@ -61,13 +61,14 @@ def answers(run):
 
 def questions(run):
     """Key as in `evaluated` -> (sample, tokens)."""
+    from holdfast.data.names import slug
     from holdfast.data.streams import load_stream
 
     stream = load_stream(run["stream"], parts=("test",))
-    found = {f"task-{t.name}//{s.id}": (s, t.max_new_tokens) for t in stream.tasks for s in t.test}
+    found = {f"task-{slug(t.name)}//{s.id}": (s, t.max_new_tokens) for t in stream.tasks for s in t.test}
     for kind in stream.safety:
         for side, samples in (("unsafe", kind.unsafe), ("benign", kind.benign)):
-            found |= {f"safety-{kind.name}/{side}/{s.id}": (s, kind.max_new_tokens) for s in samples}
+            found |= {f"safety-{slug(kind.name)}/{side}/{s.id}": (s, kind.max_new_tokens) for s in samples}
     return found
 
 
