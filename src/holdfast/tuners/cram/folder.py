@@ -452,6 +452,8 @@ def compare_probe(
     """Raises AdapterError unless every weight that both sides hold as numbers is the same weight.
 
     Judged weight by weight: one tuned matrix among hundreds is another base.
+
+    stored: name -> (n,) values, as `probe` takes them. weights: name -> weight of any shape.
     places: modules that may hold their weights quantised now, without values to compare.
     """
     found = probe(weights)

@@ -205,7 +205,7 @@ class StandaloneRouter:
 def outside_blocks(loaded: LoadedModel) -> dict[str, Tensor]:
     """Every parameter and saved buffer that is neither of a decoder block nor of the head, by its name in memory.
 
-    Each of any shape; two names of one tensor are listed once.
+    Each of its own shape, (out, in) for a linear; two names of one tensor are listed once.
     """
     prefixes = tuple(f"{prefix}." for prefix, _ in decoder_blocks(loaded.model))
     persistent = set(loaded.model.state_dict())
