@@ -9,6 +9,9 @@ export TOKENIZERS_PARALLELISM ?= false
 # Spin-waiting OpenMP threads cost 4-8x on a shared two-core machine.
 export OMP_WAIT_POLICY ?= passive
 
+# One thread a worker: as many workers as cores (four at most: each holds about 1 GB).
+TEST_JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
+
 .PHONY: demo test lint serve-test clean
 
 $(STAMP): pyproject.toml constraints.txt
@@ -27,7 +30,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal
 
 # A real vLLM on the CPU, in an environment of its own (3.5 GB); a quarter of an hour on two cores. Not part of `make test`.
 SERVE_VENV ?= .venv-vllm

@@ -64,6 +64,7 @@ class Run:
     mu_p: float = 0.3
     lam: float = 0.03
     mu_depth: float = 0.0  # mu_s of block b is mu_s * (1 + mu_depth * (1 - 2 b / (blocks - 1)))
+    origin: float = 0.0  # share of the safety term that is anchored at theta_0 instead of the step before
     benign: int = 0  # theta_0's own answers to benign twins in the safety set
     benign_share: float | None = None  # their weight in H_s; None: by tokens
     screen: bool = False  # task samples that theta_0 refuses go from the task set to the safety set
@@ -386,6 +387,7 @@ def anchor(
     h_t: dict[str, Tensor],
     h_s: dict[str, Tensor],
     h_p: dict[str, Tensor] | None,
+    first: dict[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """The anchored edit of every layer, in place."""
     rows: dict[str, list[float]] = defaultdict(list)
@@ -399,10 +401,22 @@ def anchor(
             factors[key] = found.factor(AnchorStrength(safety_weight=run.mu_s * depth, past_weight=run.mu_p))
         w_prev, w_new = before[name], layer.weight.data.clone()
         w_hat = factors[key].edit_weight(w_prev, w_new)
+        if run.origin and first is not None:
+            w_hat += pull_back(first[name] - w_prev, h_t[name], h_s[name], h_p and h_p[name], run, run.mu_s * depth)
         rows["change"].append(float((w_new - w_prev).norm() / w_prev.norm()))
         rows["distance"].append(float((w_hat - w_prev).norm() / w_prev.norm()))
         layer.weight.data.copy_(w_hat)
     return {k: round(float(np.mean(v)), 4) for k, v in rows.items()}
+
+
+def pull_back(change: Tensor, h_t: Tensor, h_s: Tensor, h_p: Tensor | None, run: Run, mu_s: float) -> Tensor:
+    """What the edit gains when `origin` of the safety term holds theta_0: change mu_s H_s (A + K)^-1, (r, c)."""
+    tau = h_t.diagonal().double().mean()
+    mu_p = run.mu_p if h_p is not None else 0.0
+    whole = h_t.double() + mu_s * h_s.double() + (mu_p * h_p.double() if h_p is not None else 0)
+    whole = whole / tau + run.lam * (1 + mu_s + mu_p) * torch.eye(len(whole), dtype=torch.float64)
+    right = change.double() @ (h_s.double() / tau) * (mu_s * run.origin)
+    return torch.linalg.solve(whole, right.T).T.float()
 
 
 def blend(several: Sequence[dict[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -444,6 +458,7 @@ def play(run: Run, folder: Path) -> dict[str, Any]:
     helpful = benign_answers(model, run) if anchored and run.benign else ([], [])
     theta_0 = copy.deepcopy(model) if run.screen or run.drop else None
     past: list[dict[str, Tensor]] = []
+    first = {n: layer.weight.detach().clone() for n, layer in linears_of(model).items()}
     learned, edits, steps = [], [], []
     for t, name in enumerate(run.order):
         layers = linears_of(model)
@@ -475,7 +490,7 @@ def play(run: Run, folder: Path) -> dict[str, Any]:
         if anchored:
             h_t = moments(model, told, told_pixels, run)
             h_p = blend(past, [1 / len(past)] * len(past)) if past and run.mu_p else None
-            edits.append(anchor(layers, before, run, h_t, h_s, h_p) | {"screened": len(refused[0]), **found})
+            edits.append(anchor(layers, before, run, h_t, h_s, h_p, first) | {"screened": len(refused[0]), **found})
             past.append(h_t)
         elif run.rule != "none":
             a_t = (

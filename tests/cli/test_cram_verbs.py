@@ -16,6 +16,7 @@ from holdfast.models.encode import encode_request
 from holdfast.models.load import load
 from holdfast.stream.protocol import Checkpoint
 from holdfast.tuners.cram.folder import save_pretrained
+from holdfast.tuners.cram.guard import Evidence, Guard
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +88,26 @@ def test_merge_needs_to_know_what_to_merge(world, tmp_path):
     for arguments, message in ((("--out", tmp_path / "a"), "Name one --expert, or pass --samples"),):
         result = run("merge-experts", world[0], *arguments)
         assert isinstance(result.exception, ConfigError) and message in str(result.exception)
+
+
+def test_a_merge_says_that_the_guard_stays_behind(world, pico_folder, tmp_path):
+    samples = world[2]
+    cram = cram_kit.with_experts(load(pico_folder), samples)
+    asked = samples["warm"]
+    seen = Evidence(log_odds=torch.linspace(-1, 1, len(asked)))
+    cram.guard = Guard(
+        form="openings",
+        false_alarm=0.1,
+        openings=(5,),
+        opening_texts=(cram.loaded.tokenizer.decode([5]),),
+        refusals=seen,
+        tasks={"warm": seen},
+        threshold=9.0,
+        caught=0.0,
+        screened={"warm": 0},
+    )
+    save_pretrained(cram, tmp_path / "guarded")
+    result = run("merge-experts", tmp_path / "guarded", "--expert", "warm", "--out", tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+    assert "The guard does not come with it" in " ".join(result.output.split())
+    assert json.loads((tmp_path / "merged" / "merge.json").read_text())["guard"] == "dropped"

@@ -5,21 +5,16 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 import fake_run
+from chromium import MARKS, chromium
 from holdfast.labels import import_labels, make_draw, read_labels, write_draw, write_form
 from holdfast.labels.draw import shown_rows
 
-BROWSER = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine; install one to try the form"),
-]
+pytestmark = MARKS
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!--<script>"
 DRIVER = """
 <iframe id=f width=WIDTH height=800 src='FORM'></iframe><pre id=o>nothing</pre>
@@ -54,10 +49,8 @@ def test_a_person_labels_saves_and_the_run_reads_it(tmp_path: Path, width: int) 
     form = write_form(tmp_path / "form.html", draw, rows)
     outer = tmp_path / "driver.html"
     outer.write_text(DRIVER.replace("FORM", form.as_uri()).replace("WIDTH", str(width)))
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dump-dom"]
-    command += ["--allow-file-access-from-files", "--virtual-time-budget=5000", "--disable-background-networking"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1300,900", outer.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    arguments = ["--dump-dom", "--allow-file-access-from-files", "--virtual-time-budget=5000", "--window-size=1300,900"]
+    dom = chromium(tmp_path / "profile", *arguments, outer.as_uri(), ready='{"title"')
     found = re.search(r"<pre id=\"o\">(.*?)</pre>", dom, re.S)
     assert found, dom[:2000]
     seen = json.loads(html.unescape(found[1]))

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import fake_run
+from chromium import MARKS, chromium
 from holdfast.reports import write_report
 
-BROWSER = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine; install one to look at the report"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = fake_run.write_run(tmp_path_factory.mktemp("runs") / "one", methods={"seqft": 0.6, "hpa": 0.9})
     return write_report([run]).html
-
-
-def _chromium(profile: Path, *arguments: str) -> str:
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
-    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
-    command += [f"--user-data-dir={profile}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout
 
 
 @pytest.mark.parametrize(("scheme", "background"), [("light", (255, 255, 255)), ("dark", (18, 22, 28))])
@@ -41,7 +28,7 @@ def test_the_page_follows_the_colour_scheme(
     shot = tmp_path / "shot.png"
     # 0 = dark, 1 = light (blink::mojom::PreferredColorScheme).
     setting = f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"
-    _chromium(tmp_path / "p", "--window-size=1100,1500", setting, f"--screenshot={shot}", page.as_uri())
+    chromium(tmp_path / "p", "--window-size=1100,1500", setting, f"--screenshot={shot}", page.as_uri())
     with Image.open(shot) as image:
         rgb = image.convert("RGB")
     assert rgb.getpixel((3, 3)) == background
@@ -57,8 +44,13 @@ def test_nothing_overflows_a_phone(page: Path, tmp_path: Path) -> None:
         "<script>f.onload=()=>{const d=f.contentDocument.documentElement;"
         "o.textContent='width '+d.scrollWidth+' height '+d.scrollHeight}</script>"
     )
-    dom = _chromium(
-        tmp_path / "p", "--allow-file-access-from-files", "--virtual-time-budget=4000", "--dump-dom", outer.as_uri()
+    dom = chromium(
+        tmp_path / "p",
+        "--allow-file-access-from-files",
+        "--virtual-time-budget=4000",
+        "--dump-dom",
+        outer.as_uri(),
+        ready="width ",
     )
     found = re.search(r"width (\d+) height (\d+)", dom)
     assert found, dom[-500:]

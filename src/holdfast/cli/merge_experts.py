@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,7 +38,9 @@ def command(
     cram = open_folder(experts, base=base, encoder=encoder)
     mass = {expert: 1.0} if expert is not None else mean_mass(cram, asked)
     found = drift(cram, mass, asked) if asked else None
-    record = {"weights": mass, "drift": dataclasses.asdict(found) if found else None}
+    record: dict[str, Any] = {"weights": mass, "drift": dataclasses.asdict(found) if found else None}
+    if cram.guard is not None:
+        record["guard"] = "dropped"
     if export == "adapter":
         export_merged(cram, mass, out, record=record)
     else:
@@ -47,6 +49,11 @@ def command(
             export_merged(cram, mass, adapter)
             _write_dense(base_of(cram.loaded), adapter, out)
     console = Console(stderr=True)
+    if cram.guard is not None:
+        console.print(
+            "The guard does not come with it: one merged update cannot send a request to the base alone. Forbidden "
+            "requests are answered by the merged model; measure it with `holdfast gate`, or serve the folder itself."
+        )
     for name, weight in mass.items():
         console.print(f"{name}: weight {weight:.4f}")
     if found is not None:

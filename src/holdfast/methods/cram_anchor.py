@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from holdfast.data.types import Stream
-from holdfast.editing.editor import edit_checkpoint
 from holdfast.methods._glue.anchor_step import AnchorMethodConfig, step_grams
+from holdfast.methods._glue.expert_edit import edited_expert
 from holdfast.methods.cram import Cram, CramMethodConfig
-from holdfast.methods.seqft import safety_set, step_seed
+from holdfast.methods.seqft import safety_set
 from holdfast.rules.anchor import AnchorConfig, AnchorRule
 from holdfast.stream.protocol import Checkpoint, TaskContext
 
@@ -45,21 +45,8 @@ class CramAnchor(Cram):
 
     def final_expert(self, ctx: TaskContext, trained: Checkpoint) -> Path:
         """The expert after the anchored edit: an edited LoRA folder of the same ranks."""
-        out = ctx.scratch_dir / "edited"
         grams = step_grams(ctx, self.config, self.name, before=ctx.theta_0, after=trained, samples=self.learned(ctx))
-        report = edit_checkpoint(
-            ctx.theta_0,
-            trained,
-            rule=AnchorRule(self.config.edit, grams),
-            out=out,
-            export="adapter",
-            coefficient="drop",
-            seed=step_seed(ctx),
-            verify=False,
-            progress=lambda event, done, total, **rest: ctx.progress("edit", done=done, total=total),
-        )
-        report.save(ctx.work_dir / "edit.json")
-        return out
+        return edited_expert(ctx, trained, rule=AnchorRule(self.config.edit, grams))
 
 
 __all__ = ["CramAnchor", "CramAnchorConfig"]

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from holdfast.data.types import Stream
-from holdfast.editing.editor import edit_checkpoint
 from holdfast.errors import ConfigError
 from holdfast.functional.hpa import HpaConfig
+from holdfast.methods._glue.expert_edit import edited_expert
 from holdfast.methods.cram import Cram, CramMethodConfig
-from holdfast.methods.seqft import EditingConfig, safety_set, step_curvature, step_seed
+from holdfast.methods.seqft import EditingConfig, safety_set, step_curvature
 from holdfast.rules.hpa import HpaRule
 from holdfast.stream.protocol import Checkpoint, TaskContext
 
@@ -55,7 +55,6 @@ class CramHpa(Cram):
 
     def final_expert(self, ctx: TaskContext, trained: Checkpoint) -> Path:
         """The expert with HPA's columns taken out: an edited LoRA folder of the same ranks."""
-        out = ctx.scratch_dir / "edited"
         curvature = step_curvature(
             ctx,
             self.config,
@@ -64,20 +63,7 @@ class CramHpa(Cram):
             after=trained,
             samples=self.learned(ctx),
         )
-        report = edit_checkpoint(
-            ctx.theta_0,
-            trained,
-            rule=HpaRule(self.config.edit),
-            curvature=curvature,
-            out=out,
-            export="adapter",
-            coefficient="drop",
-            seed=step_seed(ctx),
-            verify=False,
-            progress=lambda event, done, total, **rest: ctx.progress("edit", done=done, total=total),
-        )
-        report.save(ctx.work_dir / "edit.json")
-        return out
+        return edited_expert(ctx, trained, rule=HpaRule(self.config.edit), curvature=curvature)
 
 
 __all__ = ["CramHpa", "CramHpaConfig"]
