@@ -187,7 +187,7 @@ def to_messages(sample: Sample) -> list[dict[str, Any]]:
     """A request as OpenAI's messages, its pictures as data URIs. Pictures without a mark come first."""
     images = iter(sample.images)
     marked = any(IMAGE_MARK in turn.text for turn in sample.request if turn.role == "user")
-    messages = []
+    messages: list[dict[str, Any]] = []
     first = True
     for turn in sample.request:
         if turn.role != "user":

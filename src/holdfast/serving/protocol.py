@@ -140,7 +140,7 @@ def read_request(data: Mapping[str, Any], limits: Limits, *, id: str) -> ChatReq
     options = data.get("stream_options")
     if options is not None and not isinstance(options, Mapping):
         raise bad_request(f"stream_options is {options!r:.80}; expected an object.", param="stream_options")
-    asked = {
+    asked: dict[str, Any] = {
         "max_tokens": _max_tokens(data, limits),
         "temperature": _temperature(data.get("temperature")),
         "seed": _whole(data.get("seed"), "seed"),
@@ -216,11 +216,10 @@ def _sample(messages: Any, limits: Limits, folder: Path, id: str) -> Sample:
 def _turn(message: Any, where: str, keep: Callable[[Any, str], None]) -> Turn:
     if not isinstance(message, Mapping):
         raise bad_request(f"{where} is a {type(message).__name__}; expected an object.", param="messages")
-    role = _ROLES.get(message.get("role")) if isinstance(message.get("role"), str) else None
+    named = message.get("role")
+    role = _ROLES.get(named) if isinstance(named, str) else None
     if role is None:
-        raise bad_request(
-            f"{where}.role is {message.get('role')!r:.40}; expected system, user or assistant.", param="messages"
-        )
+        raise bad_request(f"{where}.role is {named!r:.40}; expected system, user or assistant.", param="messages")
     if message.get("tool_calls"):
         raise bad_request(f"{where} calls tools, which are not served here.", param="messages")
     content = message.get("content")

@@ -474,7 +474,10 @@ class RemoteEngine:
                     yield Piece(text=ready)
                     began, held = True, held[len(ready) :]
         yield Piece(
-            finish=_finish(finish), **{key: usage[key] for key in ("prompt_tokens", "completion_tokens")}, route=route
+            finish=_finish(finish),
+            prompt_tokens=usage["prompt_tokens"],
+            completion_tokens=usage["completion_tokens"],
+            route=route,
         )
 
     # Experts that come while the server runs
