@@ -18,6 +18,9 @@ from holdfast.serving.check import judge
 from holdfast.serving.run import listening_socket, served_checkpoint
 from serving_kit import chat_text, ended, started
 
+pytest.importorskip("uvicorn", reason="needs the extra holdfast[serve]")
+pytest.importorskip("starlette", reason="needs the extra holdfast[serve]")
+
 
 def test_a_folder_is_one_of_three(world, tmp_path):
     assert served_checkpoint(str(world.cram)).adapters == (str(world.cram),)

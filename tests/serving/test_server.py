@@ -13,6 +13,8 @@ from PIL import Image
 
 from holdfast.serving.check import to_messages
 
+pytest.importorskip("uvicorn", reason="needs the extra holdfast[serve]")
+pytest.importorskip("starlette", reason="needs the extra holdfast[serve]")
 openai = pytest.importorskip("openai")
 
 
