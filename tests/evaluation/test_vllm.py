@@ -103,6 +103,18 @@ def test_an_adapter_is_served_where_vllm_has_all_of_it(vllm, pico_folder, pico_s
         VllmBackend(Checkpoint(base=str(pico_folder), adapters=(str(text),)))
 
 
+def test_an_adapter_with_a_tokenizer_of_its_own_is_refused(vllm, pico_folder, tmp_path):
+    adapter = adapter_kit.train(pico_folder, tmp_path / "a", target_modules=["up_proj"])
+    where = Checkpoint(base=str(pico_folder), adapters=(str(adapter),))
+    (adapter / "chat_template.jinja").write_bytes((pico_folder / "chat_template.jinja").read_bytes())
+    VllmBackend(where)
+    (adapter / "chat_template.jinja").write_text("{{ messages[0].content[0].text }}")
+    with pytest.raises(
+        AdapterError, match=r"chat template in this folder differ from those of .*vLLM reads the base's"
+    ):
+        VllmBackend(where)
+
+
 def test_what_it_cannot_do_is_refused(vllm, monkeypatch, pico_folder, pico_stream):
     with pytest.raises(AdapterError, match=r"has 2 on top of each other. Merge the lower ones"):
         VllmBackend(Checkpoint(base="m", adapters=("a1", "a2")))

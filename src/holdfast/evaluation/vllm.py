@@ -18,7 +18,9 @@ from typing import Any
 
 from holdfast.checkpoints.adapter import LoraAdapter
 from holdfast.checkpoints.adapter_config import largest_rank, max_lora_rank, what_vllm_drops
+from holdfast.checkpoints.adapter_settings import describe_overlay, has_settings
 from holdfast.checkpoints.merged import locate
+from holdfast.checkpoints.rewrite import side_contents
 from holdfast.checkpoints.value import Checkpoint
 from holdfast.data.images import open_image
 from holdfast.data.types import Sample
@@ -244,6 +246,14 @@ def adapters_to_serve(checkpoint: Checkpoint) -> dict[str, int]:
         )
     folder = checkpoint.adapters[0]
     folders = [locate(folder)]
+    if not is_tuner_folder(folder) and has_settings(folders[0]):
+        # vLLM reads tokenizer, template and processor of the base; the transformers path those of the adapter.
+        if own := describe_overlay(side_contents(locate(checkpoint.base)), folders):
+            raise AdapterError(
+                f"{folder}: {own[0].partition(':')[0]} in this folder differ from those of {checkpoint.base}, and vLLM "
+                "reads the base's alone. Move them away where they are the same but for their spelling; otherwise merge "
+                "the adapter (`holdfast edit BASE ADAPTER --rule keep --export dense`), or use backend transformers."
+            )
     if is_tuner_folder(folder):
         stored = read_router(Path(folder))
         if stored.base.get("adapters"):
