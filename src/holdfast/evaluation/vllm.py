@@ -246,14 +246,16 @@ def adapters_to_serve(checkpoint: Checkpoint) -> dict[str, int]:
         )
     folder = checkpoint.adapters[0]
     folders = [locate(folder)]
+    own: list[str] = []
     if not is_tuner_folder(folder) and has_settings(folders[0]):
+        own = describe_overlay(side_contents(locate(checkpoint.base)), folders)
+    if own:
         # vLLM reads tokenizer, template and processor of the base; the transformers path those of the adapter.
-        if own := describe_overlay(side_contents(locate(checkpoint.base)), folders):
-            raise AdapterError(
-                f"{folder}: {own[0].partition(':')[0]} in this folder differ from those of {checkpoint.base}, and vLLM "
-                "reads the base's alone. Move them away where they are the same but for their spelling; otherwise merge "
-                "the adapter (`holdfast edit BASE ADAPTER --rule keep --export dense`), or use backend transformers."
-            )
+        raise AdapterError(
+            f"{folder}: {own[0].partition(':')[0]} in this folder differ from those of {checkpoint.base}, and vLLM "
+            "reads the base's alone. Move them away where only their spelling differs; otherwise merge the adapter "
+            "(`holdfast edit BASE ADAPTER --rule keep --export dense`), or use backend transformers."
+        )
     if is_tuner_folder(folder):
         stored = read_router(Path(folder))
         if stored.base.get("adapters"):
