@@ -67,6 +67,7 @@ def command(
     from holdfast.data.streams import build_safety, load_stream, read_spec
     from holdfast.data.types import Stream, Task
     from holdfast.errors import ConfigError
+    from holdfast.evaluation.engine_log import stdout_for_results, stdout_is_over
     from holdfast.evaluation.evaluation_config import EvaluationConfig
     from holdfast.evaluation.vllm_options import VllmOptions
     from holdfast.registry import origins
@@ -129,7 +130,6 @@ def command(
             bars.update(bar, completed=done, total=total)
 
         from holdfast.evaluation.answers import ALONE
-        from holdfast.evaluation.engine_log import stdout_for_results
         from holdfast.evaluation.standalone import evaluate
 
         with pictures(opened), stdout_for_results():
@@ -151,6 +151,9 @@ def command(
         typer.echo(json.dumps(result, ensure_ascii=False, indent=2))
     else:
         _show(result, out)
+    if backend == "vllm":
+        # Its engine ends with this process, and says so.
+        stdout_is_over()
 
 
 def _share() -> tuple[Any, Any]:

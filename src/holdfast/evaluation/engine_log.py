@@ -98,6 +98,14 @@ def stdout_for_results() -> Iterator[None]:
         os.close(own)
 
 
+def stdout_is_over() -> None:
+    """After the results are printed: what an engine still says at its end goes to stderr, for the rest of this process."""
+    descriptors = _descriptors()
+    if descriptors is not None:
+        _flush()
+        os.dup2(descriptors[1], descriptors[0])
+
+
 def _descriptors() -> tuple[int, int] | None:
     # Not of sys.stdout, which may have been replaced: other processes inherit these two.
     try:
@@ -113,4 +121,4 @@ def _flush() -> None:
         stream.flush()
 
 
-__all__ = ["listened", "root_cause", "stdout_for_results"]
+__all__ = ["listened", "root_cause", "stdout_for_results", "stdout_is_over"]
