@@ -21,7 +21,7 @@ from holdfast.errors import AdapterError, ConfigError, ModelError
 from holdfast.serving import remote
 from holdfast.serving.api_error import ApiError
 from holdfast.serving.protocol import ChatRequest, Limits
-from holdfast.serving.remote import RemoteEngine
+from holdfast.serving.remote import ZEROS, RemoteEngine
 from holdfast.tuners.cram.folder import load_expert
 from holdfast.tuners.cram.guard import Evidence, Guard
 from holdfast.tuners.cram.standalone import Decision, export_router
@@ -33,6 +33,7 @@ class StandIn:
 
     models: list[str]
     asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    told: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     failing: tuple[int, str] | None = None
     first_token: dict[int, float] = field(default_factory=dict)
     url: str = ""
@@ -49,8 +50,8 @@ def serve_stand_in(state: StandIn) -> ThreadingHTTPServer:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            state.asked.append((self.path, body))
-            if state.failing is not None:
+            (state.asked if self.path.endswith("completions") else state.told).append((self.path, body))
+            if state.failing is not None and self.path.endswith("completions"):
                 (status, sentence), state.failing = state.failing, None
                 self._send(status, {"error": {"message": sentence, "type": "x", "param": None, "code": status}})
             elif self.path == "/v1/load_lora_adapter":
@@ -147,7 +148,11 @@ def test_each_request_goes_to_its_expert_with_the_rule_of_tokenisation(world, st
         expected = world.routes[f"{task}-{number}"]
         (piece,) = pieces
         best = max(expected["weights"], key=expected["weights"].get) if not expected["abstained"] else "base"
-        assert piece.text == f"by {best}" and piece.finish == "stop" and piece.completion_tokens == 2
+        assert (
+            piece.text == f"by {ZEROS if best == 'base' else best}"
+            and piece.finish == "stop"
+            and piece.completion_tokens == 2
+        )
         assert piece.route["answered_by"] == best and piece.route["group"] == expected["group"]
     for _, body in stand_in.asked:
         # The template does not spell the beginning, so the tokenizer adds it, as the transformers path does.
@@ -179,9 +184,9 @@ def test_what_the_base_would_refuse_the_base_answers(world, stand_in, router, mo
     monkeypatch.setattr(remote, "open_exported", lambda folder: opened)
     stand_in.first_token = {40: -0.1, 7: -3.0}
     ((refused,),) = run(engine(world, stand_in, router=router), request(world))
-    assert refused.text == "by base" and refused.route["reason"] == "guarded" and refused.route["guard_score"] > 2
+    assert refused.text == f"by {ZEROS}" and refused.route["reason"] == "guarded" and refused.route["guard_score"] > 2
     asked = stand_in.asked[0][1]
-    assert asked["model"] == "base" and asked["max_tokens"] == 1 and asked["return_tokens_as_token_ids"] is True
+    assert asked["model"] == ZEROS and asked["max_tokens"] == 1 and asked["return_tokens_as_token_ids"] is True
     stand_in.first_token = {7: -0.1}
     ((let,),) = run(engine(world, stand_in, router=router), request(world))
     assert let.route["reason"] == "routed" and let.route["guard_score"] < -10
@@ -201,7 +206,7 @@ def test_a_request_of_several_experts_goes_where_it_is_told(world, stand_in, rou
     seen = {}
 
     async def keep(path, body):
-        if path == "/v1/load_lora_adapter":
+        if path == "/v1/load_lora_adapter" and body["lora_name"] != ZEROS:
             seen[body["lora_name"]] = load_expert(Path(body["lora_path"]))
 
     monkeypatch.setattr(made, "_told", keep)
@@ -278,7 +283,9 @@ def test_a_new_expert_is_handed_to_the_server_before_it_is_asked(world, stand_in
         await made.stop()
 
     asyncio.run(whole())
-    (loaded,) = [body for path, body in stand_in.asked if path == "/v1/load_lora_adapter"]
+    (zeros, loaded) = [body for path, body in stand_in.told if path == "/v1/load_lora_adapter"]
+    # The base is asked for as an adapter, too: beside others, rows without one are wrong on vLLM's CPU build.
+    assert zeros["lora_name"] == ZEROS
     assert loaded["lora_name"] == "sums" and loaded["lora_path"].endswith("02-maths")
 
 

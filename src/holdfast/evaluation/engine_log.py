@@ -99,7 +99,7 @@ def stdout_for_results() -> Iterator[None]:
 
 
 def stdout_is_over() -> None:
-    """After the results are printed: what an engine still says at its end goes to stderr, for the rest of this process."""
+    """After the results are printed: what an engine still says at its end reaches stderr, until this process ends."""
     descriptors = _descriptors()
     if descriptors is not None:
         _flush()

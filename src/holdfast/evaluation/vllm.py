@@ -91,15 +91,19 @@ class VllmBackend:
             self._engine = self._start(max((len(s.images) for s in samples), default=1))
         chosen = self._choose(samples)
         texts = [""] * len(samples)
-        for adds, rows in self._by_rule(samples).items():
-            outputs = self._chat(
-                [samples[i] for i in rows],
-                [self._sampling(samples[i], max_new_tokens) for i in rows],
-                adds,
-                [chosen[i] for i in rows],
-            )
-            for i, output in zip(rows, outputs, strict=True):
-                texts[i] = output.outputs[0].text.strip()
+        for adds, every in self._by_rule(samples).items():
+            # Never in one call: vLLM's CPU kernels (0.32) give rows without a LoRA the last one of the batch.
+            for rows in ([i for i in every if chosen[i] is None], [i for i in every if chosen[i] is not None]):
+                if not rows:
+                    continue
+                outputs = self._chat(
+                    [samples[i] for i in rows],
+                    [self._sampling(samples[i], max_new_tokens) for i in rows],
+                    adds,
+                    [chosen[i] for i in rows],
+                )
+                for i, output in zip(rows, outputs, strict=True):
+                    texts[i] = output.outputs[0].text.strip()
         return texts
 
     def _chat(self, samples: Sequence[Sample], sampling: list[Any], adds: bool, chosen: Sequence[str | None]) -> Any:

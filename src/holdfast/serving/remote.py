@@ -43,7 +43,7 @@ from holdfast.serving.api_error import ApiError, bad_request
 from holdfast.serving.engine import BASE, Piece, chosen_part, model_names
 from holdfast.serving.protocol import ChatRequest, Limits
 from holdfast.tuners.cram.folder import Stamp, folder_stamp, read_router, save_expert
-from holdfast.tuners.cram.merge import mixture_of_folders, quantised
+from holdfast.tuners.cram.merge import mixture_of_folders, quantised, save_nothing
 from holdfast.tuners.cram.standalone import Decision, StandaloneRouter, open_exported, open_on_base
 
 _log = logging.getLogger(__name__)
@@ -53,6 +53,9 @@ _WATCH_S = 2.0
 # Shares of a mixture are multiples of one over this.
 MIXTURE_STEPS = 8
 _MIXTURES_KEPT = 64
+# vLLM's CPU kernels (0.32) give rows without a LoRA the last slot's, where they share a batch with rows that have one
+# (`lora/ops/torch_ops`: index -1). So the base is asked for as a LoRA of zeros, which is exact everywhere.
+ZEROS = "holdfast-base"
 
 
 class RemoteEngine:
@@ -97,6 +100,8 @@ class RemoteEngine:
         self._line = 0
         self._problem: str | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._zeros: Path | None = None
+        self._base_name = BASE
         self._mixtures: dict[str, Path] = {}
         self._mixture_folder: tempfile.TemporaryDirectory[str] | None = None
         self._stamp: Stamp | None = None
@@ -177,6 +182,16 @@ class RemoteEngine:
             )
         self._processor = self._router.processor
         self._stamp = self._folder_stamp()
+        if self._router.folders:
+            self._zeros = self._scratch() / ZEROS
+            like = next(iter(read_router(self._folder).folders))
+            save_nothing(self._zeros, like, base=self._checkpoint.base)
+
+    def _scratch(self) -> Path:
+        """A folder for adapters that are made here."""
+        if self._mixture_folder is None:
+            self._mixture_folder = tempfile.TemporaryDirectory(prefix="holdfast-mixtures-")
+        return Path(self._mixture_folder.name)
 
     def _modules(self) -> dict[str, Path]:
         """LoRA module -> its folder."""
@@ -205,6 +220,7 @@ class RemoteEngine:
                     f"{self._checkpoint}: an adapter has rank {rank} and vLLM is to have room for {room or 512}; raise "
                     "--max-lora-rank, or merge it into its base (`holdfast edit --rule keep --export dense`)."
                 )
+            modules |= {} if self._zeros is None else {ZEROS: self._zeros}
             made += ["--enable-lora", "--max-lora-rank", str(room), "--max-loras", str(min(8, len(modules)))]
             made += ["--lora-modules", *(f"{name}={folder.resolve()}" for name, folder in modules.items())]
         if self._dtype:
@@ -285,6 +301,17 @@ class RemoteEngine:
             served = {row["id"] for row in listed}
         except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{self._url}/v1/models says nothing that can be read: {error!r}") from error
+        if self._zeros is not None and ZEROS not in served:
+            try:
+                await self._told("/v1/load_lora_adapter", {"lora_name": ZEROS, "lora_path": str(self._zeros)})
+                served.add(ZEROS)
+            except ApiError as error:
+                _log.warning(
+                    "the server takes no adapter while it runs (%s), so the base is asked without one; on vLLM's CPU build "
+                    "that is wrong beside other adapters: set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 there",
+                    error.message,
+                )
+        self._base_name = ZEROS if ZEROS in served else BASE
         wanted = {BASE, *self._modules()} if self._modules() else {self._name}
         if missing := sorted(wanted - served):
             raise ModelError(
@@ -346,7 +373,7 @@ class RemoteEngine:
         if self._router is None:
             return self._name, None
         if (part := chosen_part(request.model)) is not None:
-            return part, {"answered_by": part, "reason": "asked for by name"}
+            return self._base_name if part == BASE else part, {"answered_by": part, "reason": "asked for by name"}
         router = self._router
         async with self._lock:
             # One at a time: the encoder's threads would only fight each other.
@@ -355,7 +382,7 @@ class RemoteEngine:
             decision = router.under_guard(decision, await self._first_token(messages))
         route: dict[str, Any] = decision.to_json()
         if decision.is_one_hot:
-            return decision.expert or BASE, route
+            return decision.expert or self._base_name, route
         if self._mixed == "refuse":
             raise ApiError(
                 409, f"several experts share this request: {_shares(decision)}.", code="several_experts", param=None
@@ -379,9 +406,7 @@ class RemoteEngine:
                 oldest = next(iter(self._mixtures))
                 await self._told("/v1/unload_lora_adapter", {"lora_name": oldest})
                 shutil.rmtree(self._mixtures.pop(oldest), ignore_errors=True)
-            if self._mixture_folder is None:
-                self._mixture_folder = tempfile.TemporaryDirectory(prefix="holdfast-mixtures-")
-            place = Path(self._mixture_folder.name) / name
+            place = self._scratch() / name
             await asyncio.to_thread(
                 lambda: save_expert(place, mixture_of_folders(router.folders, weights), base=self._checkpoint.base)
             )
@@ -398,7 +423,7 @@ class RemoteEngine:
     async def _first_token(self, messages: Mapping[str, Any]) -> dict[int, float]:
         body = {
             **messages,
-            "model": BASE,
+            "model": self._base_name,
             "max_tokens": 1,
             "temperature": 0.0,
             "logprobs": True,

@@ -95,6 +95,16 @@ def mixture_of_folders(folders: Mapping[str, Path], weights: Mapping[str, float]
     return merged
 
 
+def save_nothing(folder: Path, like: Path, *, base: str) -> None:
+    """A LoRA that changes nothing, on the linears of the expert folder `like`: the base, for servers that need a name.
+
+    Raises: as `folder.load_expert` and `save_expert`.
+    """
+    factors = load_expert(like)
+    zeros = {name: (torch.zeros(1, a.shape[1]), torch.zeros(b.shape[0], 1)) for name, (a, b) in factors.items()}
+    save_expert(folder, zeros, base=base)
+
+
 def export_merged(
     cram: Cram, mass: Mapping[str, float], folder: Path, *, record: Mapping[str, Any] | None = None
 ) -> Factors:

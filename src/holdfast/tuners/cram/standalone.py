@@ -61,7 +61,7 @@ class Decision:
     """Who answers a request.
 
     weights: expert -> share, all experts; empty shares where the base answers. reason: "routed", "abstained" (no expert
-    finds the request like its task's), "guarded" (theta_0 would refuse).
+    finds the request like its task's), "guarded" (theta_0 would refuse). abstained: also where it is guarded.
     """
 
     weights: Mapping[str, float]
@@ -69,6 +69,7 @@ class Decision:
     similarity: Mapping[str, float]
     reason: str
     guard_score: float | None = None
+    abstained: bool = False
 
     @property
     def expert(self) -> str | None:
@@ -91,7 +92,7 @@ class Decision:
             "id": id,
             "group": self.group,
             "similarity": dict(self.similarity),
-            "abstained": self.reason == "abstained",
+            "abstained": self.abstained,
             **guard,
             "weights": dict(self.weights),
         }
@@ -120,6 +121,7 @@ def decisions(routing: Routing, router: Router) -> list[Decision]:
                 similarity=row["similarity"],
                 reason=reason,
                 guard_score=row.get("guard_score"),
+                abstained=row["abstained"],
             )
         )
     return found
