@@ -291,7 +291,7 @@ def test_a_new_expert_is_handed_to_the_server_before_it_is_asked(world, stand_in
 
 def test_what_vllm_would_serve_in_part_or_not_at_all_is_refused_at_the_start(world, stand_in, router, tmp_path):
     stand_in.models.remove("cold")
-    with pytest.raises(ModelError, match=r"serves base, maths, warm, but not cold. Start it with --served-model-name"):
+    with pytest.raises(ModelError, match=r"maths, warm, but not cold. Start it with --served-model-name"):
         run(engine(world, stand_in, router=router))
     whole = adapter_kit.train(world.base, tmp_path / "whole", target_modules=["q_proj", "linear_1"])
     limits = Limits()

@@ -307,8 +307,8 @@ class RemoteEngine:
                 served.add(ZEROS)
             except ApiError as error:
                 _log.warning(
-                    "the server takes no adapter while it runs (%s), so the base is asked without one; on vLLM's CPU build "
-                    "that is wrong beside other adapters: set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 there",
+                    "the server takes no adapter while it runs (%s), so the base is asked without one; on vLLM's CPU "
+                    "build that is wrong beside other adapters: set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 there",
                     error.message,
                 )
         self._base_name = ZEROS if ZEROS in served else BASE
