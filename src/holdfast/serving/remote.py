@@ -134,15 +134,16 @@ class RemoteEngine:
         Raises: AdapterError: an adapter that vLLM would serve in part. ConfigError: vLLM is missing where it is to
         be started. ModelError: it does not start, or another base or other modules are behind `url`.
         """
-        adapters_to_serve(self._checkpoint)
-        await asyncio.to_thread(self._open)
-        if self._given_url is None:
-            await asyncio.to_thread(self._start_server)
-        assert self._url is not None
-        bound = httpx2.Timeout(self._limits.timeout_s, connect=10.0)
-        pool = httpx2.Limits(max_connections=2 * self._limits.waiting, max_keepalive_connections=64)
-        self._client = httpx2.AsyncClient(base_url=self._url.rstrip("/"), timeout=bound, limits=pool, trust_env=False)
         try:
+            adapters_to_serve(self._checkpoint)
+            await asyncio.to_thread(self._open)
+            if self._given_url is None:
+                await asyncio.to_thread(self._start_server)
+            assert self._url is not None
+            bound = httpx2.Timeout(self._limits.timeout_s, connect=10.0)
+            pool = httpx2.Limits(max_connections=2 * self._limits.waiting, max_keepalive_connections=64)
+            base_url = self._url.rstrip("/").removesuffix("/v1")
+            self._client = httpx2.AsyncClient(base_url=base_url, timeout=bound, limits=pool, trust_env=False)
             await self._wait_until_up()
             await self._check_modules()
         except BaseException:
