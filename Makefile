@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 # One thread a worker: as many workers as cores (four at most: each holds about 1 GB).
 TEST_JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint serve-test clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,15 @@ lint: $(STAMP)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal
+
+# A real vLLM on the CPU, in an environment of its own (3.5 GB); a quarter of an hour on two cores. Not part of `make test`.
+SERVE_VENV ?= .venv-vllm
+$(SERVE_VENV)/.installed: tests/serve_vllm/make_environment.sh tests/serve_vllm/stub_torchvision.py
+	PYTHON=$(PYTHON) bash tests/serve_vllm/make_environment.sh $(SERVE_VENV)
+	@touch $@
+
+serve-test: $(STAMP) $(SERVE_VENV)/.installed
+	HOLDFAST_VLLM_PYTHON=$(abspath $(SERVE_VENV))/bin/python $(BIN)/python -m pytest -s tests/serve_vllm
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -103,6 +103,7 @@ def test_the_choices_are_those_of_the_library() -> None:
     from holdfast.evaluation.evaluation_config import EvaluationConfig
     from holdfast.functional import hessian, inverse
     from holdfast.scorers import alignment, base
+    from holdfast.serving import remote
 
     evaluation = typing.get_type_hints(EvaluationConfig)
     library = {
@@ -112,6 +113,7 @@ def test_the_choices_are_those_of_the_library() -> None:
         "CoefficientName": recipes.CoefficientChoice,
         "DtypeName": typing.get_args(evaluation["dtype"])[0],
         "ExportName": editor.Export,
+        "MixedName": remote.MixedName,
         "ModeName": base.Mode,
         "NormalizationName": hessian.Normalization,
         "OnFailureName": inverse.OnFailure,

@@ -16,7 +16,9 @@ from fork_server import ForkServer
 from holdfast.checkpoints.adapter import LoraAdapter
 from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.fingerprint import fingerprint
+from holdfast.checkpoints.hub_names import hub_names
 from holdfast.checkpoints.merged import open_checkpoint
+from holdfast.checkpoints.reader import CheckpointReader
 from holdfast.editing import DenseEdit
 from holdfast.editing.account import EditReport
 from holdfast.editing.editor import edit_checkpoint
@@ -51,7 +53,11 @@ def edit(world, out, after=None, **options):
 
 
 def weights(folder):
-    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
+    """By the names that released checkpoints carry, which is how results are written."""
+    found = {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
+    path = folder / "config.json"
+    names = hub_names(found, json.loads(path.read_text())) if path.is_file() else {key: key for key in found}
+    return {names[key]: value for key, value in found.items()}
 
 
 def folder_bytes(folder):
@@ -75,7 +81,8 @@ def reference(world, key, w_prev, w_new, module):
 def test_every_calibrated_layer_is_edited_and_the_rest_is_afters_bits(world, tmp_path):
     report = edit(world, tmp_path / "out")
     old, new, out = weights(world.before), weights(world.after), weights(tmp_path / "out")
-    assert set(out) == set(new)
+    with CheckpointReader(tmp_path / "out") as reader:
+        assert set(reader.entries) == set(out) == set(new)
     assert [row["layer"] for row in report.layers] == list(world.curvature.modules)
     edited = set()
     with open_checkpoint(world.after) as opened:
@@ -144,10 +151,15 @@ def test_the_exported_adapter_is_a_masked_a_of_the_same_rank(world, tmp_path):
         assert torch.equal(new_a[:, ~masked], a[:, ~masked])
         assert row["coefficient_error"] > 0
     assert not made.input_scale
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    as_trained = json.loads((world.adapter / "adapter_config.json").read_text())
+    # A pattern troubles some servers; full names are what it matched.
+    assert isinstance(as_trained["target_modules"], str)
+    assert config == {**as_trained, "target_modules": sorted(given.modules)}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Rank 4: within vLLM's default --max-lora-rank 16." in card and "would not serve" not in card
     given.close()
     made.close()
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config == json.loads((world.adapter / "adapter_config.json").read_text())
 
 
 def test_adapter_and_scale_together_are_the_dense_result(world, tmp_path):
@@ -163,6 +175,14 @@ def test_adapter_and_scale_together_are_the_dense_result(world, tmp_path):
         assert len(merged.adapters[0].input_scale) == len(world.curvature.modules)
         for key, expected in dense.items():
             torch.testing.assert_close(merged.read(key), expected, rtol=8e-3, atol=1e-6)
+
+
+def test_the_card_says_what_a_plain_server_leaves_out_with_its_effect(world, tmp_path):
+    edit(world, tmp_path / "out", world.adapter, export="adapter", coefficient="keep", verify=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "vLLM would not serve all of it: the input-scaling vectors of" in card and "--export dense" in card
+    found = json.loads((tmp_path / "out" / "verification.json").read_text())["logits_with_plain_loader_off_by"]
+    assert found > 0 and f"are off by {found:.1e} of the largest one" in card
 
 
 def test_a_dropped_coefficient_is_never_measured_and_changes_no_factor(world, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from holdfast.checkpoints.fingerprint import file_stamps, fingerprint
+from holdfast.checkpoints.hub_names import hub_names
 from holdfast.checkpoints.merged import open_checkpoint
 from holdfast.checkpoints.reader import INDEX_FILE
 from holdfast.checkpoints.rewrite import Compute, Copy, Input, copy_side_files, hash_side_files, rewrite
@@ -36,7 +37,8 @@ def cast_checkpoint(
 ) -> Path:
     """Write `source` (adapters merged) with all floating-point weights in `dtype` as the folder `out`.
 
-    config.json names the new type, so a loader that keeps a checkpoint's type keeps it. Killed and called again, it
+    Names are those of released checkpoints. config.json names the new type, so a loader that keeps a checkpoint's type
+    keeps it. Killed and called again, it
     goes on where it stopped; a finished `out` of the same source is left alone.
 
     Raises: CheckpointError: `dtype` is no type that weights are kept in. StorageError: disk full, `out` exists.
@@ -47,15 +49,17 @@ def cast_checkpoint(
     with open_checkpoint(source) as checkpoint:
         recipe: dict[str, Copy | Compute] = {}
         tensors = []
+        released = hub_names(checkpoint.entries, checkpoint.config())
         for key, entry in checkpoint.entries.items():
+            written = released[key]
             floating = entry.dtype in EDITABLE_DTYPES
             size = entry.numel * dtype.itemsize if floating else entry.nbytes
-            tensors.append(OutputTensor(key, name if floating else entry.dtype, entry.shape, size))
+            tensors.append(OutputTensor(written, name if floating else entry.dtype, entry.shape, size))
             read = tuple(Input(checkpoint.base, stored) for stored in checkpoint.stored(key))
             if floating and (entry.dtype != name or not checkpoint.is_plain(key)):
-                recipe[key] = Compute(read, _to(checkpoint, key, dtype))
+                recipe[written] = Compute(read, _to(checkpoint, key, dtype))
             else:
-                recipe[key] = Copy(read[0])
+                recipe[written] = Copy(read[0])
         shards = plan_shards(tensors, shard_bytes=shard_bytes)
         prints = [fingerprint(checkpoint.base), *(fingerprint(adapter) for adapter in checkpoint.adapters)]
         adapters = [adapter.folder for adapter in checkpoint.adapters]
@@ -64,6 +68,7 @@ def cast_checkpoint(
             "fingerprints": prints,
             "side_files": hash_side_files(checkpoint.folder, adapters),
             "shard_bytes": shard_bytes,
+            **({"names": "released"} if any(key != written for key, written in released.items()) else {}),
         }
         with Staging(Path(out), plan, inputs=file_stamps(checkpoint.files())) as staging:
             if staging.already_published:

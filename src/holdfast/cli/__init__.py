@@ -34,6 +34,9 @@ VERBS: dict[str, str] = {
     "label": "holdfast.cli.label",
     "route": "holdfast.cli.route",
     "merge-experts": "holdfast.cli.merge_experts",
+    "serve": "holdfast.cli.serve",
+    "check-served": "holdfast.cli.check_served",
+    "export-router": "holdfast.cli.export_router",
 }
 
 app = typer.Typer(

@@ -20,6 +20,7 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 ExportName = Literal["dense", "adapter"]
 ImageModeName = Literal["upright", "published"]
 Kind = Literal["methods", "scorers", "judges", "readers", "safety-readers", "tuners", "rules", "families", "streams"]
+MixedName = Literal["first", "merge", "refuse"]
 ModeName = Literal["paper", "strict"]
 NormalizationName = Literal["sequence", "token", "sum"]
 OnFailureName = Literal["error", "retry"]
@@ -36,6 +37,7 @@ __all__ = [
     "ExportName",
     "ImageModeName",
     "Kind",
+    "MixedName",
     "ModeName",
     "NormalizationName",
     "OnFailureName",

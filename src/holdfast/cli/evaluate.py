@@ -38,7 +38,13 @@ def command(
     dtype: Annotated[DtypeName | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     seed: Annotated[int | None, typer.Option(help="Sample with this seed instead of greedy decoding.")] = None,
     temperature: Annotated[float, typer.Option(help="Of sampling; greedy decoding has none.")] = 1.0,
-    backend: Annotated[BackendName, typer.Option(help="vllm is installed by oneself.")] = "transformers",
+    backend: Annotated[
+        BackendName, typer.Option(help="vllm is installed by oneself (docs/serving.md).")
+    ] = "transformers",
+    eager: Annotated[bool, typer.Option("--eager", help="vllm: no compiled graphs (short start, CPUs).")] = False,
+    max_model_len: Annotated[int | None, typer.Option(help="vllm: tokens of prompt and answer together.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="vllm: share of the GPU's memory, such as 0.9.")] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(help="vllm: GPUs that share the model.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print evaluation.json instead of tables.")] = False,
 ) -> None:
     """Ask a model every test sample and every safety request; score, judge, and say how sure each figure is.
@@ -60,7 +66,9 @@ def command(
     from holdfast.data.streams import build_safety, load_stream, read_spec
     from holdfast.data.types import Stream, Task
     from holdfast.errors import ConfigError
+    from holdfast.evaluation.engine_log import stdout_for_results, stdout_is_over
     from holdfast.evaluation.evaluation_config import EvaluationConfig
+    from holdfast.evaluation.vllm_options import VllmOptions
     from holdfast.registry import origins
 
     if tasks is None and safety is None:
@@ -69,6 +77,17 @@ def command(
         raise ConfigError("--task chooses among the tasks of a stream file; give that file with --tasks.")
     options = {"batch_size": batch_size, "dtype": dtype, "limit": limit, "seed": seed, "temperature": temperature}
     judges = {"judges": [_judge(text) for text in judge]} if judge else {}
+    engine = VllmOptions(
+        eager=True if eager else None,
+        max_model_len=max_model_len,
+        gpu_memory=gpu_memory,
+        tensor_parallel=tensor_parallel,
+    )
+    if backend != "vllm" and engine != VllmOptions():
+        raise ConfigError(
+            f"{', '.join('--' + name.replace('_', '-') for name in engine.to_json())} only speaks to vLLM's engine; "
+            "add --backend vllm, or leave it out."
+        )
     opened = PictureConfig(images=image_mode, max_pixels=max_pixels)
     config = decode(EvaluationConfig, {**options, "backend": backend, **judges})
     checkpoint = as_checkpoint(model)
@@ -105,8 +124,17 @@ def command(
     from holdfast.evaluation.answers import ALONE
     from holdfast.evaluation.standalone import evaluate
 
-    with bars("asking", transient=True, quiet=not chief) as progress, pictures(opened):
-        result = evaluate(checkpoint, stream, config, out=out, asked=asked, progress=progress, share=share or ALONE)
+    with bars("asking", transient=True, quiet=not chief) as progress, pictures(opened), stdout_for_results():
+        result = evaluate(
+            checkpoint,
+            stream,
+            config,
+            out=out,
+            asked=asked,
+            progress=progress,
+            share=share or ALONE,
+            vllm_options=engine,
+        )
     if finish is not None:
         finish()
     if not chief:
@@ -115,6 +143,9 @@ def command(
         typer.echo(json.dumps(result, ensure_ascii=False, indent=2))
     else:
         _show(result, out)
+    if backend == "vllm":
+        # Its engine ends with this process, and says so.
+        stdout_is_over()
 
 
 def _share() -> tuple[Any, Any]:

@@ -30,7 +30,14 @@ PANELS: dict[str, tuple[str, ...]] = {
         "all_images", "as_json", "export", "json", "json_", "layers", "listed", "measured_safety", "model_card",
         "dry_run", "names_only", "out", "overwrite", "report", "shard", "title", "verify",
     ),
-    "Machine": ("backend", "batch_size", "device", "dtype", "jobs", "max_new_tokens", "memory", "retries"),
+    "Machine": (
+        "backend", "batch_size", "device", "dtype", "eager", "gpu_memory", "jobs", "max_lora_rank", "max_model_len",
+        "max_new_tokens", "memory", "retries", "tensor_parallel", "vllm_args", "vllm_python", "vllm_url",
+    ),
+    "The endpoint": ("canary", "folder", "host", "mixed", "port", "router", "served_name"),
+    "What clients may ask": (
+        "allow_files", "max_body", "max_image_pixels", "max_images", "max_tokens", "max_waiting", "timeout",
+    ),
     "Checks to leave out": ("allow_other_base", "allow_other_calibration", "allow_problems", "allow_short"),
 }  # fmt: skip
 _PANEL_OF = {option: panel for panel, options in PANELS.items() for option in options}

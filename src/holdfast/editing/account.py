@@ -138,7 +138,7 @@ def _coefficient_note(report: EditReport) -> list[str]:
         return [
             "Coefficient (keep): the projection is stored as a vector per layer in holdfast_input_scale.safetensors, "
             "which holdfast's loaders apply. PEFT alone ignores that file, and serves the adapter as if the "
-            "coefficient had been dropped."
+            "coefficient had been dropped; so does vLLM."
         ]
     if report.coefficient == "drop":
         return [
@@ -161,9 +161,10 @@ def linear_name(layer: str) -> str:
     return ".".join(layer.split(".")[-2:])
 
 
-def model_card(report: EditReport, *, safety: Mapping[str, Any] | None = None) -> str:
+def model_card(report: EditReport, *, safety: Mapping[str, Any] | None = None, served: Sequence[str] = ()) -> str:
     """Markdown of a report.
 
+    served: sentences on what a server makes of the result (`checkpoints.adapter_config.serving_notes`).
     safety: measured before and after, where somebody measured it: {set: {"before": rate, "after": rate}}, rates 0..1.
     """
     kind = "LoRA adapter" if report.export == "adapter" else "checkpoint"
@@ -185,6 +186,7 @@ def model_card(report: EditReport, *, safety: Mapping[str, Any] | None = None) -
         "",
         *_section("Not protected", [f"- {warning}" for warning in report.warnings]),
         *_section("Safety, measured", _safety_table(safety) if safety else []),
+        *_section("Served", [f"- {sentence}" for sentence in [*served, *_scale_effect(report)]]),
         *_section("Reload check", _guard(report)),
         "## By block (means over its layers)",
         "",
@@ -250,6 +252,17 @@ def _guard(report: EditReport) -> list[str]:
             "largest one"
         )
     return lines
+
+
+def _scale_effect(report: EditReport) -> list[str]:
+    """What a server that does not read the input-scaling file changes, where it was measured."""
+    off = (report.verification or {}).get("logits_with_plain_loader_off_by")
+    if off is None:
+        return []
+    return [
+        f"Without its input-scaling vectors (PEFT alone, vLLM) the logits of the probe batch are off by {off:.1e} of "
+        "the largest one. `--coefficient measure`, the default, writes an adapter that needs none."
+    ]
 
 
 def _table(layers: Sequence[Mapping[str, Any]], *, by_layer: bool = False) -> list[str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
 from safetensors.torch import save_file
 
 from holdfast.checkpoints.adapter import CONFIG_FILE, INPUT_SCALE_FILE, WEIGHTS_FILE
+from holdfast.checkpoints.adapter_config import serving_notes, settle_adapter_config
 from holdfast.checkpoints.adapter_settings import (
     Content,
     describe_missing,
@@ -20,8 +22,10 @@ from holdfast.checkpoints.adapter_settings import (
     overlay,
 )
 from holdfast.checkpoints.curvature_file import Curvature
+from holdfast.checkpoints.hub_names import hub_names
 from holdfast.checkpoints.reader import INDEX_FILE, SINGLE_FILE
 from holdfast.checkpoints.rewrite import RewriteResult, copy_contents, hash_contents, rewrite, side_contents
+from holdfast.checkpoints.tensor_file import TensorEntry
 from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
 from holdfast.checkpoints.writer import (
     DEFAULT_SHARD_BYTES,
@@ -204,9 +208,22 @@ class _Edit:
 
     def dense_output(self, shard_bytes: int, allow_other_base: bool) -> _Output:
         recipe, unprotected = dense_recipe(self.pair, self.targets, self.rule, allow_other_base=allow_other_base)
-        lost = {key: self.pair.before.entries[key] for key in self.pair.only_before}
-        tensors = output_tensors({**self.pair.after.entries, **lost})
-        return _Output(recipe, plan_shards(tensors, shard_bytes=shard_bytes, stem=_stem(SINGLE_FILE)), unprotected)
+        names = self.released
+        tensors = [replace(tensor, name=names[tensor.name]) for tensor in output_tensors(self._dense_entries())]
+        return _Output(
+            {names[key]: step for key, step in recipe.items()},
+            plan_shards(tensors, shard_bytes=shard_bytes, stem=_stem(SINGLE_FILE)),
+            [names[key] for key in unprotected],
+        )
+
+    def _dense_entries(self) -> dict[str, TensorEntry]:
+        """What a dense result holds: AFTER's tensors, and those of BEFORE alone that transformers never builds."""
+        return {**self.pair.after.entries, **{key: self.pair.before.entries[key] for key in self.pair.only_before}}
+
+    @cached_property
+    def released(self) -> dict[str, str]:
+        """Key of AFTER -> the name that a dense result gives it, as released checkpoints of this family spell it."""
+        return hub_names(self._dense_entries(), self.pair.after.config())
 
     def plan(self, *, seed: int, shard_bytes: int) -> dict[str, Any]:
         """Everything that decides the bytes of the result."""
@@ -224,12 +241,18 @@ class _Edit:
             "block_count": self.targets[0].layer.block_count,
             "seed": seed,
             "shard_bytes": shard_bytes if self.export == "dense" else None,
+            **self._released_names(),
             "safety": dict(self.safety) if self.safety else None,
             "versions": {name: versions()[name] for name in ("holdfast", "torch")},
             # Only where there is something to say: the plans of other edits stay as they were.
             **({"renamed": self.names.renamed} if self.names is not None and self.names.renamed else {}),
             **({"only_before": self.pair.only_before} if self.pair.only_before else {}),
         }
+
+    def _released_names(self) -> dict[str, Any]:
+        """In the plan where names change: an unfinished result with the old ones is another result."""
+        changed = self.export == "dense" and any(key != name for key, name in self.released.items())
+        return {"names": "released"} if changed else {}
 
     def report(self, result: RewriteResult, plan_hash: str, unprotected: list[str]) -> EditReport:
         rows = self._rows(result)
@@ -285,7 +308,8 @@ class _Edit:
 
     def write_card(self, folder: Path, report: EditReport) -> None:
         with atomic_path(folder / "README.md") as temporary:
-            temporary.write_text(model_card(report, safety=self.safety), encoding="utf-8")
+            served = serving_notes(folder) if self.export == "adapter" else []
+            temporary.write_text(model_card(report, safety=self.safety, served=served), encoding="utf-8")
 
     def layers_only(self, progress: Callable[..., None] | None) -> Callable[..., None] | None:
         """`progress` told of edited layers by their names, and of no other tensor."""
@@ -304,7 +328,9 @@ class _Edit:
 
     def _written_key(self, target: Target) -> str:
         """The output tensor that a target's edit is in."""
-        if self.export != "adapter" or not isinstance(target, LoraTarget) or self.names is None:
+        if self.export == "dense":
+            return self.released[target.key]
+        if not isinstance(target, LoraTarget) or self.names is None:
             return target.key
         return self.names.keys[target.lora.a.name]
 
@@ -361,6 +387,8 @@ def _write_small_files(
     if edit.names is not None:
         if edit.names.config is not None:
             write_json(folder / CONFIG_FILE, edit.names.config)
+        # The shards are in place: a pattern of target modules is replaced by what they are for.
+        settle_adapter_config(folder, base=edit.before.base, base_config=edit.pair.before.base.config())
         rows = {
             edit.names.modules[target.lora.module]: result.rows[edit.names.keys[target.lora.a.name]]
             for target in lora_targets(edit.targets)

@@ -38,7 +38,7 @@ class EvaluationConfig:
         so AP, BWT and the safety figures are not touched. 0 asks nothing on the way, and what needs those cells (MAA,
         forgetting, curves along the stream) is null; null: no difference.
     seed, temperature: null decodes greedily; a number samples, with noise drawn per sample from (seed, sample id).
-    backend: "transformers", or "vllm" (installed by oneself; whole checkpoints only, see `evaluation.vllm`).
+    backend: "transformers", or "vllm" (installed by oneself; what it serves: `evaluation.vllm`).
     """
 
     judges: tuple[JudgeConfig, ...] = (JudgeConfig(name="keyword"), JudgeConfig(name="keyword_strict"))

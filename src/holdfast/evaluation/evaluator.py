@@ -15,6 +15,7 @@ from holdfast.data.types import SafetySet, Sample, Stream, Task
 from holdfast.errors import RunError
 from holdfast.evaluation.answers import ALONE, Share, collect
 from holdfast.evaluation.evaluation_config import EvaluationConfig
+from holdfast.evaluation.vllm_options import VllmOptions
 from holdfast.files import atomic_path, read_jsonl
 from holdfast.judges.base import Side, Verdict
 from holdfast.metrics.agreement import agreement
@@ -37,9 +38,14 @@ class CheckpointEvaluator:
     answers are being made.
     """
 
-    def __init__(self, config: EvaluationConfig, *, share: Share = ALONE) -> None:
-        """share: this process's part of the work; only the chief's rows are filled."""
+    def __init__(
+        self, config: EvaluationConfig, *, share: Share = ALONE, vllm_options: VllmOptions | None = None
+    ) -> None:
+        """share: this process's part of the work; only the chief's rows are filled. vllm_options: of that backend's
+        engine.
+        """
         self.config = config
+        self.vllm_options = vllm_options
         self.share = share
         self.judges = {judge.key: judges.get(judge.name, **judge.options) for judge in config.judges}
 
@@ -65,7 +71,7 @@ class CheckpointEvaluator:
             asked += count
             progress("evaluate", done=asked, total=total)
 
-        model = _Lazy(checkpoint, self.config, self.share.device)
+        model = _Lazy(checkpoint, self.config, self.share.device, self.vllm_options)
         scores = {task.name: self._task(model, task, some, out_dir, on_batch) for task, some in asked_of}
         safety = {s.name: self._safety(model, s, sides[s.name], out_dir, on_batch) for s in stream.safety}
         return {"scores": scores, "safety": safety}
@@ -150,9 +156,14 @@ class CheckpointEvaluator:
         target = path.with_name(f"routing-{path.name}")
         if target.is_file() or path.is_file() or not model.has_tuner:
             return
+        size = self.config.batch_size
+        if self.config.backend == "vllm":
+            _publish(
+                target, (row for i in range(0, len(samples), size) for row in model.vllm.explain(samples[i : i + size]))
+            )
+            return
         tuner = model.loaded.tuner
         assert tuner is not None  # its folder is among the checkpoint's adapters
-        size = self.config.batch_size
         _publish(target, (row for i in range(0, len(samples), size) for row in tuner.explain(samples[i : i + size])))
 
     def _some(self, samples: Sequence[Sample], full: bool) -> Sequence[Sample]:
@@ -164,7 +175,14 @@ class CheckpointEvaluator:
 class _Lazy:
     """The model, loaded when the first answer is missing: a resumed evaluation may need none."""
 
-    def __init__(self, checkpoint: Checkpoint, config: EvaluationConfig, device: Any = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: EvaluationConfig,
+        device: Any = None,
+        vllm_options: VllmOptions | None = None,
+    ) -> None:
+        self._options = vllm_options
         self._checkpoint, self._config, self._device = checkpoint, config, device
         self._loaded: LoadedModel | None = None
         self._vllm: VllmBackend | None = None
@@ -173,7 +191,7 @@ class _Lazy:
     def has_tuner(self) -> bool:
         """Whether an adapter folder on top is a tuner's own."""
         adapters = getattr(self._checkpoint, "adapters", ())
-        return self._config.backend != "vllm" and any(is_tuner_folder(folder) for folder in adapters)
+        return any(is_tuner_folder(folder) for folder in adapters)
 
     @property
     def vllm(self) -> VllmBackend:
@@ -183,7 +201,11 @@ class _Lazy:
             let_go()  # vLLM takes the memory for itself
             config = self._config
             self._vllm = VllmBackend(
-                self._checkpoint, dtype=config.dtype, seed=config.seed, temperature=config.temperature
+                self._checkpoint,
+                dtype=config.dtype,
+                seed=config.seed,
+                temperature=config.temperature,
+                options=self._options,
             )
         return self._vllm
 

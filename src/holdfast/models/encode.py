@@ -116,19 +116,27 @@ def conversation(sample: Sample, turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def _render(loaded: LoadedModel, sample: Sample, turns: Sequence[Turn], *, ask: bool) -> str:
+    return render(loaded.processor, sample, turns, ask=ask, name=loaded.name)
+
+
+def render(processor: Any, sample: Sample, turns: Sequence[Turn], *, ask: bool, name: str) -> str:
+    """The text that a chat template makes of turns. ask: end with the generation prompt. name: what errors call it.
+
+    Raises: DataError: no turn, or one that the template refuses.
+    """
     if not turns:
         raise DataError(f"Sample {sample.id!r} has no turn to show to the model.")
     messages = conversation(sample, turns)
     try:
         # A template is a program of whoever made the checkpoint.
         with bounded(
-            f"The chat template of {loaded.name}", seconds=_TEMPLATE_SECONDS, memory=_TEMPLATE_BYTES, error=ModelError
+            f"The chat template of {name}", seconds=_TEMPLATE_SECONDS, memory=_TEMPLATE_BYTES, error=ModelError
         ):
-            return loaded.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+            return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
     except ModelError:
         raise
     except Exception as error:
-        raise DataError(f"Sample {sample.id!r}: the chat template of {loaded.name} refuses it: {error}") from error
+        raise DataError(f"Sample {sample.id!r}: the chat template of {name} refuses it: {error}") from error
 
 
 def _process(
@@ -348,8 +356,15 @@ def _tokenize(loaded: LoadedModel, text: str) -> list[int]:
 
 
 def _adds_special_tokens(loaded: LoadedModel, text: str) -> bool:
-    # Most templates spell <bos> themselves; a second one would shift everything the model was trained on.
-    bos = loaded.tokenizer.bos_token
+    return adds_special_tokens(loaded.tokenizer, text)
+
+
+def adds_special_tokens(tokenizer: Any, text: str) -> bool:
+    """Whether the tokenizer puts its own beginning before a rendered prompt: a server has to be told the same.
+
+    Most templates spell <bos> themselves; a second one would shift everything the model was trained on.
+    """
+    bos = tokenizer.bos_token
     return not (bos and text.startswith(bos))
 
 

@@ -46,7 +46,7 @@ def generate(
         )
     order = sorted(range(len(samples)), key=lambda i: (-_size(samples[i]), i))
     answers = [""] * len(samples)
-    config = _generation_config(loaded, max_new_tokens)
+    config = greedy_config(loaded, max_new_tokens)
     was_training = loaded.model.training
     loaded.model.eval()
     try:
@@ -84,7 +84,8 @@ def _answer(
     ]
 
 
-def _generation_config(loaded: LoadedModel, max_new_tokens: int) -> GenerationConfig:
+def greedy_config(loaded: LoadedModel, max_new_tokens: int) -> GenerationConfig:
+    """Plain greedy decoding, whatever the checkpoint's own generation config says."""
     # Every knob is spelled out: what a checkpoint's generation_config.json leaves set (temperature, top_p, repetition
     # penalty) would otherwise be merged in, and two checkpoints would be asked in two ways.
     return GenerationConfig(

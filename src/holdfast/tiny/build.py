@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from holdfast.checkpoints.hub_names import hub_names
 from holdfast.tiny import engine, lexicon, world
 from holdfast.tiny.engine import Ranks, Stage
 
@@ -91,6 +92,14 @@ def figures(model: Any, count: int = 200) -> dict[str, Any]:
     return found
 
 
+def release_names(folder: Path, config: Mapping[str, Any]) -> None:
+    """Rename the tensors of a saved model as released checkpoints carry them, in place; values stay."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    names = hub_names(tensors, config)
+    save_file({names[key]: tensor for key, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
 def save(model: Any, folder: Path) -> None:
     """fp16 safetensors with config, processor and chat template, as any transformers model."""
     from holdfast.tiny.tokenizer import make_processor
@@ -99,6 +108,7 @@ def save(model: Any, folder: Path) -> None:
     state = {k: v.detach().to(torch.float16).contiguous() for k, v in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state)
     config = json.loads((folder / "config.json").read_text())
+    release_names(folder, config)
     config["dtype"] = "float16"
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     make_processor().save_pretrained(folder)

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from holdfast.checkpoints.adapter import CONFIG_FILE
+from holdfast.checkpoints.adapter_config import settle_adapter_config
 from holdfast.data.images import current_pictures, pictures
 from holdfast.data.types import Sample
 from holdfast.errors import DataError, TrainingError
@@ -408,6 +410,9 @@ def _publish(wrapped: PeftModel, out: Path) -> None:
     temporary = out.with_name(f".{out.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     wrapped.save_pretrained(str(temporary))
+    # CRAM's experts settle theirs themselves.
+    if (temporary / CONFIG_FILE).is_file():
+        settle_adapter_config(temporary)
     shutil.rmtree(out, ignore_errors=True)
     temporary.replace(out)
 

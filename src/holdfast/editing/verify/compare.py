@@ -80,7 +80,8 @@ class _Live:
 
     hashes: of the written tensors that are what the edit in memory gives, by layer. changed: weights that the edit
     moved. unedited, reference: logits before and after it. without_scale: how far the logits are off where an adapter
-    leaves the input scale out, or None. from_peft: how far AFTER before the edit is from what transformers and PEFT
+    leaves the input scale out, or None. by_plain_loader: the same where it has one and a loader does not read it.
+    from_peft: how far AFTER before the edit is from what transformers and PEFT
     alone load; None where PEFT cannot load it (no adapter, names that it does not match, input scaling).
     """
 
@@ -90,6 +91,7 @@ class _Live:
     unedited: Tensor
     reference: Tensor
     without_scale: float | None
+    by_plain_loader: float | None
     from_peft: float | None
 
 
@@ -128,6 +130,7 @@ class _Guard:
             "after_differs_from_peft_by": live.from_peft,
             "edit_moves_logits_by": _relative(live.unedited, live.reference),
             "logits_without_coefficient_off_by": live.without_scale,
+            "logits_with_plain_loader_off_by": live.by_plain_loader,
             "tolerance": _tolerance(self.report, self.pair, self.targets),
         }
         _judge(self.report, found)
@@ -181,6 +184,7 @@ class _Guard:
         names = module_index(model)
         hashes: dict[str, str] = {}
         scaled: dict[nn.Parameter, Tensor] = {}
+        plain: dict[nn.Parameter, Tensor] = {}
         changed = 0
         with _Written(self.folder, self.export) as written:
             for target in self.targets:
@@ -191,13 +195,24 @@ class _Guard:
                 new = done.weight.to(stored.dtype) if self.export == "dense" else done.weight
                 if done.scaled is not None:
                     scaled[weight] = done.scaled
+                if done.plain is not None:
+                    plain[weight] = done.plain
                 changed += not torch.equal(weight, new.to(weight.dtype))
                 weight.copy_(new)
         reference = forward(model, ids)
-        for weight, value in scaled.items():
+        for weight, value in (scaled or plain).items():
             weight.copy_(value)
-        without_scale = _relative(forward(model, ids), reference) if scaled else None
-        return _Live(ids, hashes, changed, unedited, reference, without_scale, from_peft)
+        off = _relative(forward(model, ids), reference) if scaled or plain else None
+        return _Live(
+            ids=ids,
+            hashes=hashes,
+            changed=changed,
+            unedited=unedited,
+            reference=reference,
+            without_scale=off if scaled else None,
+            by_plain_loader=off if plain else None,
+            from_peft=from_peft,
+        )
 
     def _after_by_peft(self) -> Tensor | None:
         """Logits of AFTER by a road that shares no code with the edit: transformers loads the base, PEFT the adapter.

@@ -23,12 +23,14 @@ class Redone:
     """What the edit of one layer is in memory.
 
     weight: (r, c). factor: the new A (rank, c) of an adapter export, else None. scaled: the weight with the adapter's
-    input scale, where the export leaves that out, else None.
+    input scale, where the export leaves that out, else None. plain: the weight without it, where the export has it and
+    other loaders do not read it, else None.
     """
 
     weight: Tensor
     factor: Tensor | None = None
     scaled: Tensor | None = None
+    plain: Tensor | None = None
 
     @property
     def written(self) -> Tensor:
@@ -77,8 +79,10 @@ class Redo:
         factor = edited.lora_a if self.export == "adapter" else None
         if edited.input_scale is None:
             return Redone(weight=weight(None), factor=factor)
-        if self.export == "dense" or self.coefficient == "keep":
-            return Redone(weight=weight(edited.input_scale), factor=factor)
+        if self.export == "dense":
+            return Redone(weight=weight(edited.input_scale))
+        if self.coefficient == "keep":
+            return Redone(weight=weight(edited.input_scale), factor=factor, plain=weight(None))
         return Redone(weight=weight(None), factor=factor, scaled=weight(edited.input_scale))
 
 
@@ -98,7 +102,8 @@ class Written:
         The weight (r, c), or the factor A (rank, c).
         """
         if isinstance(self._opened, CheckpointReader):
-            return self._opened.read(target.key)
+            # Released names may differ from AFTER's own.
+            return self._opened.read(self._opened.names.require(target.key))
         if not isinstance(target, LoraTarget):
             raise AdapterError(f"{self._opened.folder} is an adapter and cannot hold {target.key}.")
         return self._opened.raw(self._opened.modules[self._names.require(target.lora.module)].a)

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from holdfast.checkpoints.adapter import WEIGHTS_FILE, LoraAdapter, is_adapter
+from holdfast.checkpoints.adapter_config import settle_adapter_config
 from holdfast.checkpoints.value import Checkpoint
 from holdfast.config import decode, encode
 from holdfast.data.names import slug
@@ -51,10 +52,18 @@ _PROBED_VALUES = 16
 _RESTORE = f"Restore {ROUTER} and {TENSORS} from where the folder is intact, or learn the tasks again."
 
 
-def save_expert(folder: Path, factors: Factors, *, base: str, beside: Mapping[str, Any] | None = None) -> None:
+def save_expert(
+    folder: Path,
+    factors: Factors,
+    *,
+    base: str,
+    base_config: Mapping[str, Any] | None = None,
+    beside: Mapping[str, Any] | None = None,
+) -> None:
     """An expert as a stock PEFT LoRA folder: `alpha = r`, so its scale is 1 whatever the rank of a linear.
 
-    beside: JSON files to write next to it, name -> plain data.
+    base: hub id or folder. base_config: of the base, so that `AutoPeftModel` finds its class. beside: JSON files to
+    write next to it, name -> plain data.
 
     factors: linear name -> A (rank, in), B (out, rank).
 
@@ -84,6 +93,7 @@ def save_expert(folder: Path, factors: Factors, *, base: str, beside: Mapping[st
     with new_folder(folder) as temporary:
         config.save_pretrained(str(temporary))
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        settle_adapter_config(temporary, base=base, base_config=base_config)
         for name, value in (beside or {}).items():
             write_json(temporary / name, value)
 
@@ -178,7 +188,7 @@ def save_pretrained(cram: Cram, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         sources = [Path(scratch) / str(i) for i in range(len(cram.experts))]
         for source, factors in zip(sources, cram.experts, strict=True):
-            save_expert(source, factors, base=base_of(cram.loaded)["base"])
+            save_expert(source, factors, **base_for_peft(cram.loaded))
         save_cram(folder, cram.router, sources, loaded=cram.loaded, encoder=cram.encoder, guard=cram.guard)
 
 
@@ -191,7 +201,7 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
     """
     stored = read_router(folder)
     _check_experts(folder, stored)
-    _compare_probe(
+    compare_probe(
         stored.probe(BASE_PROBE),
         block_weights(loaded),
         f"{folder} was trained on another base ({stored.base['base']}) than {loaded.name}",
@@ -201,7 +211,7 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
     if stored.guard is not None:
         check_guard(stored.guard, loaded, str(folder))
         if heads := head_weights(loaded):
-            _compare_probe(
+            compare_probe(
                 stored.probe(HEAD_PROBE),
                 heads,
                 f"{folder}: the guard was fitted on another base ({stored.base['base']}) than {loaded.name}",
@@ -209,7 +219,7 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
             )
     encoder = encoder or make_encoder(stored.router.config.encoder, loaded)
     check_identity(stored.encoder, encoder)
-    _compare_probe(
+    compare_probe(
         stored.probe(ENCODER_PROBE),
         encoder.probed(),
         f"{folder}: the weights of encoder {stored.encoder.get('id')!r} changed since the router was made",
@@ -233,6 +243,20 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
             )
         cards.append(replace(card, ranks={name: a.shape[0] for name, (a, _) in factors.items()}))
     return Cram(loaded, Router(stored.router.config, cards), experts, encoder=encoder, guard=stored.guard)
+
+
+Stamp = tuple[tuple[int, int], ...]
+
+
+def folder_stamp(folder: Path) -> Stamp | None:
+    """Changes whenever a CRAM folder's router is written anew (times and inodes of its files), None where it is not
+    whole.
+    """
+    try:
+        found = [(folder / name).stat() for name in (ROUTER, TENSORS)]
+    except OSError:
+        return None
+    return tuple((state.st_mtime_ns, state.st_ino) for state in found)
 
 
 def _check_experts(folder: Path, stored: StoredRouter) -> None:
@@ -416,7 +440,7 @@ def probe(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _compare_probe(
+def compare_probe(
     stored: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
     what: str,
@@ -427,6 +451,8 @@ def _compare_probe(
     """Raises AdapterError unless every weight that both sides hold as numbers is the same weight.
 
     Judged weight by weight: one tuned matrix among hundreds is another base.
+
+    stored: name -> (n,) values, as `probe` takes them. weights: name -> weight of any shape.
     places: modules that may hold their weights quantised now, without values to compare.
     """
     found = probe(weights)
@@ -485,6 +511,12 @@ def base_of(loaded: LoadedModel) -> dict[str, Any]:
         return Checkpoint(base=loaded.name).to_json()
     # A tuner's folder on top is what is being saved, not what it sits on.
     return {"base": source.base, "adapters": [a for a in source.adapters if not is_tuner_folder(a)]}
+
+
+def base_for_peft(loaded: LoadedModel) -> dict[str, Any]:
+    """`base` and `base_config` of `save_expert` for experts of this model."""
+    config = {"model_type": loaded.model.config.model_type, "architectures": [type(loaded.model).__name__]}
+    return {"base": base_of(loaded)["base"], "base_config": config}
 
 
 def _folder_name(index: int, name: str) -> str:

@@ -83,12 +83,11 @@ class Guard:
         assert seen.states is not None and self.weight is not None
         return seen.states @ self.weight.to(seen.states) + self.bias
 
-    def refuses(self, first_token: Mapping[int, float]) -> bool:
-        """Whether theta_0 would refuse, from the log-probabilities of its likeliest first tokens (token id -> value).
+    def score_of(self, first_token: Mapping[int, float]) -> float:
+        """The score from the log-probabilities of theta_0's likeliest first tokens (token id -> value).
 
-        For servers that give these and no states: ask theta_0 for one token, then the expert or theta_0 for the answer.
-        An opening that is not among them counts as 0. Raises: AdapterError: a probe, or a value that is no
-        log-probability.
+        For servers that give these and no states. An opening that is not among them counts as 0.
+        Raises: AdapterError: a probe, or a value that is no log-probability.
         """
         if self.form != "openings":
             raise AdapterError(
@@ -98,7 +97,14 @@ class Guard:
             raise AdapterError(f"A log-probability is {bad[0]}; expected a number, 0 or less.")
         mass = sum(math.exp(first_token[token]) for token in self.openings if token in first_token)
         mass = min(max(mass, _LEAST), 1 - _LEAST)
-        return math.log(mass / (1 - mass)) >= self.threshold
+        return math.log(mass / (1 - mass))
+
+    def refuses(self, first_token: Mapping[int, float]) -> bool:
+        """Whether theta_0 would refuse: ask it for one token, then the expert or theta_0 for the answer.
+
+        first_token: as in `score_of`. Raises: AdapterError: as there.
+        """
+        return self.score_of(first_token) >= self.threshold
 
     def describe(self) -> dict[str, Any]:
         """Plain data for a record."""

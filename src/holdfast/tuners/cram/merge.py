@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, DataError, unknown_name
 from holdfast.models.encode import encode_request
-from holdfast.tuners.cram.folder import base_of, save_expert
+from holdfast.tuners.cram.folder import base_for_peft, load_expert, save_expert
 from holdfast.tuners.cram.model import Cram, Factors
 
 
@@ -64,6 +64,47 @@ def merged_factors(cram: Cram, mass: Mapping[str, float]) -> dict[str, tuple[Ten
     return merged
 
 
+def quantised(weights: Mapping[str, float], steps: int) -> dict[str, float]:
+    """Shares as multiples of 1 / steps that sum to 1, the nearest ones; experts without a share are left out.
+
+    Raises: ValueError: no share at all.
+    """
+    total = sum(weights.values())
+    if total <= 0:
+        raise ValueError(f"the shares {dict(weights)} sum to {total}; expected more than 0")
+    exact = {name: weight / total * steps for name, weight in weights.items()}
+    whole = {name: int(value) for name, value in exact.items()}
+    # What is left goes to the largest remainders; a tie to the name that comes first.
+    by_rest = sorted(exact, key=lambda name: (whole[name] - exact[name], name))
+    for name in by_rest[: steps - sum(whole.values())]:
+        whole[name] += 1
+    return {name: count / steps for name, count in whole.items() if count}
+
+
+def mixture_of_folders(folders: Mapping[str, Path], weights: Mapping[str, float]) -> Factors:
+    """The factors of a constant mixture of expert folders, without a model: A (sum of ranks, in), B (out, the same).
+
+    Raises: as `folder.load_expert`.
+    """
+    chosen = [(load_expert(folders[name]), weight) for name, weight in weights.items() if weight]
+    merged = {}
+    for name in dict.fromkeys(name for expert, _ in chosen for name in expert):
+        pairs = [(expert[name], weight) for expert, weight in chosen if name in expert]
+        a = torch.cat([a * weight for (a, _), weight in pairs])
+        merged[name] = (a, torch.cat([b for (_, b), _ in pairs], dim=1))
+    return merged
+
+
+def save_nothing(folder: Path, like: Path, *, base: str) -> None:
+    """A LoRA that changes nothing, on the linears of the expert folder `like`: the base, for servers that need a name.
+
+    Raises: as `folder.load_expert` and `save_expert`.
+    """
+    factors = load_expert(like)
+    zeros = {name: (torch.zeros(1, a.shape[1]), torch.zeros(b.shape[0], 1)) for name, (a, b) in factors.items()}
+    save_expert(folder, zeros, base=base)
+
+
 def export_merged(
     cram: Cram, mass: Mapping[str, float], folder: Path, *, record: Mapping[str, Any] | None = None
 ) -> Factors:
@@ -72,9 +113,7 @@ def export_merged(
     record: plain data kept beside it as merge.json.
     """
     factors = merged_factors(cram, mass)
-    save_expert(
-        folder, factors, base=base_of(cram.loaded)["base"], beside={"merge.json": dict(record)} if record else None
-    )
+    save_expert(folder, factors, **base_for_peft(cram.loaded), beside={"merge.json": dict(record)} if record else None)
     return factors
 
 

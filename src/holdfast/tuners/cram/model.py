@@ -112,6 +112,14 @@ class Cram(nn.Module):
         if getattr(self.loaded.model, MODULE, None) is self:
             delattr(self.loaded.model, MODULE)
 
+    def attached_again(self) -> Cram:
+        """The same experts, router and guard on the same model, after `detach`."""
+        return Cram(self.loaded, self.router, self.experts, encoder=self.encoder, guard=self.guard)
+
+    def forget_scores(self) -> None:
+        """Drop the guard's scores of earlier requests: a server's pictures do not come again under one path."""
+        self._score_of.clear()
+
     def pack(self, sets: int | None = None) -> None:
         """Stack the experts' factors for the fused pass; after the list of experts or the model's dtype changed.
 

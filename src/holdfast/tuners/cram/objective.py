@@ -19,7 +19,7 @@ from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, DataError
 from holdfast.functional.cram import column_basis, orthogonality_penalty, row_basis
 from holdfast.models.families import decoder_blocks
-from holdfast.tuners.cram.folder import base_of, save_expert
+from holdfast.tuners.cram.folder import base_for_peft, save_expert
 from holdfast.tuners.cram.layer import ExpertPass
 from holdfast.tuners.cram.model import Cram, Factors
 from holdfast.tuners.cram.router import ExpertCard, Features, mix
@@ -197,7 +197,7 @@ class CramTraining(nn.Module):
 
     def save_pretrained(self, folder: str) -> None:
         """The trained factors as a PEFT folder, and a learned centroid beside them."""
-        save_expert(Path(folder), self.factors(), base=base_of(self.cram.loaded)["base"])
+        save_expert(Path(folder), self.factors(), **base_for_peft(self.cram.loaded))
         if self.centroid is not None:
             save_file({"image_centroid": _whole(self.centroid)}, Path(folder) / CENTROID)
 

@@ -25,7 +25,14 @@ from holdfast.files import atomic_path, write_json
 from holdfast.functional.cram import ExpertFactors, GroupDecision, RankRule, expert_from_buffer, row_basis
 from holdfast.models.loaded import LoadedModel
 from holdfast.tuners.cram.cram_config import CramConfig
-from holdfast.tuners.cram.folder import base_of, from_pretrained, load_expert, read_router, save_cram, save_expert
+from holdfast.tuners.cram.folder import (
+    base_for_peft,
+    from_pretrained,
+    load_expert,
+    read_router,
+    save_cram,
+    save_expert,
+)
 from holdfast.tuners.cram.guard import Guard
 from holdfast.tuners.cram.model import Cram, Factors
 from holdfast.tuners.cram.objective import BatchFeatures, CramTraining, buffer_factors, learned_centroid
@@ -203,7 +210,7 @@ class TaskLearning:
         save_expert(
             self.work_dir / "initial",
             {n: (e.lora_a, e.lora_b) for n, e in made.items()},
-            base=base_of(self.loaded)["base"],
+            **base_for_peft(self.loaded),
         )
 
     def previous_guard(self) -> Guard | None:

@@ -1,0 +1,144 @@
+"""A real vLLM on this machine's CPU (`make serve-test`): a CRAM folder of the embedded model through both backends.
+
+Needs HOLDFAST_VLLM_PYTHON, the Python of an environment made by make_environment.sh; skipped without it. The folder is
+trained once by `holdfast demo --quick` into HOLDFAST_SERVE_FOLDER (default runs/serve-test).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import serving_kit
+
+PYTHON = os.environ.get("HOLDFAST_VLLM_PYTHON", "")
+pytestmark = [
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(not PYTHON, reason="needs a real vLLM: `make serve-test`"),
+]
+ROOT = Path(os.environ.get("HOLDFAST_SERVE_FOLDER", "runs/serve-test"))
+REQUESTS = 200
+ENGINE = ("--eager", "--max-model-len", "256", "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def run():
+    if not (ROOT / "summary.json").is_file():
+        command = ["demo", "--quick", "--methods", "cram_guard", "--jobs", "1", "--out", str(ROOT)]
+        subprocess.run([sys.executable, "-m", "holdfast", *command], check=True)
+    return {
+        "base": ROOT / "theta_0" / "checkpoint",
+        "cram": ROOT / "methods" / "cram_guard" / "3-guide" / "cram",
+        "stream": next((ROOT / "data").glob("*/stream.yaml")),
+    }
+
+
+def evaluated(python: str, run, out: Path, *options: str) -> dict[str, str]:
+    """Sample id -> answer of `holdfast evaluate`, whose stdout must be JSON and nothing else."""
+    command = [python, "-m", "holdfast", "evaluate", str(run["base"]), "--adapter", str(run["cram"]), "--json"]
+    command += ["--tasks", str(run["stream"]), "--safety", str(run["stream"]), "--out", str(out), *options]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    result = json.loads(said)
+    assert ("vllm" in result["versions"]) == ("--backend" in options)
+    answers = {}
+    for path in sorted((out / "predictions").glob("[ts]a*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            answers[f"{path.stem}/{row.get('side', '')}/{row['id']}"] = row.get("prediction", row.get("reply"))
+    return answers
+
+
+@pytest.fixture(scope="module")
+def answers(run):
+    return evaluated(sys.executable, run, ROOT / "evaluated-transformers", "--dtype", "float32")
+
+
+def questions(run):
+    """Key as in `evaluated` -> (sample, tokens)."""
+    from holdfast.data.names import slug
+    from holdfast.data.streams import load_stream
+
+    stream = load_stream(run["stream"], parts=("test",))
+    found = {f"task-{slug(t.name)}//{s.id}": (s, t.max_new_tokens) for t in stream.tasks for s in t.test}
+    for kind in stream.safety:
+        for side, samples in (("unsafe", kind.unsafe), ("benign", kind.benign)):
+            found |= {f"safety-{slug(kind.name)}/{side}/{s.id}": (s, kind.max_new_tokens) for s in samples}
+    return found
+
+
+def test_an_evaluation_by_vllm_is_that_by_transformers(run, answers):
+    found = evaluated(PYTHON, run, ROOT / "evaluated-vllm", "--backend", "vllm", "--batch-size", "512", *ENGINE)
+    assert found.keys() == answers.keys() and len(found) >= REQUESTS
+    different = [key for key in found if found[key] != answers[key]]
+    print(f"{len(found) - len(different)} of {len(found)} answers equal")
+    assert len(different) <= 0.01 * len(found), different[:5]  # near ties
+
+
+@pytest.fixture(scope="module", params=["transformers", "vllm"])
+def server(request, run, tmp_path_factory):
+    options = ["--dtype", "float32"]
+    if request.param == "vllm":
+        router = tmp_path_factory.mktemp("router") / "router"
+        export = [sys.executable, "-m", "holdfast", "export-router", str(run["cram"]), "--out", str(router)]
+        subprocess.run(export, check=True)
+        options = ["--backend", "vllm", "--vllm-python", PYTHON, "--router", str(router), *ENGINE]
+    made = serving_kit.started(str(run["cram"]), *options, env={"VLLM_CPU_KVCACHE_SPACE": "1"})
+    yield made
+    assert serving_kit.ended(made) == 0
+
+
+def test_openais_client_gets_the_answers_of_an_evaluation(server, run, answers):
+    from concurrent.futures import ThreadPoolExecutor
+
+    import openai
+
+    from holdfast.serving.check import to_messages
+
+    client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=600)
+    asked = dict(list(questions(run).items())[:REQUESTS])
+
+    def ask(item):
+        sample, tokens = item
+        reply = client.chat.completions.create(model="cram", messages=to_messages(sample), max_tokens=tokens)
+        return reply.choices[0].message.content, reply.model_extra["holdfast"]["answered_by"]
+
+    with ThreadPoolExecutor(16) as pool:
+        found = dict(zip(asked, pool.map(ask, asked.values()), strict=True))
+    different = [key for key in found if found[key][0] != answers[key]]
+    who = {name: sum(by == name for _, by in found.values()) for name in {by for _, by in found.values()}}
+    print(f"{len(found) - len(different)} of {len(found)} answers equal; answered by {who}")
+    assert len(different) <= 0.01 * len(found), different[:5]
+    assert "base" in who and len(who) > 2
+
+
+def test_check_served_tells_experts_from_the_base(server, run):
+    command = [sys.executable, "-m", "holdfast", "check-served", server.url, "--folder", str(run["cram"])]
+    samples = ROOT / "probe.jsonl"
+    rows = [{"id": s.id, "prompt": s.prompt} for s, _ in list(questions(run).values())[-8:]]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert subprocess.run([*command, "--samples", str(samples)], check=False).returncode in (0, 4)
+    assert subprocess.run([*command, "--model", "cram:base"], check=False).returncode in (3, 4)
+
+
+def test_what_vllm_says_is_the_sentence(run, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(run["base"], tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    old = {key.replace("vision_tower.vision_model.", "vision_tower."): value for key, value in tensors.items()}
+    save_file(old, broken / "model.safetensors", metadata={"format": "pt"})
+    command = [PYTHON, "-m", "holdfast", "evaluate", str(broken), "--tasks", str(run["stream"]), "--limit", "1"]
+    command += ["--backend", "vllm", *ENGINE, "--out", str(tmp_path / "out"), "--json"]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    made = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert made.returncode == 2 and made.stdout == ""
+    last = made.stderr.strip().splitlines()[-1]
+    assert "cannot load it" in last and "vision_tower" in last and "Engine core" not in last

@@ -1,0 +1,120 @@
+"""The beginning and the end of a server, and experts that come while it runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import threading
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from holdfast.cli import app
+from holdfast.errors import AdapterError, ConfigError, ModelError
+from holdfast.serving.check import judge
+from holdfast.serving.run import listening_socket, served_checkpoint
+from serving_kit import chat_text, ended, started
+
+pytest.importorskip("uvicorn", reason="needs the extra holdfast[serve]")
+pytest.importorskip("starlette", reason="needs the extra holdfast[serve]")
+
+
+def test_a_folder_is_one_of_three(world, tmp_path):
+    assert served_checkpoint(str(world.cram)).adapters == (str(world.cram),)
+    assert served_checkpoint(str(world.base)).adapters == ()
+    expert = next((world.cram / "experts").iterdir())
+    assert served_checkpoint(str(expert)).base == str(world.base)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ModelError, match=r"neither a checkpoint .* nor a PEFT adapter .* nor a CRAM folder"):
+        served_checkpoint(str(tmp_path / "none"))
+    nameless = shutil.copytree(expert, tmp_path / "nameless")
+    config = json.loads((nameless / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    (nameless / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="names no base; give it with --base"):
+        served_checkpoint(str(nameless))
+
+
+def test_a_taken_port_is_named_before_the_model_is_loaded():
+    with listening_socket("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port} cannot be listened on .*Choose another --port"):
+            listening_socket("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--vllm-url", "http://x"], "--vllm-url only speaks to vLLM"),
+        (["--eager"], "--eager only speaks to vLLM"),
+        (["--allow-files", "/nowhere/at/all"], "is no folder"),
+        (["--backend", "vllm", "--gpu-memory", "2"], "gpu_memory is 2"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(world, options, sentence):
+    result = CliRunner().invoke(app, ["serve", str(world.cram), *options])
+    assert isinstance(result.exception, ConfigError) and sentence in str(result.exception)
+
+
+def test_experts_come_while_it_runs_and_a_broken_folder_changes_nothing_and_sigterm_answers_first(world, tmp_path):
+    folder = shutil.copytree(world.cram, tmp_path / "cram")
+    router = json.loads((folder / "router.json").read_text())
+    server = started(str(folder), "--max-tokens", "400")
+    try:
+        # As a stream's next step writes it: another folder in this one's place, by renames.
+        router["experts"][2]["name"] = "sums"
+        write(folder / "router.json", router)
+        wait(lambda: server.get("/health")[1]["experts"] == ["warm", "cold", "sums"])
+        assert server.get("/v1/models/cram:sums")[0] == 200
+        write(folder / "router.json", router | {"experts": router["experts"][:2]})
+        wait(lambda: "problem" in server.get("/health")[1])
+        status, health = server.get("/health")
+        assert status == 200 and "the old experts answer on" in health["problem"]
+        assert chat_text(server, "cram:sums", "1 + 1")
+
+        replies = []
+        asking = threading.Thread(target=lambda: replies.append(server.post(long_request())))
+        asking.start()
+        wait(lambda: server.get("/health")[1]["waiting"] == 1)
+        server.process.send_signal(signal.SIGTERM)
+        asking.join(timeout=60)
+        assert replies and replies[0][0] == 200 and replies[0][1]["choices"][0]["finish_reason"] in ("length", "stop")
+        assert server.process.wait(timeout=30) == 0
+        with pytest.raises(OSError):
+            socket.create_connection(server.address, timeout=2)
+    finally:
+        ended(server)
+
+
+def long_request() -> dict:
+    return {"model": "cram", "messages": [{"role": "user", "content": "0 + 0 = 0123456789"}], "max_tokens": 400}
+
+
+def write(path, data) -> None:
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(data))
+    new.replace(path)
+
+
+def wait(true, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "given, ours, before, verdict",
+    [
+        ("ab", "ab", "xy", "active"),
+        ("xy", "ab", "xy", "base"),
+        ("pq", "ab", "xy", "other"),
+        ("ab", "ab", "ab", "unknown"),
+        ("ab", "ab", None, "active"),
+        ("pq", "ab", None, "other"),
+    ],
+)
+def test_the_verdict_of_a_check(given, ours, before, verdict):
+    assert judge(given, ours, before).verdict == verdict
