@@ -35,6 +35,7 @@ VERBS: dict[str, str] = {
     "label": "holdfast.cli.label",
     "route": "holdfast.cli.route",
     "merge-experts": "holdfast.cli.merge_experts",
+    "push": "holdfast.cli.push",
 }
 
 app = typer.Typer(

@@ -38,7 +38,7 @@ def command(
     dtype: Annotated[DtypeName | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     seed: Annotated[int | None, typer.Option(help="Sample with this seed instead of greedy decoding.")] = None,
     temperature: Annotated[float, typer.Option(help="Of sampling; greedy decoding has none.")] = 1.0,
-    backend: Annotated[BackendName, typer.Option(help="vllm is installed by oneself.")] = "transformers",
+    backend: Annotated[BackendName, typer.Option(help="transformers, or vllm (install it yourself).")] = "transformers",
     json_: Annotated[bool, typer.Option("--json", help="Print evaluation.json instead of tables.")] = False,
 ) -> None:
     """Ask a model every test sample and every safety request; score, judge, and say how sure each figure is.
