@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 # One thread a worker: as many workers as cores (four at most: each holds about 1 GB).
 TEST_JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,10 @@ lint: $(STAMP)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal
+
+# The pages, in build/site; `mkdocs serve` shows them while you write.
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
