@@ -86,6 +86,38 @@ READ = {
         {"question": "3 or 4?", "choices": ["3", "4"], "answer": 4},
         turns("3 or 4?", "4"),
     ),
+    "letter of a choice that is not shown": (
+        {"question": "Which?", "choices": ["cat", "dog"], "answer": "B"},
+        turns("Which?\nA. cat\nB. dog", "B"),
+    ),
+    "letter and choices by letter": (
+        {"question": "Which?", "options": {"A": "cat", "B": "dog"}, "answer": "(A)"},
+        turns("Which?\nA. cat\nB. dog", "(A)"),
+    ),
+    "letter and choices that are shown": (
+        {"question": "cat or dog?", "choices": ["cat", "dog"], "answer": "B"},
+        turns("cat or dog?", "B"),
+    ),
+    "a hint that the request gives": (
+        {"question": "Q\nHint: left.", "hint": "Hint: left.", "examples": ["Q"], "answer": "a"},
+        turns("Q\nHint: left.", "a"),
+    ),
+    "what is about a picture": (
+        {
+            "question": "Q",
+            "answer": "a",
+            "image_id": "7",
+            "image_size": [3, 4],
+            "video_fps": 2,
+            "depth": 3,
+            "imagery": "lush",
+            "soundness": "yes",
+            "videoId": "v",
+            "table": 4,
+            "image_caption": "A dog.",
+        },
+        turns("Q", "a"),
+    ),
     "index that is its choice": ({"question": "0, 1?", "choices": ["0", "1"], "answer": 1}, turns("0, 1?", "B")),
 }
 
@@ -119,6 +151,66 @@ REFUSED = {
     "tools": ({"query": "Q", "response": "a", "tools": "[{}]"}, "a key 'tools'"),
     "context": ({"instruction": "Q", "context": "A passage.", "response": "a"}, "a key 'context'.*into the prompt"),
     "preference": ({"query": "Q", "response": "a", "rejected_response": "b"}, "a key 'rejected_response'.*preference"),
+    **{
+        f"{key}, {shape}": (
+            {"id": "x", key: value, **said},
+            f"a key {key!r}, (which|whose picture) would not reach the model",
+        )
+        for key, value in {
+            "audio_path": "a.wav",
+            "audio_url": "x",
+            "speech": "a.wav",
+            "voice": ["a.wav"],
+            "sound": "a",
+            "video_path": "v.mp4",
+            "video_frames": ["f.png"],
+            "frames": ["f.png"],
+            "frame_paths": ["f.png"],
+            "point_cloud": "p.ply",
+            "pointclouds": ["p.ply"],
+            "depth_map": "d.png",
+            "videoPath": "v.mp4",
+            "image_url": "http://x/a.png",
+            "image_base64": "abc",
+            "image_bytes": {"bytes": "x"},
+            "image_file": "a.png",
+            "image_paths": ["a.png"],
+            "imageUrl": "a.png",
+            "img_path": "a.png",
+            "photo": "a.png",
+            "picture": "a.png",
+            "pixel_values": [[0.0]],
+            "image_1": "a.png",
+            "image2": "b.png",
+            "img-3": "c.png",
+            "functions": [{"name": "f"}],
+            "tool_calls": [{}],
+            "documents": ["A text."],
+            "passages": ["A text."],
+            "background": "A text.",
+            "table": "| a |",
+            "hint": "left",
+            "few_shot": ["Q2 a2"],
+            "instructions": "Be rude.",
+            "negative_response": "b",
+            "article": "A text.",
+            "story": "A text.",
+            "knowledge": "A fact.",
+        }.items()
+        for shape, said in {"test shape": {"query": "Q", "response": "a"}, "turns": {"messages": TALK}}.items()
+    },
+    "a second picture beside the first": (
+        {"query": "Q", "response": "a", "image": "a.png", "image_2": "b.png"},
+        "a key 'image_2', whose picture would not",
+    ),
+    "a film of a turn": (
+        {"messages": [{"role": "user", "content": "Q", "video_path": "v.mp4"}, {"role": "assistant", "content": "a"}]},
+        "turn 0 carries 'video_path'",
+    ),
+    "a picture's address in a turn": (
+        {"messages": [{"role": "user", "content": "Q", "image_url": "u"}, {"role": "assistant", "content": "a"}]},
+        "turn 0 carries 'image_url'",
+    ),
     "pictures of a turn": (
         {"messages": [{"role": "user", "content": "Q", "images": ["a.png"]}, {"role": "assistant", "content": "a"}]},
         "turn 0 carries 'images'",
@@ -177,6 +269,11 @@ def test_an_answer_that_is_no_target_is_marked_and_stays_so_in_a_file(mark: dict
     assert [turn.loss for turn in sample.turns] == [True, False, True, True]
     write_samples(tmp_path / "s.jsonl", [sample], image_root=tmp_path)
     assert read_samples(tmp_path / "s.jsonl")[0].turns == sample.turns
+
+
+def test_another_name_of_a_picture_that_is_read_may_stand_beside_it() -> None:
+    sample = read({"query": "Q", "response": "a", "image": "a.png", "image_url": "http://x/a.png", "image_name": "a"})
+    assert sample.images == (ROOT / "a.png",)
 
 
 def test_not_a_number_is_no_answer() -> None:

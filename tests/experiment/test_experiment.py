@@ -12,6 +12,7 @@ import yaml
 
 import pico
 from holdfast import experiment
+from holdfast.data.inventory import check_models
 from holdfast.errors import (
     CalibrationError,
     CheckpointError,
@@ -379,6 +380,26 @@ def test_a_run_does_not_go_on_over_other_pictures_template_or_processor(run_file
     said = []
     experiment.run(config, out, progress=lambda event, text="", **_: said.append(text) if text else None)
     assert len(said) == 1 and said[0].startswith("continued with transformers: 4.0 -> ")
+
+
+def test_a_run_does_not_go_on_over_another_model_that_a_method_names(run_file, tmp_path, pico_folder):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "unaligned"
+    shutil.copytree(pico_folder, other)
+    path = run_file(tasks=["colour"], methods={"safe_lora": {"unaligned": str(other)}})
+    out = tmp_path / "out"
+    made = experiment.resolve(experiment.read_run(path), out)
+    assert made._other_models().keys() == {str(other)}
+    assert "layouts" not in made.shared_config()["stream"]  # directories of before know of none
+    check_models(out / "models.json", made._other_models())
+    check_models(out / "models.json", made._other_models())
+    changed = {name: tensor + 1 for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match=r"1 model\(s\) that this run names are others than when it began: .*unaligned"):
+        check_models(out / "models.json", made._other_models())
 
 
 @pytest.mark.parametrize("method", ["cram_official", "hpa"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,12 +102,44 @@ def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
     }
 
 
+class Loads:
+    """How often weights were read from disk for a model, by the task that was going on."""
+
+    def __init__(self) -> None:
+        self.task, self.by_task = -1, Counter[int]()
+
+    def progress(self, event: str, **values) -> None:
+        if "step" in values:
+            self.task = values["step"]
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        from transformers import AutoModelForImageTextToText as Auto
+
+        read = Auto.from_pretrained
+
+        def counting(*args, **options):
+            self.by_task[self.task] += 1
+            return read(*args, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Auto, "from_pretrained", counting)
+            yield
+
+
+@pytest.fixture(scope="module")
+def loads() -> dict[str, Loads]:
+    """Of the finished runs, by method."""
+    return {}
+
+
 @pytest.fixture(scope="module", params=sorted(METHODS))
 def finished(
-    request, pico_folder, pico_stream, own_stream, needed, tmp_path_factory
+    request, pico_folder, pico_stream, own_stream, needed, loads, tmp_path_factory
 ) -> tuple[str, Path, MakeExperiment]:
     """A method's finished run, and how to make the same experiment in another directory."""
     name = request.param
+    counter = loads[name] = Loads()
 
     def make(out: Path, progress=silent, seed=0) -> Experiment:
         stream = own_stream if name.endswith("_guard") else pico_stream
@@ -113,7 +147,8 @@ def finished(
 
     out = tmp_path_factory.mktemp(name) / "run"
     base = snapshot(pico_folder)
-    run(make(out), name)
+    with counter.counted():
+        run(make(out, counter.progress), name)
     assert snapshot(pico_folder) == base, "the base model was changed"
     return name, out, make
 
@@ -122,6 +157,44 @@ def test_it_is_a_method(finished):
     name, out, make = finished
     made = make(out).methods[name]
     assert isinstance(made, Method) and made.name == name
+
+
+# A new checkpoint is read once, by whoever asks it first; CRAM's base is read once for all tasks.
+READS = {"cram": 0, "cram_guard": 0}
+MORE_READS = {
+    "ewc": 2,  # the Fisher is measured in fp32 before the evaluation; both happen to be fp32 here
+}
+
+
+def test_every_checkpoint_is_read_once(finished, loads):
+    """After the first task; before it, theta_0 is read once to be asked."""
+    name, _, _ = finished
+    found = loads[name].by_task
+    assert found[-1] == 1
+    assert found[1] <= MORE_READS.get(name, READS.get(name, 1)), dict(found)
+
+
+@pytest.mark.parametrize("name", ["seqft", "hpa", "cram_hpa"])
+def test_a_model_that_is_handed_on_gives_the_same_bytes(name, pico_folder, pico_stream, tmp_path, monkeypatch):
+    """Every file but times, of a run that holds its model and of one that reads it anew each time."""
+    from holdfast.models import held
+
+    def files(out: Path) -> dict[str, bytes]:
+        found = {str(p.relative_to(out)): p for p in sorted(out.rglob("*")) if p.is_file() and p.name != ".lock"}
+        timed = ("record.json", "phases.json", "curvature.safetensors")
+        return {name: p.read_bytes() for name, p in found.items() if p.name not in timed}
+
+    first, second = Loads(), Loads()
+    with first.counted():
+        run(experiment(pico_folder, pico_stream, name, {}, tmp_path / "held" / "run", first.progress), name)
+    monkeypatch.setattr(held, "holding", nullcontext)
+    with second.counted():
+        run(experiment(pico_folder, pico_stream, name, {}, tmp_path / "anew" / "run", second.progress), name)
+    assert second.by_task[1] > first.by_task[1]
+    kept, fresh = files(tmp_path / "held"), files(tmp_path / "anew")
+    assert kept.keys() == fresh.keys()
+    different = [file for file in kept if kept[file] != fresh[file].replace(b"/anew/", b"/held/")]
+    assert different == []
 
 
 def test_it_learns_both_tasks_and_writes_every_record(finished, pico_stream):

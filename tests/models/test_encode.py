@@ -132,6 +132,19 @@ ENDS = {
     "marker that does not stop it": ("{{ '<|a|>' + m['role'] + '\n' + c['text'] + '<|b|>\n' }}", ["</s>"]),
     "eos that does not stop it": ("{{ m['role'] + ': ' + c['text'] + eos_token }}", ["<|b|>"]),
     "the next turn": ("{{ ('<|a|>' if m['role'] == 'user' else '<|b|>') + '\n' + c['text'] }}", ["</s>", "<|a|>"]),
+    "eos behind the last turn only": (
+        "{{ m['role'] + ': ' + c['text'] + (eos_token if m == messages[-1] else ' ') }}",
+        ["</s>"],
+    ),
+    "eos behind all but the last turn": (
+        "{{ m['role'] + ': ' + c['text'] + ('' if m == messages[-1] else eos_token) }}",
+        ["</s>"],
+    ),
+    "marker and eos behind the last turn": (
+        "{{ '<|a|>' + m['role'] + '\n' + c['text'] + ('<|b|></s>' if m == messages[-1] else '\n') }}",
+        ["<|b|>"],
+    ),
+    "no id named": ("{{ m['role'] + ': ' + c['text'] + ' ' }}", []),
     "trimmed": ("{{ m['role'] + ': ' + c['text'] | trim + ' ' }}", ["</s>"]),
 }
 
@@ -152,7 +165,8 @@ def test_every_answer_ends_as_the_generation_config_says(loaded: LoadedModel, ki
     processor.chat_template = (
         "{% set ms = messages %}" + roles + "{% if add_generation_prompt %}" + prompt + "{% endif %}"
     )
-    model.generation_config.eos_token_id = tokens.convert_tokens_to_ids(ends)
+    model.generation_config.eos_token_id = tokens.convert_tokens_to_ids(ends) or None
+    ends = ends or ["</s>"]  # the tokenizer's own
     changed = LoadedModel(model=model, processor=processor, name=kind)
     answers = ["Yes.", "i", " It is: 3 ", "no\n"]
     turns = [

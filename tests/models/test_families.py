@@ -187,8 +187,11 @@ def test_a_pixel_budget_is_the_processors_own_or_shrinks_the_picture(case: Case,
     assert not own or found["input_ids"].shape[1] < usual["input_ids"].shape[1]
 
 
-def answers_of_unlike_length(case: Case) -> list[Sample]:
-    """Eight samples, each with another number of target tokens; the mean of means is far from the mean."""
+def answers_of_unlike_length(case: Case, shown: str = "pictures") -> list[Sample]:
+    """Eight samples, each with another number of target tokens; the mean of means is far from the mean.
+
+    shown: "pictures", "words" (no sample has one) or "both" (the first half has, the second has not).
+    """
     said = [
         "Red",
         "A circle, I think",
@@ -199,17 +202,33 @@ def answers_of_unlike_length(case: Case) -> list[Sample]:
         "blue",
         "Hm, who knows?",
     ]
+    chosen = {"pictures": [0, 1] * 4, "words": [2] * 8, "both": [0, 1, 0, 1, 2, 2, 2, 2]}[shown]
     return [
-        replace(case.samples[i % 2], id=f"s{i}", turns=(case.samples[i % 2].turns[0], Turn(role="assistant", text=t)))
-        for i, t in enumerate(said)
+        replace(case.samples[k], id=f"s{i}", turns=(case.samples[k].turns[0], Turn(role="assistant", text=t)))
+        for i, (k, t) in enumerate(zip(chosen, said, strict=True))
     ]
 
 
-@pytest.mark.parametrize("micro", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("micro", "shown"),
+    [
+        (1, "pictures"),
+        (2, "pictures"),
+        (8, "pictures"),
+        (1, "words"),
+        (2, "words"),
+        (1, "both"),
+        (2, "both"),
+        (8, "both"),
+    ],
+)
 def test_a_step_of_training_is_the_gradient_of_the_stock_model_whatever_the_micro_batch(
-    case: Case, micro: int, tmp_path: Path
+    case: Case, micro: int, shown: str, tmp_path: Path
 ) -> None:
-    samples = answers_of_unlike_length(case)
+    """Passes of pictures, of words alone, and of both in one step (some passes then have no picture)."""
+    if shown != "pictures" and case.loaded.family.needs_image:
+        pytest.skip("it answers only requests that show an image")
+    samples = answers_of_unlike_length(case, shown)
     config = TrainingConfig(
         rank=2, alpha=4, dropout=0.0, max_steps=1, batch_size=8, micro_batch_size=micro, precision="fp32"
     )

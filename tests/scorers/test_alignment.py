@@ -60,10 +60,33 @@ def test_unknown_repeated_conflicting_missing_and_textless_rows_are_named(tmp_pa
     assert "2 missing prediction(s) count as left out" in paper.notes
 
 
-def test_missing_option_letters_are_wrong_in_paper_mode_too(tmp_path: Path) -> None:
-    gold = {"0": {"choices": ["x", "y"], "answer": 1}, "1": {"choices": ["x", "y"], "answer": 0}}
-    outcome = run(tmp_path, [answer(0, "B")], gold, mode="paper", name="option_letter")
-    assert (outcome.value, outcome.n) == (0.5, 2)
+@pytest.mark.parametrize(
+    ("mode", "rule", "value", "n"),
+    [
+        ("paper", "coin", 1 / 4, 4),  # over the problems of the split
+        ("paper", "prism", 1 / 4, 4),
+        ("paper", "sefe", 1 / 3, 3),  # over len(predictions): two of problems, one of none, repeats once
+        ("strict", "coin", 1 / 4, 4),
+        ("strict", "sefe", 1 / 4, 4),
+    ],
+)
+def test_each_fork_of_scienceqa_divides_by_its_own_number(
+    tmp_path: Path, mode: Any, rule: str, value: float, n: int
+) -> None:
+    gold = {str(i): {"choices": ["x", "y"], "answer": 1} for i in range(4)}
+    rows = [answer(0, "B"), answer(1, "A"), answer(9, "B"), answer("9", "B")]
+    outcome = run(tmp_path, rows, gold, mode=mode, name="option_letter", rule=rule)
+    assert (outcome.value, outcome.n) == (pytest.approx(value), n)
+    assert outcome.problems["unknown"] == ("9", "9") and outcome.problems["missing"] == ("2", "3")
+    assert any("count as wrong, as in the published" in note for note in outcome.notes) == (n == 3)
+
+
+def test_all_answered_gives_every_rule_one_denominator(tmp_path: Path) -> None:
+    gold = {str(i): {"choices": ["x", "y"], "answer": 1} for i in range(4)}
+    rows = [answer(i, letter) for i, letter in enumerate("BBAB")]
+    for rule in ("coin", "sefe", "prism"):
+        outcome = run(tmp_path, rows, gold, mode="paper", name="option_letter", rule=rule)
+        assert (outcome.value, outcome.n, dict(outcome.problems)) == (0.75, 4, {})
 
 
 def test_scienceqa_problems_are_those_of_the_test_split(tmp_path: Path) -> None:

@@ -27,6 +27,24 @@ def test_similarity_is_one_minus_distance_over_the_longer_length(a: str, b: str)
     assert similarity(a, b) == similarity(b, a)
 
 
+@given(st.lists(st.text(alphabet="aAß İé\n", max_size=8), min_size=1, max_size=3), st.text("aAßİ é\n", max_size=8))
+def test_both_modes_divide_by_the_length_that_their_scripts_take(golds: list[str], reply: str) -> None:
+    # Prism's evaluator: stripped, distance of the lower-cased texts, length of those that are not.
+    best = 0.0
+    for gold in (gold.strip() for gold in golds):
+        longer = max(len(reply.strip()), len(gold))
+        best = max(best, 1 - slow_levenshtein(reply.strip().lower(), gold.lower()) / longer if longer else 1.0)
+    assert scorers.get("anls", "paper").score(reply, golds).value == pytest.approx(best)
+    # The challenge's own script (also Qwen-VL's, lmms-eval's): length of the upper-cased texts with their blanks.
+    apart = []
+    for gold in golds:
+        distance = slow_levenshtein(" ".join(gold.lower().split()), " ".join(reply.lower().split()))
+        longer = max(len(gold.upper()), len(reply.upper()))
+        apart.append(distance / longer if longer else 0.0)
+    official = 1 - min(apart)
+    assert scorers.get("anls").score(reply, golds).value == pytest.approx(official if official >= 0.5 else 0.0)
+
+
 def test_empty_texts() -> None:
     paper = scorers.get("anls", "paper")
     assert paper.score(" ", [""]).value == 1.0

@@ -34,7 +34,9 @@ def test_the_legacy_parser_loses_a_character_at_either_end() -> None:
     assert parse_legacy("[0.12,0.2,0.3,0.49]", prediction=True) == (0.12, 0.2, 0.3, 0.4)
     assert parse_legacy("[-0.1,0.2,0.3,0.49]", prediction=True) == (0.1, 0.2, 0.3, 0.4)
     assert parse_legacy("0.12,0.2,0.3,0.49", prediction=False) == (0.12, 0.2, 0.3, 0.49)
-    assert parse_legacy(" [0.1,0.2,0.3,0.49]", prediction=True) == (0.1, 0.2, 0.3, 0.4)
+    # A blank is the first character that is dropped, so the leading digit stays.
+    assert parse_legacy(" [1.1,0.2,0.3,0.49]", prediction=True) == (1.1, 0.2, 0.3, 0.4)
+    assert parse_legacy("[1.1,0.2,0.3,0.49]", prediction=True) == (0.1, 0.2, 0.3, 0.4)
     assert parse_legacy("a box", prediction=True) is None
     assert parse_legacy("[1,2,3]", prediction=True) is None
 

@@ -38,6 +38,7 @@ def test_every_rule_reads_the_letter_its_own_way(
 ) -> None:
     assert OptionLetter(mode="paper", rule="coin").letter(text, CHOICES) == coin
     assert OptionLetter(mode="paper", rule="sefe").letter(text, CHOICES) == sefe
+    assert OptionLetter(mode="paper", rule="prism").letter(text, CHOICES) == sefe
     assert OptionLetter(mode="strict").letter(text, CHOICES) == strict
 
 
@@ -60,5 +61,5 @@ def test_image_accuracy_is_that_of_the_questions_with_an_image() -> None:
 
 
 def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(ConfigError, match="expected 'coin' or 'sefe'"):
+    with pytest.raises(ConfigError, match="expected 'coin', 'sefe', 'prism'"):
         scorers.get("option_letter", "paper", rule="hide")

@@ -29,7 +29,7 @@ def test_any_text_scores_between_zero_and_one_with_evidence(name: str, mode: Any
         assert score.value is None or 0.0 <= score.value <= 1.0
 
 
-GOLD = {"option_letter": "B", "grounding": "[0.10,0.20,0.30,0.40]", "iou": "[0.10,0.20,0.30,0.40]"}
+GOLD = {"option_letter": "B", "acl_math": "B", "grounding": "[0.10,0.20,0.30,0.40]", "iou": "[0.10,0.20,0.30,0.40]"}
 
 
 @pytest.mark.parametrize("mode", ["paper", "strict"])

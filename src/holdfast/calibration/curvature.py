@@ -28,7 +28,8 @@ from holdfast.errors import CalibrationError, ConfigError, NumericalError
 from holdfast.functional.hessian import Normalization
 from holdfast.functional.inverse import OnFailure
 from holdfast.models.families import decoder_blocks, editable_linears
-from holdfast.models.load import default_device, load, parse_dtype, read_config, resolve_dtype
+from holdfast.models.held import held, let_go, load
+from holdfast.models.load import default_device, parse_dtype, read_config, resolve_dtype
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.memory import find_device, usable_bytes
 from holdfast.models.streaming import load_streamed
@@ -253,6 +254,10 @@ def open_model(
     """
     if isinstance(source, LoadedModel):
         return source
+    found = held(source, dtype=dtype, device=device)
+    if found is not None:
+        return found
+    let_go()  # before the free memory is measured
     base = as_checkpoint(source).base
     target = find_device(device) if device is not None else default_device()
     itemsize = resolve_dtype(parse_dtype(dtype) if dtype is not None else None, read_config(base), target).itemsize

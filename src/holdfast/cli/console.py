@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from holdfast.cli.progress import Shown
+
 # Share of a step's work that lies before each event, and the event's own share; measured on the tiny stream.
 _SHARES = {
     "train": (0.0, 0.55),
@@ -21,19 +23,17 @@ _WORDS = {
     "gate": "at the gate",
     "evaluate": "asking",
 }
+# What a phase of a step is called, and how much of the step lies before it.
+_PHASES = {"train": "learning", "end": "finishing", "evaluate": "asking"}
+_BEGINS = {"learning": 0.0, "finishing": 0.55, "asking": 0.68}
 _START = "before any task"
 
 
 @contextmanager
 def run_bars(methods: list[str], tasks: int) -> Iterator[Callable[..., None]]:
-    """A bar per method with the time left, on stderr; yields the function to hand on as `progress`.
+    """A line of work per method, on stderr; yields the function to hand on as `progress`."""
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    Where stderr is no terminal, a line per finished step instead.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
     columns = (
         TextColumn("{task.description:<24}"),
         BarColumn(),
@@ -43,9 +43,11 @@ def run_bars(methods: list[str], tasks: int) -> Iterator[Callable[..., None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
-        bars = {name: shown.add_task(name, total=tasks, doing="", start=False) for name in methods}
-        first = shown.add_task(_START, total=1.0, doing="asking")
+    with Shown(columns=columns) as shown:
+        for name in methods:
+            shown.add(name, total=tasks, doing="")
+        shown.add(_START, total=1.0, doing="")
+        known = set(methods)
 
         def progress(
             event: str,
@@ -56,25 +58,34 @@ def run_bars(methods: list[str], tasks: int) -> Iterator[Callable[..., None]]:
             done: int = 0,
             total: int | None = None,
             text: str = "",
-            **_: Any,
+            **rest: Any,
         ) -> None:
             if event == "continued":
-                console.print(text, highlight=False, markup=False)
-            elif method is None:
-                shown.update(first, completed=done / total if total else 0.0)
-            elif event == "step_done":
-                shown.start_task(bars[method])
-                shown.update(bars[method], completed=step + 1, doing="done" if step + 1 == tasks else "")
-                if not console.is_terminal:
-                    console.print(f"{method}: task {step + 1} of {tasks} ({task}) done", highlight=False)
+                shown.say(text)
+                return
+            if method is None:
+                # What is asked before any task: theta_0's own answers, then its scores.
+                part = done / total if total else 0.0
+                shown.at(_START, doing=_WORDS.get(event, event), done=done, total=total, bar=(part, 1.0))
+                return
+            if known:  # the first method begins: theta_0 has been asked
+                known.clear()
+                shown.finish(_START, bar=(1.0, 1.0), doing="done")
+            if event == "step_done":
+                shown.finish(method, bar=(step + 1, tasks), doing="done" if step + 1 == tasks else "")
+                shown.say_line(f"{method}: task {step + 1} of {tasks} ({task}) done")
+                return
+            here = f"{task} ({step + 1}/{tasks})"
+            if event == "phase" and (phase := _PHASES.get(str(rest.get("phase")))) is not None:
+                # Begun before the model is read, which takes minutes where it is large.
+                shown.at(method, doing=f"{here}: {phase}", bar=(step + _BEGINS[phase], tasks))
             elif event in _SHARES and total:
                 before, share = _SHARES[event]
-                where = f"{task} ({step + 1}/{tasks}): {_WORDS[event]}"
-                shown.start_task(bars[method])
-                shown.update(bars[method], completed=step + before + share * done / total, doing=where)
+                at = step + before + share * done / total
+                shown.at(method, doing=f"{here}: {_WORDS[event]}", done=done, total=total, bar=(at, tasks))
 
         yield progress
-        shown.update(first, completed=1.0, doing="done")
+        shown.finish(_START, bar=(1.0, 1.0), doing="done")
 
 
 def summary_table(summary: Mapping[str, Any]) -> Any:

@@ -51,11 +51,9 @@ def command(
     import json
     import os
 
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from holdfast import judges as judge_room
     from holdfast import scorers
+    from holdfast.cli.progress import bars
     from holdfast.config import decode, encode
     from holdfast.data.images import PictureConfig, pictures
     from holdfast.data.streams import build_safety, load_stream, read_spec
@@ -102,19 +100,11 @@ def command(
         asked["plugins"] = own_code
     share, finish = _share() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else (None, None)
     chief = share is None or share.chief
-    console = Console(stderr=True, quiet=not chief)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not chief) as bars:
-        bar = bars.add_task("asking", total=None)
+    from holdfast.evaluation.answers import ALONE
+    from holdfast.evaluation.standalone import evaluate
 
-        def progress(event: str, *, done: int, total: int, **_: object) -> None:
-            bars.update(bar, completed=done, total=total)
-
-        from holdfast.evaluation.answers import ALONE
-        from holdfast.evaluation.standalone import evaluate
-
-        with pictures(opened):
-            result = evaluate(checkpoint, stream, config, out=out, asked=asked, progress=progress, share=share or ALONE)
+    with bars("asking", transient=True, quiet=not chief) as progress, pictures(opened):
+        result = evaluate(checkpoint, stream, config, out=out, asked=asked, progress=progress, share=share or ALONE)
     if finish is not None:
         finish()
     if not chief:

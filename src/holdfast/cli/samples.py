@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.items import REFUSED_KEYS, SPOKEN_KEYS
+from holdfast.data.items import CHOICE_KEYS, is_spoken
 from holdfast.data.sample_files import read_samples
 from holdfast.data.streams import load_stream
 from holdfast.data.types import Sample
@@ -56,7 +56,7 @@ def write_samples(path: Path, samples: Iterable[Sample], *, image_root: Path) ->
 
 def _record(sample: Sample, image_root: Path) -> dict[str, Any]:
     # What a sample says is in its turns; a reader would take these for words that it has to show.
-    about = {key: value for key, value in sample.meta.items() if key not in (*SPOKEN_KEYS, *REFUSED_KEYS)}
+    about = {key: value for key, value in sample.meta.items() if not is_spoken(key) and key not in CHOICE_KEYS}
     record: dict[str, Any] = {**about, "id": sample.id}
     if all(turn.loss for turn in sample.turns) and [turn.role for turn in sample.turns] == ["user", "assistant"]:
         record |= {"prompt": sample.turns[0].text, "answer": sample.turns[1].text}

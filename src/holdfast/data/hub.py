@@ -79,7 +79,7 @@ def _sample(
     spoken = [prompt_key] if prompt_key else [*PROMPT_KEYS, INPUT_KEY, *TURN_KEYS]
     if all(is_blank(row.get(key)) for key in spoken):
         raise DataError(f"no prompt; name its column in options.prompt (columns: {', '.join(row)})")
-    turns, gold = dialogue(row, prompt_key=prompt_key, answer_key=answer_key)
+    turns, gold = dialogue(row, prompt_key=prompt_key, answer_key=answer_key, picture_keys=image_columns)
     turns = with_suffix(turns, options["prompt_suffix"])
     name = str(row[options["id"]]) if options["id"] else item_id(row, index)
     return Sample(id=name, turns=place_marks(turns, len(images)), images=images, references=gold)

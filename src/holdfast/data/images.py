@@ -51,6 +51,70 @@ class PictureConfig:
             raise ConfigError(f"max_pixels is {self.max_pixels}; expected 1 or more, or null.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PictureForm:
+    """A kind of picture, and what is made of it. modes: Pillow's names of what it is opened as."""
+
+    name: str
+    verdict: Literal["read", "refused"]
+    sentence: str
+    modes: tuple[str, ...] = ()
+
+
+# What the documentation says of pictures; each mode is tried by a test.
+PICTURE_FORMS = (
+    PictureForm(
+        name="8 bits a channel: RGB, grey, palette, black and white, CMYK, YCbCr, HSV, RGBX",
+        verdict="read",
+        sentence="as 8-bit RGB, by Pillow's conversion",
+        modes=("RGB", "L", "P", "1", "CMYK", "YCbCr", "HSV", "RGBX"),
+    ),
+    PictureForm(name="LAB", verdict="read", sentence="as sRGB, through colour profiles", modes=("LAB",)),
+    PictureForm(
+        name="transparency: RGBA, LA, PA, a transparent colour, colours multiplied by their opacity",
+        verdict="read",
+        sentence="laid over white; with `images: published` the colours below it show, as in the published scripts",
+        modes=("RGBA", "LA", "PA", "RGBa", "La"),
+    ),
+    PictureForm(
+        name="16-bit grey, of either byte order (PNG, TIFF, PGM)",
+        verdict="read",
+        sentence="scaled by 255 / 65535",
+        modes=("I;16", "I;16L", "I;16B"),
+    ),
+    PictureForm(
+        name="32-bit integers and floating numbers",
+        verdict="read",
+        sentence="scaled from the smallest usual white that holds the brightest pixel (255, 65535 or 2^31 - 1; 1, 255 "
+        "or 65535)",
+        modes=("I", "F"),
+    ),
+    PictureForm(
+        name="numbers below 0, above every usual white, or not finite",
+        verdict="refused",
+        sentence="convert the picture to 8 or 16 bits",
+    ),
+    PictureForm(
+        name="turned by an EXIF tag",
+        verdict="read",
+        sentence="upright; with `images: published` as it is stored",
+    ),
+    PictureForm(name="several frames", verdict="read", sentence="the first one"),
+    PictureForm(
+        name="written out in the text: a data URI, Base64", verdict="read", sentence="put on disk by its content, once"
+    ),
+    PictureForm(name="an address (http, https, s3, gs)", verdict="refused", sentence="fetch it, and name the file"),
+    PictureForm(
+        name="an absolute path, a drive, or `..` out of the data root",
+        verdict="refused",
+        sentence="set `root` to a folder that holds it",
+    ),
+    PictureForm(
+        name=f"more than {MAX_PIXELS:,} pixels", verdict="refused", sentence="a decompression bomb; make it smaller"
+    ),
+    PictureForm(name="cut short, empty, or no picture", verdict="refused", sentence="fetch it again"),
+)
+
 _CURRENT: ContextVar[PictureConfig | None] = ContextVar("pictures", default=None)
 
 

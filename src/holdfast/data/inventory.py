@@ -1,4 +1,4 @@
-"""What every picture of a run was when it began: a path may show something else tomorrow.
+"""What every picture of a run, and every model beside its own, was when it began: a path may show another tomorrow.
 
 Size and time are compared first; a picture whose time changed is hashed, where the run knows its hash.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from holdfast.data.source_files import read_json, write_text
@@ -61,6 +61,24 @@ def check_pictures(file: Path, pictures: Iterable[Path], root: Path) -> None:
     merged = {**known, **now}
     if merged != known:
         write_text(file, json.dumps(merged, separators=(",", ":")) + "\n")
+
+
+def check_models(file: Path, models: Mapping[str, str]) -> None:
+    """Write `file` with the fingerprints of `models`, or compare them with what it says; new ones are added.
+
+    models: folder -> fingerprint, of what a run names beside the model that it tunes.
+    Raises RunError: a folder holds another model than when the run began.
+    """
+    known = read_json(file) if file.is_file() else {}
+    changed = [name for name, digest in models.items() if known.get(name, digest) != digest]
+    if changed:
+        raise RunError(
+            f"{file.parent}: {len(changed)} model(s) that this run names are others than when it began: "
+            f"{_named(changed)}. Finished tasks were made with the old ones. Put those back, or choose another --out."
+        )
+    merged = {**known, **models}
+    if merged != known:
+        write_text(file, json.dumps(merged, indent=1) + "\n")
 
 
 def _hash(path: Path) -> str:

@@ -10,10 +10,12 @@ A key that carries words or pictures is used, or refused by its name; none is pa
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,22 +38,47 @@ SYSTEM_KEYS = ("system", "system_prompt")
 HISTORY_KEY = "history"
 PROBED = 64  # items whose picture decides which image folder is tried first
 CHOICE_KEYS = ("choices", "options")
+_INTO_PROMPT = "put its text into the prompt, where the model shall see it"
+_NO_PICTURE = "only pictures are shown to the model; take the item out"
+_PREFERENCE = "this is preference data; keep the answer that is to be learned, under 'answer'"
 # What an item says to the model beside the above, and holdfast does not show to it.
 REFUSED_KEYS = {
-    "video": "only pictures are shown to the model; take the item out, or its frames as images",
-    "videos": "only pictures are shown to the model; take the item out, or its frames as images",
-    "audio": "only pictures are shown to the model; take the item out",
-    "audios": "only pictures are shown to the model; take the item out",
+    "video": f"{_NO_PICTURE}, or its frames as images",
+    "videos": f"{_NO_PICTURE}, or its frames as images",
+    "audio": _NO_PICTURE,
+    "audios": _NO_PICTURE,
     "tools": "tool calls are not trained; take the item out",
-    "context": "put its text into the prompt, where the model shall see it",
-    "passage": "put its text into the prompt, where the model shall see it",
-    "chosen": "this is preference data; keep the answer that is to be learned, under 'answer'",
-    "rejected": "this is preference data; keep the answer that is to be learned, under 'answer'",
+    "functions": "tool calls are not trained; take the item out",
+    "tool_calls": "tool calls are not trained; take the item out",
+    **dict.fromkeys(
+        (
+            *("context", "contexts", "passage", "passages", "paragraph", "paragraphs", "article", "story"),
+            *("background", "document", "documents", "knowledge", "table", "hint", "instructions"),
+            *("few_shot", "demonstrations", "examples"),
+        ),
+        _INTO_PROMPT,
+    ),
+    "chosen": _PREFERENCE,
+    "rejected": _PREFERENCE,
     "rejected_response": "this is preference data; take the key out to learn 'response' alone",
+    "rejected_responses": "this is preference data; take the key out to learn 'response' alone",
+    "negative_response": "this is preference data; take the key out to learn 'response' alone",
 }
-WORD_KEYS = ("context", "passage", "chosen", "rejected", "rejected_response")
-_REFUSED_TURN_KEYS = ("image", "images", "video", "videos", "audio", "audios", "tool_calls", "function_call",
-                      "reasoning_content", "thinking")  # fmt: skip
+# Of these the ones that hold words: fine where the request says the same, and where its author chose what is asked.
+WORD_KEYS = tuple(
+    key
+    for key, remedy in REFUSED_KEYS.items()
+    if remedy == _INTO_PROMPT or key in ("chosen", "rejected", "rejected_response", "rejected_responses")
+)
+# Other names of what a model sees or hears, and endings of keys that say something about such a thing. Of snake_case.
+_PICTURE_KEY = re.compile(r"(images?|imgs?|pictures?|photos?|pixel_?values)(?![a-z])")
+_OTHER_KEY = re.compile(r"(videos?|audios?|speech|voice|sounds?|frames?|point_?clouds?|depth(_?maps?)?)(?![a-z])")
+_ABOUT = re.compile(
+    r"[_\-](ids?|idx|index|sizes?|widths?|heights?|sources?|types?|categor\w+|severity|counts?|num|number|fps|durations?|"
+    r"lengths?|formats?|modes?|captions?|descriptions?|licen[sc]es?|hash|md5|sha\d*|splits?|labels?|class\w*|quality|"
+    r"tags?|scores?|ratios?|resolutions?|shapes?|date|time\w*|tokens?|domain|dataset|level|style)$"
+)
+_REFUSED_TURN_KEYS = ("tool_calls", "function_call", "functions", "tools", "reasoning_content", "thinking")
 # Keys that make an item more than its conversation.
 _UNUSUAL_KEYS = frozenset((*REFUSED_KEYS, *PROMPT_KEYS, INPUT_KEY, HISTORY_KEY, *SYSTEM_KEYS))
 # Every key of an item that words for the model are read from.
@@ -74,6 +101,43 @@ def first(item: Mapping[str, Any], keys: Sequence[str]) -> Any:
         if key in item and not _is_null(item[key]):
             return item[key]
     return None
+
+
+@lru_cache(maxsize=4096)
+def modality(key: str) -> str | None:
+    """What a key carries to a model, by its name: "picture", "numbered picture", "other"; None: nothing, or it is read.
+
+    `image_url` and `video_path` carry something, `image_id` and `video_fps` say something about it.
+    """
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()  # imageUrl as image_url
+    if key in IMAGE_KEYS or key in REFUSED_KEYS or _ABOUT.search(name):
+        return None
+    if _PICTURE_KEY.match(name):
+        return "numbered picture" if re.fullmatch(r"[a-z]+[_\-]?\d+", name) else "picture"
+    return "other" if _OTHER_KEY.match(name) else None
+
+
+def is_spoken(key: str) -> bool:
+    """Whether a reader takes an item's key for words or pictures that the model has to see."""
+    return key in SPOKEN_KEYS or key in REFUSED_KEYS or key in IMAGE_KEYS or modality(key) is not None
+
+
+def _refuse_modalities(item: Mapping[str, Any], picture_keys: Sequence[str]) -> None:
+    """Raises DataError: a picture, a sound or a film under a key that no reader reads.
+
+    Beside pictures that are read, `image_url` and its like name the same ones. picture_keys: those that are read.
+    """
+    for key, value in item.items():
+        kind = None if key in picture_keys else modality(key)
+        if kind is None or is_blank(value) or isinstance(value, bool | int | float):
+            continue
+        if kind == "other":
+            raise DataError(f"it has a key {key!r}, which would not reach the model; {_NO_PICTURE}")
+        if kind == "numbered picture" or all(is_blank(item.get(other)) for other in picture_keys):
+            raise DataError(
+                f"it has a key {key!r}, whose picture would not reach the model; name its pictures in 'images', and "
+                f"mark their places with {MARK}"
+            )
 
 
 def _is_null(value: Any) -> bool:
@@ -163,7 +227,15 @@ def _turns(raw: Any, what: str) -> tuple[Turn, ...]:
             raise DataError(
                 f"turn {position} is {turn!r:.80}; expected {{'from': 'human'|'gpt'|'system', 'value': text}}"
             )
-        carried = next((key for key in _REFUSED_TURN_KEYS if not is_blank(turn.get(key))), None)
+        carried = next(
+            (
+                key
+                for key, value in turn.items()
+                if (key in _REFUSED_TURN_KEYS or key in IMAGE_KEYS or key in REFUSED_KEYS or modality(key))
+                and not is_blank(value)
+            ),
+            None,
+        )
         if carried is not None:
             raise DataError(
                 f"turn {position} carries {carried!r}, which would not reach the model; name images in the item's "
@@ -186,21 +258,30 @@ def _is_learned(turn: Mapping[str, Any], position: int) -> bool:
 
 
 def dialogue(
-    item: Mapping[str, Any], *, prompt_key: str | None = None, answer_key: str | None = None, with_answer: bool = True
+    item: Mapping[str, Any],
+    *,
+    prompt_key: str | None = None,
+    answer_key: str | None = None,
+    picture_keys: Sequence[str] = IMAGE_KEYS,
+    with_answer: bool = True,
 ) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
     """(turns, gold answers) of an item in any of the shapes above, image marks not yet placed.
 
-    prompt_key, answer_key: the keys to read, where the item's author named them. with_answer: read the item's answer
-    too (it is left out where gold answers come from another file).
+    prompt_key, answer_key, picture_keys: the keys to read, where the item's author named them. with_answer: read the
+    item's answer too (it is left out where gold answers come from another file).
     Raises DataError: no request, or a key with words for the model that has no place.
     """
+    if any(map(modality, item)):
+        _refuse_modalities(item, picture_keys)
     if not item.keys() & _UNUSUAL_KEYS and (plain := turns_of(item)) is not None and plain[-1].role == "assistant":
         return plain, (plain[-1].text,)
     chosen = prompt_key is not None  # the author knows what is asked; pictures' rivals are refused all the same
-    for key, remedy in REFUSED_KEYS.items():
-        if key not in (prompt_key, answer_key) and not is_blank(item.get(key)) and not (chosen and key in WORD_KEYS):
-            raise DataError(f"it has a key {key!r}, which would not reach the model; {remedy}")
     turns = turns_of(item)
+    for key, remedy in REFUSED_KEYS.items():
+        if key in (prompt_key, answer_key) or is_blank(item.get(key)) or (chosen and key in WORD_KEYS):
+            continue
+        if key not in WORD_KEYS or not _is_said(item[key], item, turns):
+            raise DataError(f"it has a key {key!r}, which would not reach the model; {remedy}")
     if turns is not None:
         said = "\n".join(turn.text for turn in turns)
         for key in (*PROMPT_KEYS, INPUT_KEY, HISTORY_KEY):
@@ -225,6 +306,16 @@ def dialogue(
     if gold:
         turns += (Turn(role="assistant", text=gold[0]),)
     return turns, gold
+
+
+def _is_said(value: Any, item: Mapping[str, Any], turns: tuple[Turn, ...] | None) -> bool:
+    """Whether every word of a key's value stands in what the item says to the model anyway."""
+    if turns is not None:
+        said = "\n".join(turn.text for turn in turns)
+    else:
+        said = "\n".join(v for key in (*PROMPT_KEYS, INPUT_KEY, *ANSWER_KEYS) if isinstance(v := item.get(key), str))
+    texts = value if isinstance(value, list) else [value]
+    return all(isinstance(t, int | float) or (isinstance(t, str) and t.strip() in said) for t in texts)
 
 
 def _prompt(item: Mapping[str, Any], key: str | None) -> str:
@@ -253,13 +344,19 @@ def _prompt(item: Mapping[str, Any], key: str | None) -> str:
 def _chosen(item: Mapping[str, Any], turns: tuple[Turn, ...], value: Any) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
     """Gold answers, an index into the item's choices as its letter; the choices are shown where the request has none.
 
+    They are shown to who is to answer with an index or a letter; a choice's text may answer an open question.
     Raises DataError: a number that is no index, or that is an index and a choice at once.
     """
     choices = first(item, CHOICE_KEYS)
-    is_index = isinstance(value, int) and not isinstance(value, bool)
-    if not is_index or not isinstance(choices, list) or not choices:
+    if isinstance(choices, Mapping) and list(choices) == list(LETTERS[: len(choices)]):
+        choices = list(choices.values())
+    if not isinstance(choices, list) or not choices:
         return turns, answers(value)
     texts = [str(choice) for choice in choices]
+    if isinstance(value, str) and len(letter := value.strip("() .")) == 1 and letter in LETTERS[: len(texts)]:
+        return _with_choices(turns, texts), answers(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return turns, answers(value)
     if not 0 <= value < min(len(texts), len(LETTERS)):
         if str(value) in (text.strip() for text in texts):
             return turns, answers(value)
@@ -271,11 +368,16 @@ def _chosen(item: Mapping[str, Any], turns: tuple[Turn, ...], value: Any) -> tup
             f"its answer {value} is both a choice and the index of the choice {texts[value]!r}; write the letter "
             f"({LETTERS[value]} for the index) or the choice's text in quotes instead"
         )
+    return _with_choices(turns, texts), (LETTERS[value],)
+
+
+def _with_choices(turns: tuple[Turn, ...], texts: Sequence[str]) -> tuple[Turn, ...]:
+    """`turns` with the choices below the request, by letter, where it does not name them itself."""
     asked = turns[-1].text
-    if not all(text.strip() in asked for text in texts):
-        listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
-        turns = (*turns[:-1], replace(turns[-1], text=f"{asked.rstrip()}\n{listed}"))
-    return turns, (LETTERS[value],)
+    if all(text.strip() in asked for text in texts):
+        return turns
+    listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
+    return (*turns[:-1], replace(turns[-1], text=f"{asked.rstrip()}\n{listed}"))
 
 
 def _history(value: Any) -> tuple[Turn, ...]:

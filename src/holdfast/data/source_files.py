@@ -197,7 +197,12 @@ def find(root: Path, aliases: Sequence[str], *, what: str, obtain: str = "") -> 
     for path in paths:
         if path.exists():
             return path
-    raise DataError(f"{what}: {missing(paths[0], others=[p.name for p in paths[1:]], obtain=obtain)}")
+    others = [path.name if path.parent == paths[0].parent else _below(path, root) for path in paths[1:]]
+    raise DataError(f"{what}: {missing(paths[0], others=others, obtain=obtain)}")
+
+
+def _below(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
 def missing(path: Path, *, others: Sequence[str] = (), obtain: str = "") -> str:

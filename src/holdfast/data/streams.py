@@ -10,6 +10,12 @@
     safety_calibration: {format: qa, file: own_refusals.jsonl}
     benign_calibration: {format: qa, file: benign_twins.jsonl}
 
+Forks of one benchmark put their folders elsewhere. `layouts` is the table of them: a name, and the folders it may stand
+for in order of preference. `{name}` in a task's files, images and options is each of them in turn:
+
+    layouts: {instructions: [Instructions_Original, playground/Instructions_Original, .]}
+    tasks: [{name: GQA, train: "{instructions}/GQA/train.json", test: "{instructions}/GQA/{test,val}.json"}]
+
 A run file embeds it under its own key: a mapping such as the above, or the path of a stream file (`stream_spec`).
 """
 
@@ -18,9 +24,10 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +39,7 @@ from holdfast.data.names import refuse_shared_names
 from holdfast.data.readers import Source, Split, safety_reader, task_reader
 from holdfast.data.source_files import expand_braces, missing, read_text
 from holdfast.data.types import SafetySet, Sample, Stream, Task
-from holdfast.errors import ConfigError, DataError, HoldfastError
+from holdfast.errors import ConfigError, DataError, HoldfastError, unknown_name
 from holdfast.registry import load_plugins
 
 Files = str | tuple[str, ...]
@@ -130,13 +137,16 @@ class CalibrationSpec:
 class StreamSpec:
     """A whole stream file.
 
-    root: the data root, relative to the file that it is written in. safety_calibration: forbidden requests,
+    root: the data root, relative to the file that it is written in. layouts: name -> the folders below the root that
+        `{name}` stands for in what the tasks and the calibration data name; all forks of a benchmark in one table.
+    safety_calibration: forbidden requests,
     benign_calibration: benign ones beside them; both with theta_0's own answers, or without (then the run makes them).
     """
 
     name: str
     tasks: tuple[TaskSpec, ...]
     root: str = "."
+    layouts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     safety: tuple[SafetySpec, ...] = ()
     safety_calibration: CalibrationSpec | None = None
     benign_calibration: CalibrationSpec | None = None
@@ -149,11 +159,55 @@ class StreamSpec:
             raise ConfigError(f"stream {self.name!r} has no task; list at least one under `tasks`.")
         for kind, names in (("task", [t.name for t in self.tasks]), ("safety set", [s.name for s in self.safety])):
             refuse_shared_names(kind, names, f"stream {self.name!r}")
+        for name, folders in self.layouts.items():
+            if not folders or not re.fullmatch(r"\w+", name) or any(set(folder) & set(",{}") for folder in folders):
+                raise ConfigError(
+                    f"stream {self.name!r}: layouts.{name} is {list(folders)!r}; expected a name of letters, digits "
+                    "and '_', and at least one folder below the root, without commas and braces."
+                )
+        # Written out at once, so that an unknown name shows before any file is looked for.
+        object.__setattr__(self, "tasks", tuple(self._written_out(task) for task in self.tasks))
+        for name in ("safety_calibration", "benign_calibration"):
+            if (calibration := getattr(self, name)) is not None:
+                object.__setattr__(self, name, self._written_out(calibration))
+
+    def _written_out(self, spec: Any) -> Any:
+        """A task or a calibration with every `{name}` of `layouts` as `{folder,folder,...}`."""
+        if not self.layouts:
+            return spec
+        owner = f"task {spec.name!r}" if isinstance(spec, TaskSpec) else "calibration data"
+        values = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name in _LAID_OUT}
+        return replace(spec, **{key: _with_layouts(value, self.layouts, owner) for key, value in values.items()})
 
     @property
     def data_root(self) -> Path:
         """`root` with `~` and environment variables expanded. Raises ConfigError: a variable is not set."""
         return expand_root(self.root)
+
+
+# What of a task or of calibration data may name a layout.
+_LAID_OUT = ("train", "validation", "test", "file", "images", "options")
+
+
+def _with_layouts(value: Any, layouts: Mapping[str, tuple[str, ...]], owner: str) -> Any:
+    """`value` with each `{name}` in its texts replaced by the folders of that layout, as alternatives.
+
+    Raises UnknownNameError: no layout has this name.
+    """
+    if isinstance(value, str):
+
+        def folders(match: re.Match[str]) -> str:
+            name = match.group(1)
+            if name not in layouts:
+                raise unknown_name(f"layout in {owner}", name, layouts)
+            return layouts[name][0] if len(layouts[name]) == 1 else "{" + ",".join(layouts[name]) + "}"
+
+        return re.sub(r"\{(\w+)\}", folders, value)
+    if isinstance(value, Mapping):
+        return {key: _with_layouts(one, layouts, owner) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_layouts(one, layouts, owner) for one in value)
+    return value
 
 
 def expand_root(root: str) -> Path:

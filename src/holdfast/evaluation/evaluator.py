@@ -19,7 +19,7 @@ from holdfast.judges.base import Side, Verdict
 from holdfast.metrics.agreement import agreement
 from holdfast.metrics.safety import set_figures
 from holdfast.models.generate import generate
-from holdfast.models.load import load
+from holdfast.models.held import let_go, load
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.tuner import is_tuner_folder
 
@@ -179,6 +179,7 @@ class _Lazy:
         if self._vllm is None:
             from holdfast.evaluation.vllm import VllmBackend
 
+            let_go()  # vLLM takes the memory for itself
             config = self._config
             self._vllm = VllmBackend(
                 self._checkpoint, dtype=config.dtype, seed=config.seed, temperature=config.temperature

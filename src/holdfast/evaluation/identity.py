@@ -18,7 +18,7 @@ from holdfast.data.types import Sample, Stream
 from holdfast.models.tuner import is_tuner_folder
 
 # Beside the weights: configuration, tokenizer, processor, chat template.
-_SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
+_SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
 def checkpoint_digests(checkpoint: Checkpoint) -> dict[str, Any]:

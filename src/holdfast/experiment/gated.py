@@ -16,7 +16,7 @@ from holdfast.calibration.curvature import model_identity
 from holdfast.errors import GateError
 from holdfast.experiment.run_config import SafetyGateConfig
 from holdfast.files import write_json
-from holdfast.models.load import load
+from holdfast.models.held import load
 from holdfast.restore.measure import Probe
 from holdfast.restore.search import Point, nearest_miss
 from holdfast.stream.protocol import Checkpoint, HasStrength, Method, TaskContext

@@ -15,7 +15,7 @@ from holdfast import methods as method_registry
 from holdfast.config import current_names, encode
 from holdfast.data import readers
 from holdfast.data.images import pictures
-from holdfast.data.inventory import check_pictures
+from holdfast.data.inventory import check_models, check_pictures
 from holdfast.data.streams import build, build_calibration, build_safety
 from holdfast.data.types import SafetySet, Sample, Stream, Turn
 from holdfast.errors import ConfigError, DataError, UnknownNameError, nearest, unknown_name
@@ -299,7 +299,8 @@ class Experiment:
                 "model": config.model,
                 "model_fingerprint": identity,
                 "model_settings": settings,
-                "stream": config.stream,
+                # Its layouts are written out in what the tasks name; directories of before know of none.
+                "stream": {key: value for key, value in encode(config.stream).items() if key != "layouts"},
                 "tasks": config.tasks,
                 "data_sha256": {task.name: self._digest([*task.train, *task.test]) for task in self.stream.tasks},
                 "safety_sha256": {s.name: self._digest([*s.unsafe, *s.benign]) for s in self.stream.safety},
@@ -375,6 +376,23 @@ class Experiment:
             for sample in samples:
                 yield from sample.images
 
+    def _other_models(self) -> dict[str, str]:
+        """Folder -> fingerprint of every model that the options of methods and judges name (an unaligned one, a guard).
+
+        The model that is tuned is in config.json.
+        """
+        from holdfast.checkpoints.fingerprint import fingerprint
+        from holdfast.checkpoints.reader import CheckpointReader
+
+        options = [*self.recorded.values(), *(judge.options for judge in self.config.evaluation.judges)]
+        found = {}
+        for place in sorted(set(_texts(encode(options))) - {self.config.model}):
+            folder = Path(place).expanduser()
+            if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+                with CheckpointReader(folder) as reader:
+                    found[place] = fingerprint(reader)
+        return found
+
     def evaluator(self) -> Any:
         """What asks a checkpoint every task and every safety set, as the run file says."""
         from holdfast.evaluation import CheckpointEvaluator
@@ -384,9 +402,12 @@ class Experiment:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the directory, and do once what all methods share: log what was injected, evaluate theta_0."""
+        from holdfast.models.held import holding
+
         run = self.stream_run()
-        with run.claimed(), pictures(self.config.pictures):
+        with run.claimed(), pictures(self.config.pictures), holding():
             check_pictures(self.out / "pictures.json", self._pictures(), self.stream.root)
+            check_models(self.out / "models.json", self._other_models())
             if self.injected:
                 write_json(self.out / "injected.json", [log.to_json() for log in self.injected])
             self._convert_theta_0()
@@ -405,7 +426,9 @@ class Experiment:
 
     def run_method(self, name: str) -> None:
         """Every task with one method, within `held` (of this process or of the one that started it)."""
-        with pictures(self.config.pictures):
+        from holdfast.models.held import holding
+
+        with pictures(self.config.pictures), holding():
             run = self.stream_run(self.with_own_answers())
             run.run_method(self.gated(self.methods[name]), self.evaluator())
 
@@ -436,7 +459,7 @@ class Experiment:
 
     def _helpful_answers(self, prompts: Sequence[Sample]) -> dict[str, Any]:
         from holdfast.calibration.own_answers import own_helpful_answers
-        from holdfast.models.load import load
+        from holdfast.models.held import load
 
         config, evaluation = self.config.benign_calibration, self.config.evaluation
         chosen = _benign_judge(self.config)
@@ -463,7 +486,7 @@ class Experiment:
 
     def _safe_answers(self, prompts: Sequence[Sample]) -> dict[str, Any]:
         from holdfast.calibration.own_answers import own_safe_answers
-        from holdfast.models.load import load
+        from holdfast.models.held import load
 
         config, evaluation = self.config.safety_calibration, self.config.evaluation
         chosen = _own_judge(self.config)
@@ -542,6 +565,18 @@ def _recorded(method: Any, name: str) -> dict[str, Any]:
     place = f"{type(method).__module__}:{type(method).__name__}"
     came_from = {key: value for key, value in origin.items() if key != "class"}
     return {"class": place, **({"class_from": came_from} if came_from else {}), **encode(method.config)}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in plain data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def _answered(sample: Sample, answer: str) -> Sample:

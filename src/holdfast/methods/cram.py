@@ -17,7 +17,7 @@ from holdfast.data.types import Sample, Stream
 from holdfast.errors import CalibrationError, ConfigError
 from holdfast.files import write_json
 from holdfast.methods.seqft import SeqFTConfig, draw, step_seed, training_samples
-from holdfast.models.load import load
+from holdfast.models.held import load
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.tuner import is_tuner_folder
 from holdfast.stream.protocol import Checkpoint, TaskContext
@@ -94,8 +94,9 @@ class Cram:
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
         """theta_0 under the folder of all experts so far."""
         out = ctx.work_dir / "cram"
-        learning = self.learning(ctx)
+        # The expert first: an edit measures theta_0 under it, which takes the held model for itself.
         expert = self.final_expert(ctx, trained)
+        learning = self.learning(ctx)
         guard = self.guard(ctx, learning) if self.config.guard != "off" and not out.exists() else None
         card = learning.publish(out, expert=expert, guard=guard)
         if guard is not None:

@@ -20,7 +20,7 @@ from holdfast.methods._glue.lora_layers import Remembered, carried, carry
 from holdfast.methods.seqft import SeqFT, SeqFTConfig, draw, step_seed
 from holdfast.models.encode import encode_training
 from holdfast.models.families import editable_linears
-from holdfast.models.load import load
+from holdfast.models.held import load
 from holdfast.stream.protocol import Checkpoint, TaskContext
 
 _FILE = "fisher.safetensors"
@@ -80,6 +80,8 @@ class Ewc(SeqFT):
             for name, square in squared_gradients(weights).items():
                 total[name] += square
             ctx.progress("calibrate", done=number, total=len(samples))
+        loaded.model.requires_grad_(False)
+        loaded.model.zero_grad(set_to_none=True)
         before = carried(ctx, _FILE)
         found = {}
         for name, summed in total.items():

@@ -20,7 +20,7 @@ from holdfast.data.types import Sample, Stream
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.errors import CalibrationError, ConfigError, unknown_name
 from holdfast.files import write_json
-from holdfast.models.load import load
+from holdfast.models.held import load
 from holdfast.rules.base import EditRule
 from holdfast.rules.keep import KeepUpdate
 from holdfast.stream.protocol import Checkpoint, TaskContext
@@ -127,10 +127,10 @@ class SeqFT:
 
     def train_task(self, ctx: TaskContext) -> Checkpoint:
         """The previous checkpoint under this task's adapter."""
-        loaded = load(ctx.previous, dtype=self.config.train_dtype)
+        samples = self.learned(ctx)  # first: screening asks theta_0
         result = train(
-            loaded,
-            self.learned(ctx),
+            load(ctx.previous, dtype=self.config.train_dtype),
+            samples,
             self.config.training,
             work_dir=ctx.scratch_dir,
             seed=step_seed(ctx),

@@ -228,6 +228,8 @@ def _conversation(loaded: LoadedModel, sample: Sample) -> _Conversation:
             raise DataError(f"Sample {sample.id!r} has an empty answer; every assistant turn needs at least one token.")
         before = _render(loaded, sample, sample.turns[:index], ask=True)
         upto = whole if index == last else _render(loaded, sample, sample.turns[: index + 1], ask=False)
+        if not whole.startswith(upto.rstrip()):
+            upto = _without_end(loaded, upto)
         if not whole.startswith(before) or not whole.startswith(upto.rstrip()) or len(before) < read:
             raise ModelError(
                 f"{loaded.name}: the chat template renders earlier turns differently once later ones exist, so the "
@@ -262,6 +264,12 @@ def _end_of_answer(loaded: LoadedModel, whole: str, answer: str, start: int, sto
         return position + len(end)
     following = len(whole) - len(whole[stop:].lstrip())
     return next((following + len(end) for end in ends if whole.startswith(end, following)), None)
+
+
+def _without_end(loaded: LoadedModel, text: str) -> str:
+    """`text` without an end token at its end: some templates write one behind the last answer only."""
+    text = text.rstrip()
+    return next((text.removesuffix(end).rstrip() for end in _end_texts(loaded) if text.endswith(end)), text)
 
 
 def _end_texts(loaded: LoadedModel) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,8 @@ from holdfast.models.loaded import BlockStore, LoadedModel
 from holdfast.models.memory import find_device
 from holdfast.models.tuner import attach_tuner, is_tuner_folder
 
+# Called before weights are read: what somebody keeps for later gives way (`models.held`).
+before_load: list[Callable[[], None]] = []
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -60,6 +62,8 @@ def load(
     config = read_config(base)
     target = find_device(device) if device is not None else default_device()
     weight_dtype = resolve_dtype(dtype, config, target)
+    for give_way in before_load:
+        give_way()
     with quiet_transformers():
         processor = read_processor(base, config, adapters)
         try:

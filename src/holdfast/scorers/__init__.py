@@ -28,6 +28,9 @@ SCORERS: dict[str, str] = {
     "dcl_ad": "holdfast.scorers.dcl:DclDriving",
     "dcl_sci": "holdfast.scorers.dcl:DclScience",
     "dcl_fin": "holdfast.scorers.dcl:DclFinance",
+    "acl_ocr": "holdfast.scorers.acl:AclOcr",
+    "acl_math": "holdfast.scorers.acl:AclMath",
+    "acl_vp": "holdfast.scorers.acl:AclPerception",
     "captions": "holdfast.scorers.captions:Captions",
 }
 REGISTRY = Registry("scorer", "holdfast.scorers", SCORERS, made_needs=("name", "mode", "score", "aggregate"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from holdfast.errors import ConfigError, DataError
-from holdfast.scorers.base import Score, Scorer
+from holdfast.scorers.base import Missing, Score, Scorer
 from holdfast.scorers.predictions import Gold, Prediction, PredictionFile, ReferenceFile
 
 Align = Literal["auto", "id", "order"]
@@ -63,7 +63,8 @@ def score_file(
     """Score a prediction file.
 
     A gold item without a prediction counts as wrong in strict mode; in paper mode it leaves the denominator, as in the
-    published scripts, except for option letters and captions (wrong, and an empty caption). Unknown ids never count.
+    published scripts, except for option letters by CoIN's and Prism's rule (wrong) and captions (an empty caption).
+    Unknown ids do not count, except by SEFE's rule for option letters, which divides by the number of predictions.
     align: "id", "order" (item i with gold i), or "auto": by order where the published script does so (captions without
     image ids, rows without ids), else by id.
     Raises DataError: no gold answers anywhere; ConfigError: `align` cannot be done with these files.
@@ -144,16 +145,17 @@ def _score(
 ) -> Outcome:
     scored: list[tuple[Gold, Prediction]] = []
     others: dict[str, ScoredItem] = {}
-    absent_is_wrong = scorer.mode == "strict" or scorer.name == "option_letter"
+    # A scorer of someone else's need not say; neither is needed to score answers that are there.
+    absent: Missing = getattr(scorer, "missing", "wrong" if scorer.mode == "strict" else "left out")
     for kind in ("repeated", "conflicting", "missing"):
         problems[kind] = []
     for gold, rows in pairs:
         if not rows:
             problems["missing"].append(gold.id)
-            if scorer.name == "captions":
+            if absent == "an empty caption":
                 scored.append((gold, Prediction(id=gold.id, text="")))
             else:
-                value = 0.0 if absent_is_wrong and gold.references else None
+                value = 0.0 if absent == "wrong" and gold.references else None
                 others[gold.id] = _item(gold, None, Score(value=value, evidence="no prediction"))
             continue
         if len({row.text for row in rows}) > 1:
@@ -171,14 +173,17 @@ def _score(
     done = iter(_item(gold, row.text, score) for (gold, row), score in zip(scored, scores, strict=True))
     items = tuple(others[id_] if (id_ := gold.id) in others else next(done) for gold, _ in pairs)
     n = sum(item.score.value is not None for item in items)
-    if scorer.name == "captions":
+    strangers = len(set(problems.get("unknown", ()))) if getattr(scorer, "counts_unknown", False) else 0
+    if absent == "an empty caption":
         n = int(figures["scored"])
-    elif others:
+    elif others or strangers:
         values = [item.score.value for item in items if item.score.value is not None]
-        value = sum(values) / len(values) if values else None
+        n += strangers
+        value = sum(values) / n if values else None
     if problems["missing"]:
-        how = "an empty caption" if scorer.name == "captions" else "wrong" if absent_is_wrong else "left out"
-        notes.append(f"{len(problems['missing'])} missing prediction(s) count as {how}")
+        notes.append(f"{len(problems['missing'])} missing prediction(s) count as {absent}")
+    if strangers:
+        notes.append(f"{strangers} prediction(s) of no gold item count as wrong, as in the published script")
     return Outcome(
         scorer=scorer.name,
         mode=scorer.mode,

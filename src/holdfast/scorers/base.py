@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 Mode = Literal["paper", "strict"]
+# What a gold item without a prediction is worth in a scored file.
+Missing = Literal["wrong", "left out", "an empty caption"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from holdfast.errors import ConfigError
-from holdfast.scorers.base import Mode, Score
+from holdfast.scorers.base import Missing, Mode, Score
 from holdfast.scorers.sample import NO_GOLD, check_lengths
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
@@ -45,6 +45,11 @@ class Captions:
             raise ConfigError(
                 "scorer 'captions' needs pycocoevalcap; install it with: pip install 'holdfast[captions]'."
             ) from error
+
+    @property
+    def missing(self) -> Missing:
+        """What an image without a caption is worth: the corpus is scored as a whole."""
+        return "an empty caption"
 
     def score(self, prediction: str, references: Sequence[str], meta: Mapping[str, Any] | None = None) -> Score:
         """No value: caption metrics are defined on a corpus (use `aggregate`)."""

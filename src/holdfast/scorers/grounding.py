@@ -31,9 +31,9 @@ def iou(a: Box, b: Box) -> float:
 def parse_legacy(text: str, *, prediction: bool) -> Box | None:
     """CoIN's reading: brackets removed, then of a prediction *the first and last character dropped*, split at commas.
 
-    A bare "[0.12,...,0.89]" so loses a digit at either end; numbers published with CoIN were computed this way.
+    A bare "[0.12,...,0.89]" so loses a digit at either end, and a blank before it takes the first digit's place;
+    numbers published with CoIN were computed this way.
     """
-    text = text[1:] if prediction and text.startswith(" ") else text
     text = text.replace("[", "").replace("]", "")
     try:
         values = [float(part) for part in (text[1:-1] if prediction else text).split(",")]

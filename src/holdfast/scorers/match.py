@@ -128,8 +128,8 @@ class Gqa(SampleScorer):
     """GQA's accuracy: trailing full stops dropped, lower-cased, then equality; balanced questions only.
 
     A question whose annotation says `isBalanced: false` is unscored, as in the official script.
-    paper: one leading space is dropped and the gold answer is taken as it is. strict: outer white space ignored and
-    the gold answer lower-cased too.
+    paper: nothing else is normalised (a leading blank counts, as in CoIN's, SEFE's and HiDe-LLaVA's conversion), and
+    the gold answer is taken as it is. strict: outer white space ignored and the gold answer lower-cased too.
     """
 
     name: ClassVar[str] = "gqa"
@@ -143,7 +143,6 @@ class Gqa(SampleScorer):
             return Score(value=None, evidence="not a balanced question")
         if self.mode == "paper":
             found = prediction.rstrip(".").lower()
-            found = found[1:] if found.startswith(" ") else found
             golds = list(references)
         else:
             found = prediction.strip().rstrip(".").strip().lower()

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from holdfast.errors import ConfigError
-from holdfast.scorers.base import Mode, Score
+from holdfast.scorers.base import Missing, Mode, Score
 from holdfast.scorers.match import shown
 from holdfast.scorers.sample import SampleScorer
 
-Rule = Literal["coin", "sefe"]
+Rule = Literal["coin", "sefe", "prism"]
+RULES: tuple[Rule, ...] = ("coin", "sefe", "prism")
 LETTERS = "ABCDE"  # the forks know five options
 
 _LONE_WORD_CHARACTER = re.compile(r"\b(\w)\b")
@@ -26,8 +27,10 @@ class OptionLetter(SampleScorer):
 
     paper, both rules: (1) the whole reply is a letter A-E; (2) it starts with "X. "; then
     rule "coin" (CoIN's own script): (3) the first stand-alone word character anywhere, upper-cased, so "This is a dog"
-    names A; rule "sefe" (SEFE, HiDe-LLaVA, Prism): (3) "The answer is X" followed by any one character, if it occurs
-    exactly once. Otherwise wrong. A letter beyond the number of choices is wrong.
+    names A; rules "sefe" (SEFE, HiDe-LLaVA) and "prism": (3) "The answer is X" followed by any one character, if it
+    occurs exactly once. Otherwise wrong. A letter beyond the number of choices is wrong.
+    The rules divide by different numbers where a file does not answer every problem: "coin" and "prism" by that of the
+    problems, "sefe" by that of the predictions (one per id, ids of no problem included).
     strict: a letter alone or marked ("(B)", "B.", "answer: B", "option B"), or the text of exactly one option; a reply
     that names two letters is wrong; any letter that the choices reach is read, not only A-E.
     """
@@ -36,9 +39,19 @@ class OptionLetter(SampleScorer):
 
     def __init__(self, *, mode: Mode = "strict", rule: Rule = "coin") -> None:
         super().__init__(mode=mode)
-        if rule not in ("coin", "sefe"):
-            raise ConfigError(f"option_letter: rule is {rule!r}; expected 'coin' or 'sefe'.")
+        if rule not in RULES:
+            raise ConfigError(f"option_letter: rule is {rule!r}; expected {', '.join(map(repr, RULES))}.")
         self.rule: Rule = rule
+
+    @property
+    def missing(self) -> Missing:
+        """What a problem without a prediction is worth."""
+        return "left out" if self.mode == "paper" and self.rule == "sefe" else "wrong"
+
+    @property
+    def counts_unknown(self) -> bool:
+        """Whether predictions of no problem are in the denominator (`len(predictions)` of SEFE and HiDe-LLaVA)."""
+        return self.missing == "left out"
 
     def letter(self, prediction: str, choices: Sequence[str] | None = None) -> str | None:
         """The letter that `prediction` names, or None."""

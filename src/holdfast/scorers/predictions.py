@@ -23,6 +23,8 @@ PREDICTION_KEYS = ("prediction", "pred", "caption", "text", "output", "response"
 REFERENCE_KEYS = ("references", "ground_truth", "gt_answers", "gt", "gold")
 PREDICTION_ID_KEYS = ("question_id", "questionId", "id", "image_id", "qid", "uid")
 PROMPT_KEYS = ("prompt", "question")
+# What scorers read beside the gold answer.
+META_KEYS = ("image", "size", "choices", "source", "answer_type", "task")
 LETTERS = "ABCDEFGHIJ"
 
 
@@ -95,7 +97,7 @@ def read_predictions(path: Path) -> PredictionFile:
             references = answers(first(item, REFERENCE_KEYS))
         except DataError as error:
             raise DataError(f"{path}, row {index + 1}: {error}.") from None
-        meta: dict[str, Any] = {key: item[key] for key in ("image", "size", "choices", "type", "source") if key in item}
+        meta: dict[str, Any] = {key: item[key] for key in (*META_KEYS, "type") if key in item}
         rows.append(Prediction(id=name, text=text, prompt=prompt, references=references, meta=meta))
     if not rows:
         keys = ", ".join(map(repr, items[0]))
@@ -166,9 +168,7 @@ def _from_items(path: Path, items: Sequence[Mapping[str, Any]]) -> ReferenceFile
 
 def _gold(path: Path, name: str, item: Mapping[str, Any]) -> Gold:
     value = first(item, ("answer_bbox", *REFERENCE_KEYS, *ANSWER_KEYS))
-    meta: dict[str, Any] = {
-        key: item[key] for key in ("image", "size", "choices", "isBalanced", "source") if key in item
-    }
+    meta: dict[str, Any] = {key: item[key] for key in (*META_KEYS, "isBalanced") if key in item}
     meta |= {"prompt": item["text"]} if isinstance(item.get("text"), str) else {}
     choices = item.get("choices")
     if isinstance(choices, list) and isinstance(value, int) and not isinstance(value, bool):

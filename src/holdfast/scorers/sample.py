@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from holdfast.errors import DataError
-from holdfast.scorers.base import Mode, Score
+from holdfast.scorers.base import Missing, Mode, Score
 
 NO_GOLD = "no gold answer"
 
@@ -23,6 +23,16 @@ class SampleScorer(ABC):
 
     def __init__(self, *, mode: Mode = "strict") -> None:
         self.mode: Mode = mode
+
+    @property
+    def missing(self) -> Missing:
+        """What a gold item without a prediction is worth: published scripts walk over the predictions they find."""
+        return "wrong" if self.mode == "strict" else "left out"
+
+    @property
+    def counts_unknown(self) -> bool:
+        """Whether predictions of no gold item are in the denominator."""
+        return False
 
     @abstractmethod
     def compare(self, prediction: str, references: Sequence[str], meta: Mapping[str, Any]) -> Score:

@@ -20,7 +20,7 @@ from holdfast.data.types import Sample
 from holdfast.files import atomic_path
 from holdfast.functional.rivals import RivalEdit
 from holdfast.methods.seqft import EditingConfig, SeqFT
-from holdfast.models.load import load
+from holdfast.models.held import load
 from holdfast.rules.base import EditRule
 from holdfast.rules.ready_edits import ReadyEdits, ReadyOptions
 from holdfast.stream.protocol import Checkpoint, TaskContext
