@@ -67,6 +67,7 @@ def reference() -> Any:
     return module
 
 
+@pytest.mark.timeout(900)  # half a minute of work; on a crowded machine that takes its time
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
 def test_every_block_of_a_tutorial_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
