@@ -140,8 +140,9 @@ def bars(groups: Mapping[str, Mapping[str, Interval]]) -> Figure:
             ax.grid(visible=False, axis="y")
             ax.margins(x=0.08)
             ax.tick_params(axis="y", length=0)
-        axes[0][0].set_yticks(y, methods)
-        axes[0][0].invert_yaxis()
+        first = next(axes.flat)
+        first.set_yticks(y, methods)
+        first.invert_yaxis()
     return fig
 
 

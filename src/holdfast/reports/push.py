@@ -76,17 +76,17 @@ def prepare(
     if not any(name.endswith(".safetensors") for name in files):
         raise StorageError(f"{folder} holds no safetensors; there is no model to upload.")
     bases = set()
-    for name in [name for name in files if Path(name).name == "adapter_config.json"]:
-        config = json.loads((folder / name).read_text(encoding="utf-8"))
+    for place in [place for place in files if Path(place).name == "adapter_config.json"]:
+        config = json.loads((folder / place).read_text(encoding="utf-8"))
         named = base or str(config.get("base_model_name_or_path") or "")
         if not _HUB_ID.fullmatch(named) or (base is None and Path(named).exists()):
             raise ConfigError(
-                f"{folder / name} names its base {named!r}, a path of this machine. Pass --base with the base's id on "
+                f"{folder / place} names its base {named!r}, a path of this machine. Pass --base with the base's id on "
                 "the hub, so that others can load the adapter."
             )
         bases.add(named)
         if config.get("base_model_name_or_path") != named:
-            files[name] = json.dumps(config | {"base_model_name_or_path": named}, indent=2).encode()
+            files[place] = json.dumps(config | {"base_model_name_or_path": named}, indent=2).encode()
     text, results = _text(folder, run, method), list(_results(folder, run, method))
     data = ModelCardData(
         model_name=repo.partition("/")[2],
