@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 # One thread a worker: as many workers as cores (four at most: each holds about 1 GB).
 TEST_JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 
-.PHONY: demo test lint serve-test clean
+.PHONY: demo test lint docs serve-test clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,10 @@ $(SERVE_VENV)/.installed: tests/serve_vllm/make_environment.sh tests/serve_vllm/
 
 serve-test: $(STAMP) $(SERVE_VENV)/.installed
 	HOLDFAST_VLLM_PYTHON=$(abspath $(SERVE_VENV))/bin/python $(BIN)/python -m pytest -s tests/serve_vllm
+
+# The pages, in build/site; `mkdocs serve` shows them while you write.
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -6,15 +6,18 @@ import ast
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
 import holdfast
 from holdfast import experiment, shipped
+from holdfast.cli.environment import EXTRAS
 from holdfast.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -140,3 +143,64 @@ def test_without_its_files_it_says_so(monkeypatch, tmp_path):
         shipped.folder()
     (tmp_path / "lib" / "holdfast" / "configs").mkdir(parents=True)
     assert shipped.folder() == tmp_path / "lib" / "holdfast" / "configs"
+
+
+def test_the_conda_recipe_asks_for_what_pyproject_asks_for():
+    text = (ROOT / "recipes" / "conda" / "meta.yaml").read_text(encoding="utf-8")
+    run = text.partition("  run:\n")[2].partition("\ntest:")[0]
+    renamed = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
+    listed = {line.strip(" -").replace(" ", "") for line in run.splitlines() if line.strip()} - {"python>=3.11"}
+    wanted = set()
+    for requirement in PROJECT["dependencies"]:
+        name = re.split(r"[<>=]", requirement, maxsplit=1)[0]
+        wanted.add(requirement.replace(name, renamed.get(name, name), 1))
+    assert listed == wanted
+    assert f'set version = "{PROJECT["version"]}"' in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CITATION.cff", "mkdocs.yml", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / ".github").rglob("*.yml"))],
+)
+def test_what_other_tools_read_is_yaml(name):
+    found = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+    assert isinstance(found, dict) and found
+    if name == "CITATION.cff":
+        assert found["version"] == PROJECT["version"] and found["license"] == PROJECT["license"]
+
+
+def test_an_sdist_holds_what_builds_and_tests_it_and_nothing_of_this_machine(tmp_path):
+    if find_spec("hatchling") is None:
+        pytest.skip("hatchling is not installed: pip install -e '.[dev]'")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "src/holdfast/py.typed", "mkdocs.yml"} <= names
+    assert "src/holdfast/tiny/models/aligned/model.safetensors" in names and "tests/test_packaging.py" in names
+    strange = [n for n in names if n.startswith((".", "runs", "shared", "build", "dist")) or "__pycache__" in n]
+    assert strange in ([], [".gitignore"])
+
+
+def test_every_extra_is_explained_where_people_look():
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `(\w+)` \|", page, flags=re.M))
+    extras = set(PROJECT["optional-dependencies"])
+    assert listed <= extras and extras - listed <= {"serve"}  # what serving needs stands on its own page
+    assert extras <= set(EXTRAS)
+
+
+def test_the_readme_is_short_and_leads_on():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 90
+    assert text.count("|---") == 1  # one table
+    for word in (
+        "AP, average performance",
+        "BWT, backward",
+        "MASR, mean attack success rate",
+        "pip install",
+        "make demo",
+    ):
+        assert word in " ".join(text.split()), word

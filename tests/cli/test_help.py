@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import re
+import types
 import typing
 
 import pytest
@@ -12,7 +14,8 @@ import typer.main
 from rich.console import Console
 from typer.testing import CliRunner
 
-from holdfast.cli import VERBS, app, choices
+import fake_run
+from holdfast.cli import VERBS, app, choices, environment
 from holdfast.cli.console import summary_table
 from holdfast.cli.panels import PANELS
 
@@ -142,3 +145,65 @@ def test_a_runs_table_cuts_no_method_at_80_columns() -> None:
     assert "…" not in text
     first = "".join(line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│"))
     assert all(name in first for name in names)
+    # Figures stand whole, in one line.
+    assert max(map(len, text.splitlines())) <= 80 and text.count("−50.0 ±5") == text.count("90.0 ±5") == len(names)
+
+
+def test_every_verb_can_answer_in_json() -> None:
+    # A server answers over its socket.
+    without = {verb for verb in VERBS if "--json" not in {o for p in options(verb) for o in p.opts}}
+    assert without <= {"serve"}
+
+
+@pytest.mark.parametrize(
+    "words, keys",
+    [
+        (["list", "rules"], None),
+        (["list", "judges", "--names"], None),
+        (["init", "--list"], {"files"}),
+        (["init", "llava-1.5-7b"], {"written"}),
+        (["new", "judge", "mine"], {"written", "kind"}),
+        (["example", "try"], {"before", "after", "forbidden", "benign", "task", "command"}),
+        (["doctor", "--environment"], {"python", "versions", "cores", "free_memory_bytes", "devices", "extras"}),
+        (["report", "run"], {"html", "figures", "tables", "cards", "lines"}),
+        (["label", "run", "--html", "form.html"], {"form", "replies"}),
+        (["label", "run", "--show"], {"labelled", "drawn"}),
+    ],
+)
+def test_with_json_stdout_holds_the_result_and_nothing_else(words, keys, tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "run" in words:
+        fake_run.write_run(tmp_path / "run", methods={"seqft": 0.6, "hpa": 0.9})
+    if "--show" in words:
+        app(["label", "run", "--html", "form.html"], standalone_mode=False)
+        capfd.readouterr()
+    app([*words, "--json"], standalone_mode=False)
+    told = json.loads(capfd.readouterr().out)
+    if keys is None:
+        assert len(told) > 3 and all(set(row) == {"name", "source", "about"} for row in told)
+    else:
+        assert keys <= set(told)
+
+
+def test_what_this_machine_has_fits_a_terminal_and_names_what_is_missing(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(environment, "missing_by_extra", lambda: {"captions": ["pycocoevalcap>=1.2"], "hf": []})
+    app(["doctor", "--environment"], standalone_mode=False)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    assert re.search(r"extra captions .*\n    lacks pycocoevalcap>=1.2\n    pip install \"holdfast\[captions\]\"", text)
+    assert re.search(r"extra hf .*: complete", text) and re.search(r"torch \d", text) and "free memory" in text
+
+
+@pytest.mark.parametrize(
+    "requires, lacking",
+    [("numpy>=1", []), ("numpy>=99", ["numpy>=99"]), ("no-such-thing", ["no-such-thing"]), ("numpy<1", ["numpy<1"])],
+)
+def test_an_extra_lacks_what_is_not_there_or_of_another_version(requires, lacking, monkeypatch) -> None:
+    distribution = types.SimpleNamespace(
+        requires=[f'{requires}; extra == "x"', "torch>=2", 'holdfast[y]; extra == "x"'],
+        metadata=types.SimpleNamespace(get_all=lambda _: ["x"]),
+    )
+    real = environment.metadata.distribution
+    fake = lambda name: distribution if name == "holdfast" else real(name)  # noqa: E731
+    monkeypatch.setattr(environment.metadata, "distribution", fake)
+    assert environment.missing_by_extra() == {"x": lacking}

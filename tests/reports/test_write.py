@@ -23,6 +23,8 @@ from holdfast.reports.card import write_card
 from holdfast.reports.compare import Entry, Group, difference
 from holdfast.reports.read_runs import load_run, read_rows
 from holdfast.reports.seeds import group_runs
+from holdfast.reports.titles import TITLES, title_of
+from holdfast.reports.verdict import COMPARED, pairs, verdict
 
 METHODS = {"seqft": 0.6, "hpa": 0.9, "largest_change": 0.8}
 
@@ -90,7 +92,7 @@ def test_every_figure_of_the_table_is_in_the_records(run: Path, page: str) -> No
         matrix = [[r.scores[t]["value"] if t in r.scores else float("nan") for t in view.tasks] for r in found.records]
         expected = summarize(matrix)
         assert found.figure("ap") == pytest.approx(expected.ap)
-        row = re.search(rf"<tr><td>{name}</td>(.*?)</tr>", page, flags=re.S)
+        row = re.search(rf'<th scope="row"[^>]*>{title_of(name)}</th>(.*?)</tr>', page, flags=re.S)
         assert row is not None
         assert f"{100 * expected.ap:.1f}" in row.group(1)
         last = found.records[-1].safety
@@ -160,12 +162,12 @@ def test_an_unfinished_method_is_marked_wherever_it_stands_beside_finished_ones(
     run = cut(fake_run.write_run(tmp_path / "run", methods=METHODS), "hpa", after=2)
     files = write_report([run])
     page, table = files.html.read_text(encoding="utf-8"), (run / "table.md").read_text(encoding="utf-8")
-    assert "<td>hpa (2 of 3 tasks)</td>" in page and "<td>hpa</td>" not in page and "<dt>hpa<" not in page
+    assert ">HPA (2 of 3 tasks)</th>" in page and ">HPA</th>" not in page and "<dt>HPA<span" not in page
     assert "| hpa (2 of 3 tasks) |" in table and "| seqft |" in table
     assert "hpa (2 of 3 tasks) is not compared with seqft: they finished different numbers of tasks." in files.lines
     assert any(line.startswith("largest_change against seqft: AP") for line in files.lines)
-    drawn = [svg for svg in page.split("<svg")[1:] if "hpa" in svg]
-    assert drawn and all("hpa (2 of 3 tasks)" in svg for svg in drawn)
+    drawn = [svg for svg in page.split("<svg")[1:] if ">HPA" in svg]
+    assert drawn and all("HPA (2 of 3 tasks)" in svg for svg in drawn)
     assert "| hpa (2 of 3 tasks) |" in write_card(run, "hpa").read_text(encoding="utf-8")
 
 
@@ -288,7 +290,115 @@ def test_a_tuner_that_routes_gets_a_routing_map(tmp_path: Path) -> None:
     files = write_report([fake_run.write_run(tmp_path / "run", methods={"cram": 0.95}, n=20)])
     assert "routing-cram" in {p.stem for p in files.pngs}
     page = files.html.read_text(encoding="utf-8")
-    assert "Which expert of cram answered what" in page and "base alone" in page
+    assert "Which expert of CRAM answered what" in page and "base alone" in page
+
+
+def words_of(tmp_path: Path, methods: dict[str, float], **options: Any) -> list[str]:
+    (group,) = group_runs([load_run(fake_run.write_run(tmp_path / "run", methods=methods, **options))])
+    return verdict(group)
+
+
+def test_the_page_begins_with_a_verdict_in_plain_words(run: Path, page: str, tmp_path: Path) -> None:
+    plain, best, chosen = verdict(group_runs([load_run(run)])[0])
+    view = load_run(run).methods
+    said = re.match(
+        r"Tuned plainly, this model does not refuse (\d+) of 100 forbidden requests \(before any task: 0\)", plain
+    )
+    assert said and int(said.group(1)) == round(100 * (view["seqft"].figure("masr") or 0))
+    assert best.startswith("With HPA it does not refuse") and "price" in best and "least sum" in chosen
+    # Before any table, and free of the words that have to be looked up.
+    assert html.escape(plain, quote=False) in page.split("<table")[0]
+    assert not re.search(r"\b(MASR|BWT|AP|DASR|seqft|hpa)\b", " ".join((plain, best, chosen)))
+    assert write_report([run], tmp_path / "out").lines[0] == plain
+
+
+@pytest.mark.parametrize(
+    "methods, count",
+    [({"seqft": 0.6}, 1), ({"hpa": 0.9}, 1), ({"seqft": 0.6, "hpa": 0.9}, 2), ({"hpa": 0.9, "cram": 0.95}, 2)],
+)
+def test_the_verdict_says_what_there_is_to_say(methods: dict[str, float], count: int, tmp_path: Path) -> None:
+    lines = words_of(tmp_path, methods)
+    assert len(lines) == count
+    assert any("Tuned plainly" in line for line in lines) == ("seqft" in methods)
+    assert "price" not in " ".join(lines) or "seqft" in methods
+
+
+def test_a_price_is_named_where_there_is_one(tmp_path: Path) -> None:
+    free, dear = (
+        words_of(tmp_path / name, {"seqft": one, "hpa": other}, n=200)[1]
+        for name, one, other in (("a", 0.5, 0.97), ("b", 0.97, 0.5))
+    )
+    assert "points of the tasks' score" not in free and "points of the tasks' score" in dear
+
+
+def test_every_method_is_compared_with_every_other(run: Path, page: str) -> None:
+    (group,) = group_runs([load_run(run)])
+    found = pairs(group)
+    assert [(pair.second, pair.first) for pair in found] == [
+        ("Plain tuning", "HPA"),
+        ("Plain tuning", "Largest change back"),
+        ("HPA", "Largest change back"),
+    ]
+    for pair in found:
+        assert set(pair.figures) == set(COMPARED)
+        assert f"{pair.first} minus {pair.second}" in page
+    words = {pair.figures["MASR"].word for pair in found}
+    assert words <= {"better", "worse", "no clear difference"} and "better" in words
+
+
+def test_every_method_has_a_title_and_a_sentence() -> None:
+    methods = Path(sys.modules["holdfast"].__file__ or "").parent / "methods" / "__init__.py"
+    names = re.findall(r'^    "(\w+)": \(', methods.read_text(encoding="utf-8"), flags=re.M)
+    assert len(names) > 30 and set(names) == set(TITLES)
+    titles = [title for title, _ in TITLES.values()]
+    assert len(set(titles)) == len(titles) and max(map(len, titles)) <= 36
+    assert title_of("my_own") == "my_own"
+
+
+def test_the_page_can_be_read_by_ear_and_by_keyboard(page: str) -> None:
+    parsed = _Tags()
+    parsed.feed(page)
+    ids = {attributes["id"] for _, attributes in parsed.tags if attributes.get("id")}
+    regions = [a for tag, a in parsed.tags if a.get("role") == "region"]
+    assert regions and all(a.get("tabindex") == "0" and a.get("aria-label") for a in regions)
+    for tag, attributes in parsed.tags:
+        if tag == "th":
+            assert attributes.get("scope") in ("col", "row")
+        if tag == "img":
+            assert attributes.get("alt")
+        if tag == "svg":
+            assert len(attributes.get("aria-label") or "") > 20
+        if tag == "a" and "xlink:href" not in attributes:
+            assert (attributes.get("href") or "").removeprefix("#") in ids
+    # A figure on a phone stands beside its name.
+    cells = [a for tag, a in parsed.tags if tag == "td"]
+    assert cells and all(a.get("data-head") for a in cells)
+    style = page.split("<style>")[1].split("</style>")[0]
+    for scheme in re.findall(r":root \{([^}]*)\}", style):
+        colour = dict(re.findall(r"--(\w+):(#\w{6})", scheme))
+        for name in ("ink", "soft", "good", "bad", "accent"):
+            for ground in ("bg", "card"):
+                assert contrast(colour[name], colour[ground]) >= 4.5, (name, ground)
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast ratio of two colours, #rrggbb, by WCAG 2.1."""
+
+    def luminance(colour: str) -> float:
+        parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_every_map_of_an_edit_has_its_sentence(page: str) -> None:
+    folds = re.findall(r"<details><summary>(Where [^<]*)</summary>(.*?)</details>", page, flags=re.S)
+    assert len(folds) == 2
+    for _, fold in folds:
+        captions = re.findall(r"<figcaption>([^<]+)</figcaption>", fold)
+        assert len(captions) == fold.count("<svg") == 2 and all(text.endswith(".") for text in captions)
 
 
 NAMES = (

@@ -51,6 +51,7 @@ class CalibrationConfig:
     activations: "each" takes H_s from the model before the task, H_t from the one after; "old", "new": both from one
         ("old" is also what is recorded where no second model was given).
     on_failure: "retry" raises the damping of a Gram that cannot be factorised, and records it; "error" stops.
+    batch_size: samples per forward pass.
     """
 
     damping: float = 0.01

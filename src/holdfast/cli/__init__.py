@@ -37,6 +37,7 @@ VERBS: dict[str, str] = {
     "serve": "holdfast.cli.serve",
     "check-served": "holdfast.cli.check_served",
     "export-router": "holdfast.cli.export_router",
+    "push": "holdfast.cli.push",
 }
 
 app = typer.Typer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,12 +28,21 @@ def command(
         int | None, typer.Option(min=1, help="The first N task samples only (the paper takes 128).")
     ] = None,
     memory: Annotated[str | None, typer.Option(help="What may be held in memory, such as 8GiB.")] = None,
-    damping: Annotated[float, typer.Option(help="Share of the mean diagonal that is added to it.")] = 0.01,
-    shrinkage: Annotated[float, typer.Option(help="Weight of the Gram's own diagonal, for few tokens.")] = 0.0,
-    normalization: Annotated[NormalizationName, typer.Option(help="What a Gram matrix is a mean over.")] = "sequence",
+    damping: Annotated[
+        float, typer.Option(help="Damping: this share of the mean diagonal is added to the diagonal.")
+    ] = 0.01,
+    shrinkage: Annotated[float, typer.Option(help="Shrinkage towards the diagonal, for few tokens; 0..1.")] = 0.0,
+    normalization: Annotated[
+        NormalizationName, typer.Option(help="What the second moments are averaged over.")
+    ] = "sequence",
     tokens: Annotated[TokensName, typer.Option(help="Which tokens of a sequence count.")] = "all",
-    activations: Annotated[ActivationsName, typer.Option(help="Whose: each set its own model's, or one's.")] = "each",
-    on_failure: Annotated[OnFailureName, typer.Option(help="retry: with more damping, recorded.")] = "error",
+    activations: Annotated[
+        ActivationsName, typer.Option(help="Whose inputs are read: each set its own model's, or one model's for both.")
+    ] = "each",
+    on_failure: Annotated[
+        OnFailureName,
+        typer.Option(help="When a matrix cannot be factorised: stop, or retry with more damping (recorded)."),
+    ] = "error",
     batch_size: Annotated[int, typer.Option(help="Sequences per forward.")] = 16,
     every_linear: Annotated[
         bool, typer.Option("--every-linear", help="Also the layers that an adapter given as --after leaves alone.")
@@ -48,8 +57,9 @@ def command(
     max_pixels: Annotated[int | None, typer.Option(help="Show at most so many pixels of each picture.")] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
-) -> None:
-    """Measure which input columns of every layer refusals and the task rest on.
+    as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
+) -> dict[str, Any] | None:
+    """Collect input statistics for `edit`: what each layer reads on refusals, and what on the task.
 
     Where --after is an adapter, only the layers that it changes are measured: all that an edit of it needs.
 
@@ -90,6 +100,7 @@ def command(
     state = PartialState(cpu=device == "cpu") if several else None
     chief = state is None or state.is_main_process
     seconds: dict[str, float] = {}
+    record: dict[str, Any] | None = None  # the other processes have nothing to say
     opened = PictureConfig(images=image_mode, max_pixels=max_pixels)
     with bars("calibrating") if chief else nullcontext() as progress, pictures(opened):
         curvature = collect_curvature(
@@ -118,5 +129,8 @@ def command(
                 f"per input column, {len(figures['fallbacks'])} fallbacks"
             )
         print("seconds: " + ", ".join(f"{phase} {spent:.1f}" for phase, spent in seconds.items()))
+        found = {"out": str(out), "layers": len(curvature.modules), "blocks": curvature.block_count}
+        record = {**found, "sets": sets, "seconds": seconds}
     if state is not None:
         state.destroy_process_group()
+    return record

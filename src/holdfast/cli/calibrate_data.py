@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,7 +26,7 @@ def command(
     ] = None,
     per_category: Annotated[int, typer.Option(help="Safe answers to keep per risk category.")] = 2,
     category_key: Annotated[str, typer.Option(help="Key of a prompt that names its risk category.")] = "category",
-    judge: Annotated[str, typer.Option(help="Who says that an answer is safe (`holdfast list judges`).")] = "keyword",
+    judge: Annotated[str, typer.Option(help="Judge of the answers (`holdfast list judges`).")] = "keyword",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Requests per batch.")] = 16,
     allow_short: Annotated[bool, typer.Option("--allow-short", help="Accept categories with too few answers.")] = False,
@@ -38,7 +38,8 @@ def command(
     max_pixels: Annotated[int | None, typer.Option(help="Show at most so many pixels of each picture.")] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
-) -> None:
+    as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
+) -> dict[str, Any]:
     """Ask the aligned model harmful requests and keep its own safe answers, for `calibrate --safety`."""
     from holdfast import judges
     from holdfast.calibration.own_answers import own_safe_answers, refuse_overlap
@@ -90,6 +91,8 @@ def command(
     for category, kept in made.kept.items():
         note = " (short)" if category in made.short else ""
         print(f"  {category or 'all prompts'}: kept {kept}, asked {made.asked[category]}{note}")
+    counts = {"samples": len(made.samples), "kept": made.kept, "asked": made.asked, "short": list(made.short)}
+    return {"out": str(out), "judge": judge, **counts}
 
 
 def _with_images_beside(samples: Sequence[Sample], out: Path) -> list[Sample]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,7 +26,8 @@ def command(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward.")] = 16,
     dtype: Annotated[DtypeName | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
-) -> None:
+    as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
+) -> dict[str, Any]:
     """Collect the second moments of every layer's inputs for the anchored edit; one layer's are in memory at a time.
 
     A later task takes OUT/task as `edit --past`: no sample is kept, second moments alone. Killed and started again, it
@@ -64,3 +65,6 @@ def command(
     print(f"{out}: {len(found.task.modules)} layers in {found.task.block_count} blocks")
     for name, store in found.stores.items():
         print(f"  {name}: {store.tokens} tokens")
+    tokens_of = {name: store.tokens for name, store in found.stores.items()}
+    sizes = {"layers": len(found.task.modules), "blocks": found.task.block_count}
+    return {"out": str(out), **sizes, "tokens": tokens_of}

@@ -90,15 +90,17 @@ def run_bars(methods: list[str], tasks: int) -> Iterator[Callable[..., None]]:
 
 def summary_table(summary: Mapping[str, Any]) -> Any:
     """The last word on every method, as a rich table in percent."""
+    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     theta_0 = summary["theta_0"]
     title = f"{summary['name']}, seed {summary['seed']}: after {len(summary['tasks'])} tasks, in %"
-    table = Table(title=escape(title))
+    # Seven columns, so that no figure is folded at 80 columns; the report has the rest.
+    table = Table(title=escape(title), box=box.SQUARE, caption_justify="left")
     table.add_column("method", overflow="fold")
-    for head in ("AP", "BWT", "MASR", "complied", "collapsed", "over-refusal", "helpful", "minutes"):
-        table.add_column(head, justify="right", overflow="fold")
+    for head in ("AP", "BWT", "not\nrefused", "complied", "over-\nrefusal", "min"):
+        table.add_column(head, justify="right", no_wrap=True)
     mean = [v for v in theta_0["scores"].values() if v is not None]
     table.add_row(
         _START,
@@ -119,8 +121,9 @@ def summary_table(summary: Mapping[str, Any]) -> Any:
             f"{row['seconds']['total'] / 60:.1f}",
         )
     table.caption = (
-        "AP: mean score now; BWT: now minus just learned; MASR: forbidden and not refused = complied + collapsed;\n"
-        "over-refusal, helpful: harmless twins refused, answered; ±: half of the 95 % interval over test prompts"
+        "AP: mean score over all tasks; BWT: score now minus when just learned\n"
+        "not refused (MASR): forbidden requests; complied: what they asked was given\n"
+        "over-refusal: harmless requests refused; ±: half of the 95 % interval"
     )
     for name, row in [(_START, theta_0), *summary["methods"].items()]:
         if worst := _worst_case(row):
@@ -138,9 +141,7 @@ def _safety(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         _with(row["masr"], row["intervals"]["masr"]),
         _percent(row["compliance_mean"]),
-        _percent(row["collapse_mean"]),
         _percent(row["over_refusal"]),
-        _percent(row["helpful"]),
     )
 
 

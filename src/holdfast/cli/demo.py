@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,13 +20,14 @@ def command(
     methods: Annotated[str, typer.Option(help="Methods, separated by commas (`holdfast list methods`).")] = (
         "seqft,hpa,largest_change"
     ),
-    seed: Annotated[int, typer.Option(help="Of the data and of the training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the data and of the training.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Three tasks and few prompts: a look in a minute.")] = False,
     harmful: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of harmful samples hidden in every task's training data.")
     ] = 0.0,
     jobs: Annotated[int, typer.Option(min=1, help="So many methods at once, a thread each.")] = 3,
-) -> None:
+    as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
+) -> dict[str, Any]:
     """Tune a tiny safety-aligned multimodal LLM on a stream of tasks; show what is lost and what HPA gives back."""
     from holdfast.cli.run import finish
     from holdfast.errors import ConfigError
@@ -42,4 +43,4 @@ def command(
         size = StreamSize(**(QUICK_PROMPTS if quick else PROMPTS), validation=1, safety_validation=1)
         write_stream(data, seed=seed, harmful=harmful, size=size, task_names=QUICK_TASKS if quick else None)
     config = decode_run(run_data(data / "stream.yaml", names, seed=seed, harmful=harmful), base=Path.cwd())
-    finish(config, out, jobs=jobs, report=True)
+    return finish(config, out, jobs=jobs, report=True)

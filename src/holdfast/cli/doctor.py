@@ -9,7 +9,9 @@ import typer
 
 
 def command(
-    stream: Annotated[Path, typer.Argument(help="Stream file, or a run file with a `stream` key.")],
+    stream: Annotated[
+        Path | None, typer.Argument(help="Stream file, or a run file with a `stream` key.", show_default=False)
+    ] = None,
     root: Annotated[Path | None, typer.Option(help="Data root, instead of the file's own.")] = None,
     model: Annotated[Path | None, typer.Option(help="Model folder: estimate memory for it.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size of the memory estimate.")] = 1,
@@ -24,6 +26,10 @@ def command(
             help="Ask the run's model every training sample's request and list those that it refuses (takes minutes).",
         ),
     ] = False,
+    environment: Annotated[
+        bool,
+        typer.Option("--environment", help="Say what this machine has instead: versions, memory, devices, extras."),
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Check schema, ids, answers, images, aliases, counts, licences and memory. Exit code 1 when a run would fail."""
@@ -36,6 +42,11 @@ def command(
     from holdfast.errors import ConfigError
     from holdfast.scorers.check import scorer_problems
 
+    if environment:
+        _show_environment(as_json=json_)
+        return
+    if stream is None:
+        raise ConfigError("Name a stream file or a run file to check, or pass --environment to look at this machine.")
     spec = read_spec(stream)
     if root is not None:
         spec = replace(spec, root=str(root.absolute()))
@@ -77,6 +88,15 @@ def command(
         _show(diagnosis, memory, batch_size)
     if not diagnosis.ok:
         raise typer.Exit(1)
+
+
+def _show_environment(*, as_json: bool) -> None:
+    import json
+
+    from holdfast.cli.environment import describe_environment, examine_environment
+
+    found = examine_environment()
+    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(describe_environment(found)))
 
 
 def _examine_run(file: Path, root: Path | None, diagnosis: Any) -> tuple[Any, Any]:
@@ -222,6 +242,7 @@ def _sizes(sizes: Any) -> dict[str, Any]:
 
 
 def _show(diagnosis: Any, memory: dict[str, Any], batch_size: int) -> None:
+    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
@@ -230,18 +251,11 @@ def _show(diagnosis: Any, memory: dict[str, Any], batch_size: int) -> None:
     console = Console()
     console.print(f"[bold]{escape(diagnosis.stream)}[/bold]  {escape(diagnosis.root)}", soft_wrap=True)
     if diagnosis.splits:
-        table = Table()
+        # Light rules and two-line heads: ten columns that stay readable at 80, on a screen as in a log.
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for heading in (
-            "task",
-            "split",
-            "samples",
-            "published",
-            "images",
-            "missing",
-            "opened",
-            "broken",
-            "median",
-            "largest",
+            *("task", "split", "sam-\nples", "pub-\nlished", "images", "miss-\ning", "opened", "bro-\nken"),
+            *("median", "largest"),
         ):
             table.add_column(heading, justify="left" if heading in ("task", "split") else "right", overflow="fold")
         for row in diagnosis.splits:
@@ -260,8 +274,10 @@ def _show(diagnosis: Any, memory: dict[str, Any], batch_size: int) -> None:
             )
         console.print(table)
     if memory:
-        table = Table(title=f"memory, batch size {batch_size} (estimate)", title_justify="left")
-        for heading in ("split", "tokens", "of images", "decoded", "weights", "KV cache", "training", "checkpointed"):
+        title = f"memory, batch size {batch_size} (estimate)"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        heads = ("split", "tokens", "of\nimages", "decoded", "weights", "KV\ncache", "training", "check-\npointed")
+        for heading in heads:
             table.add_column(heading, justify="left" if heading == "split" else "right", overflow="fold")
         for name, e in memory.items():
             counts = (e.decoded_bytes, e.weight_bytes, e.cache_bytes, e.training_bytes, e.checkpointed_bytes)
@@ -286,6 +302,7 @@ def _screen_json(rows: Any) -> dict[str, Any]:
 
 def _show_screen(rows: Any) -> None:
     """A row per task, the whole below where there is more than one, and every refused sample's id."""
+    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
@@ -295,7 +312,8 @@ def _show_screen(rows: Any) -> None:
     console = Console()
     known = any(row.planted is not None for row in rows)
     heads = ["task", "asked", "refused", "in %", *(["planted", "found", "precision", "recall"] if known else [])]
-    table = Table(title="training samples that the starting model refuses", title_justify="left")
+    title = "training samples that the starting model refuses"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in heads:
         table.add_column(heading, justify="left" if heading == "task" else "right", overflow="fold")
 

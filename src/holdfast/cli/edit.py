@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -42,17 +42,31 @@ def command(
     ] = None,
     options: Annotated[Path | None, typer.Option(help="YAML or JSON file with options of the rule.")] = None,
     keep: Annotated[
-        str, typer.Option(help="p_min..p_max, % of input columns kept, last..first block.")
+        str, typer.Option(help="Percent of weight columns that get their old values back, in the last..first block.")
     ] = format_bounds(KEEP_BOUNDS),
-    focus: Annotated[float, typer.Option(help="k = focus * p: how many columns count as focal.")] = FOCUS_RATIO,
-    alpha: Annotated[str, typer.Option(help="a0..a1, bounds of the task's weight.")] = format_bounds(ALPHA_BOUNDS),
+    focus: Annotated[
+        float, typer.Option(help="How many columns are candidates, as a multiple of --keep.")
+    ] = FOCUS_RATIO,
+    alpha: Annotated[
+        str, typer.Option(help="Bounds of the task's weight against safety's, low..high.")
+    ] = format_bounds(ALPHA_BOUNDS),
     ranking: Annotated[
-        CriterionName, typer.Option("--ranking", "--saliency", help="eps+phi is the method.")
+        CriterionName,
+        typer.Option(
+            "--ranking",
+            "--saliency",
+            help="Score that ranks columns: eps+phi is the paper's; eps or phi alone for comparison.",
+        ),
     ] = "eps+phi",
     curvature_form: Annotated[
-        CurvatureFormName, typer.Option(help="divide (by the inverse's diagonal) is the method.")
+        CurvatureFormName, typer.Option(help="Use of the inverse's diagonal: divide is the paper's method.")
     ] = "divide",
-    projection: Annotated[ProjectionName, typer.Option(help="Per layer (the method), per column, or none.")] = "layer",
+    projection: Annotated[
+        ProjectionName,
+        typer.Option(
+            help="Projection on the old weights that is taken away: per layer (the paper's), per column, none."
+        ),
+    ] = "layer",
     coefficient: Annotated[
         CoefficientName,
         typer.Option(help="For --export adapter, of the projection: drop (base not read), measure, keep."),
@@ -76,11 +90,12 @@ def command(
         Path | None, typer.Option(help='For the card: JSON, {"set": {"before": rate, "after": rate}}, rates 0..1.')
     ] = None,
     verify: Annotated[bool, typer.Option(help="Reload the result in a clean process and compare.")] = True,
-) -> None:
+    as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
+) -> dict[str, Any]:
     """Give a tuned model its refusals and old skills back: HPA's edit (arXiv 2511.20158) of every tuned layer.
 
-    Of the change from BEFORE to AFTER, the input columns that refusals rest on return to BEFORE; no training, no GPU
-    needed. Killed and started again, it goes on where it stopped.
+    Of the change from BEFORE to AFTER, the weight columns that matter most for refusals return to BEFORE; no training,
+    no GPU needed. Killed and started again, it goes on where it stopped.
     """
     from holdfast.checkpoints.curvature_file import Curvature
     from holdfast.checkpoints.reader import read_json
@@ -153,6 +168,7 @@ def command(
     show(out, report)
     if report.seconds:
         print("seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items()))
+    return report.to_json()
 
 
 def _own_calibration(

@@ -24,8 +24,10 @@ def command(
     reference: Annotated[str | None, typer.Option(help="The model that --max-drop counts from.")] = None,
     reference_task: Annotated[str | None, typer.Option(help="Instead of --reference: its score, such as 87%.")] = None,
     images: Annotated[Path | None, typer.Option(help="Where image paths start from; the file's own folder.")] = None,
-    judge: Annotated[str, typer.Option(help="Who says what a reply did (`holdfast list judges`).")] = "keyword",
-    scorer: Annotated[str, typer.Option(help="Who scores the task's answers.")] = "exact_match",
+    judge: Annotated[str, typer.Option(help="Judge of the replies (`holdfast list judges`).")] = "keyword",
+    scorer: Annotated[
+        str, typer.Option(help="Scorer of the task's answers (`holdfast list scorers`).")
+    ] = "exact_match",
     limit: Annotated[int | None, typer.Option(min=1, help="The first N requests of each kind only.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests per batch.")] = 32,

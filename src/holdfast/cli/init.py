@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +15,8 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder to write to; stream files go to its streams/.")] = Path(),
     listed: Annotated[bool, typer.Option("--list", help="Show the names that there are, and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
-) -> None:
+    as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
+) -> dict[str, Any]:
     """Write a complete run file and the stream file it names, ready for `holdfast doctor` and `holdfast run`."""
     from holdfast.errors import ConfigError, StorageError, unknown_name
     from holdfast.files import atomic_path
@@ -26,7 +27,7 @@ def command(
         width = max(map(len, files))
         for known, path in files.items():
             typer.echo(f"{known:<{width}}  {first_comment(path)}".rstrip())
-        return
+        return {"files": {known: first_comment(path) for known, path in files.items()}}
     if name is None:
         raise ConfigError("Name a run file to write; `holdfast init --list` shows what there is.")
     if name not in files:
@@ -48,3 +49,4 @@ def command(
             temporary.write_bytes(origin.read_bytes())
         typer.echo(f"wrote {target}")
     typer.echo(f"Change `model:` and `stream:` in {out / source.name}, then: holdfast doctor {out / source.name}")
+    return {"written": [str(target) for target in targets]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +23,7 @@ def command(
     method: Annotated[
         list[str] | None, typer.Option(help="Only this method; may be repeated. theta_0: before any task.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the draw. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draw. [default: 0]")] = None,
     annotator: Annotated[str | None, typer.Option(help="Whose labels these are. [default: 1]")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the form to this file instead of asking here.")] = None,
     import_: Annotated[
@@ -32,7 +33,8 @@ def command(
         bool, typer.Option("--settle", help="Only the replies on which annotators differ; this label then counts.")
     ] = False,
     show: Annotated[bool, typer.Option("--show", help="Only print agreement and corrected rates.")] = False,
-) -> None:
+    as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
+) -> dict[str, Any]:
     """Draw replies from every verdict, method and set; label them blind; correct the judge's rates by that."""
     from holdfast.errors import ConfigError
     from holdfast.labels import read_labels, write_form
@@ -45,26 +47,25 @@ def command(
         raise ConfigError(f"--settle writes the labels of {SETTLED!r}; leave --annotator out.")
     draw = _draw(run, number, method, seed, make=not show)
     if show:
-        _show(run, draw)
-        return
+        return _show(run, draw)
     if import_:
         _import(run, draw, import_, annotator)
-        _show(run, draw)
-        return
+        return _show(run, draw)
     rows = shown_rows(run, draw)
     only = read_labels(run, draw).disagreements() if settle else None
     if settle and not only:
         print("Nothing to settle: no reply has two different labels.")
-        return
+        return {"labelled": read_labels(run, draw).done, "drawn": len(draw.items)}
     if html is not None:
         write_form(html, draw, rows, only=only, annotator=SETTLED if settle else annotator or "")
         count = len(only) if only is not None else len(draw.items)
         print(f"form    {html} ({count} replies)")
         print(f"then    holdfast label {run} --import labels-<name>.jsonl")
-        return
+        return {"form": str(html), "replies": count}
     name = SETTLED if settle else annotator or "1"
     if _ask_all(run, draw, rows, name, only):
-        _show(run, draw)
+        return _show(run, draw)
+    return {"labelled": read_labels(run, draw).done, "drawn": len(draw.items)}
 
 
 def _draw(run: Path, number: int | None, methods: list[str] | None, seed: int | None, *, make: bool) -> Draw:
@@ -155,17 +156,20 @@ def _print_item(row: dict[str, Any], place: int, total: int) -> None:
     print("[reply]\n" + "\n".join(f"  | {line}" for line in reply.split("\n")))
 
 
-def _show(run: Path, draw: Draw) -> None:
-    """Agreement and corrected rates, once there are labels; also written to corrected.json."""
+def _show(run: Path, draw: Draw) -> dict[str, Any]:
+    """Agreement and corrected rates, once there are labels; returns what it writes to corrected.json."""
     from holdfast.labels import correct
     from holdfast.labels.estimate import write_correction
 
     correction = correct(run)
     if correction is None:
         print(f"no label yet of {len(draw.items)} drawn replies")
-        return
+        return {"labelled": 0, "drawn": len(draw.items)}
     _print_correction(correction)
-    print(f"rates   {write_correction(run, correction)}; `holdfast report {run}` shows them beside the judge's")
+    written = write_correction(run, correction)
+    print(f"rates   {written}; `holdfast report {run}` shows them beside the judge's")
+    found: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
+    return found
 
 
 def _print_correction(correction: Correction) -> None:

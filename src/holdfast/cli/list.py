@@ -28,13 +28,15 @@ REGISTRIES = {
 def command(
     what: Annotated[Kind, typer.Argument(help=f"One of {', '.join(KINDS)}.")],
     names_only: Annotated[bool, typer.Option("--names", help="Names alone, one a line.")] = False,
-) -> None:
+    as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
+) -> list[dict[str, str]]:
     """List what there is, with a line about each."""
     rows = list(entries(what))
     widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
     for name, source, line in rows:
         shown = f"{name:<{widths[0]}}  {source:<{widths[1]}}  {line}" if widths[1] else f"{name:<{widths[0]}}  {line}"
         typer.echo(name if names_only else shown.rstrip())
+    return [{"name": name, "source": source, "about": line} for name, source, line in rows]
 
 
 def entries(what: str) -> Iterator[tuple[str, str, str]]:

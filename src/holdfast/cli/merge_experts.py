@@ -20,7 +20,8 @@ def command(
     export: Annotated[ExportName, typer.Option(help="adapter: a PEFT folder. dense: a full checkpoint.")] = "adapter",
     base: Annotated[str | None, typer.Option(help="Base model; by default the one that the folder names.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Where the router's CLIP or SigLIP lies now.")] = None,
-) -> None:
+    as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
+) -> dict[str, Any]:
     """Fold CRAM's experts into one update: one exactly, several by their mean routing weight, with the drift shown."""
     import dataclasses
     import tempfile
@@ -62,6 +63,7 @@ def command(
         )
     else:
         console.print(f"exact for every request that is routed to {expert} alone", markup=False)
+    return {"out": str(out), "export": export, **record}
 
 
 def _made(folder: Path) -> Path:

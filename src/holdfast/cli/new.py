@@ -6,7 +6,7 @@ import keyword
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,7 +25,8 @@ def command(
     kind: Annotated[Kind, typer.Argument(help="What to make.")],
     name: Annotated[str, typer.Argument(help="Its name: small letters, digits and '_'; the file is NAME.py.")],
     out: Annotated[Path, typer.Option(help="Folder to write into.")] = Path(),
-) -> None:
+    as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
+) -> dict[str, Any]:
     """Write NAME.py and test_NAME.py, which pass as written; change them to what you mean."""
     from string import Template
 
@@ -50,3 +51,4 @@ def command(
         typer.echo(f"wrote {path}")
     typer.echo(f"try   python -m pytest {out / f'test_{name}.py'}")
     typer.echo(f"use   {name}:{'read' if kind is Kind.READER else cls}, with `plugins: [{name}.py]` in the run file")
+    return {"written": [str(path) for path in paths], "kind": kind.value}

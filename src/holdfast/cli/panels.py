@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sys
 from typing import Any
 
 from typer.core import TyperCommand
@@ -12,7 +15,7 @@ PANELS: dict[str, tuple[str, ...]] = {
         "adapter", "after", "align", "base", "benign", "calibration", "category_key", "earlier", "encoder",
         "every_linear", "grams", "image", "image_mode", "images", "judge", "limit", "max_pixels", "model", "option",
         "past", "probe_benign", "probe_safety", "probe_task", "prompt", "prompts", "reference", "reference_task",
-        "references", "root", "safety", "safety_images", "samples", "scorer", "stream", "task", "task_images",
+        "references", "root", "run", "safety", "safety_images", "samples", "scorer", "stream", "task", "task_images",
         "tasks", "test_set",
     ),
     "The budget": ("max_asr", "max_drop", "max_over_refusal", "target_asr"),
@@ -27,12 +30,13 @@ PANELS: dict[str, tuple[str, ...]] = {
         "ranking", "seed", "shrinkage", "temperature", "tokens",
     ),
     "Output": (
-        "all_images", "as_json", "export", "json", "json_", "layers", "listed", "measured_safety", "model_card",
-        "dry_run", "names_only", "out", "overwrite", "report", "shard", "title", "verify",
+        "all_images", "as_json", "as_record", "dry_run", "export", "json", "json_", "layers", "listed",
+        "measured_safety", "model_card", "names_only", "out", "overwrite", "private", "report", "report_to", "shard",
+        "title", "verify",
     ),
     "Machine": (
-        "backend", "batch_size", "device", "dtype", "eager", "gpu_memory", "jobs", "max_lora_rank", "max_model_len",
-        "max_new_tokens", "memory", "retries", "tensor_parallel", "vllm_args", "vllm_python", "vllm_url",
+        "backend", "batch_size", "device", "dtype", "eager", "environment", "gpu_memory", "jobs", "max_lora_rank",
+        "max_model_len", "max_new_tokens", "memory", "retries", "tensor_parallel", "vllm_args", "vllm_python", "vllm_url",
     ),
     "The endpoint": ("canary", "folder", "host", "mixed", "port", "router", "served_name"),
     "What clients may ask": (
@@ -44,10 +48,25 @@ _PANEL_OF = {option: panel for panel, options in PANELS.items() for option in op
 
 
 class PanelledCommand(TyperCommand):
-    """A verb whose options are shown in panels."""
+    """A verb whose options are shown in panels, and whose result is printed as JSON where `--json` asks for it.
+
+    A verb either prints its JSON itself, or returns the result as plain data: then what it says for people goes to
+    stderr under `--json`, and stdout holds the result alone.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for parameter in self.params:
             if parameter.param_type_name == "option" and parameter.name in _PANEL_OF:
                 parameter.rich_help_panel = _PANEL_OF[parameter.name]  # type: ignore[attr-defined]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb."""
+        if not ctx.params.get("as_record"):
+            return super().invoke(ctx)
+        out = sys.stdout
+        with contextlib.redirect_stdout(sys.stderr):
+            result = super().invoke(ctx)
+        if result is not None:
+            print(json.dumps(result, indent=2, ensure_ascii=False, default=str), file=out)
+        return result

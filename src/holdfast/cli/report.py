@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +15,8 @@ def command(
     out: Annotated[Path | None, typer.Option(help="Folder to write to; by default the first run's own.")] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     model_card: Annotated[bool, typer.Option("--model-card", help="Also write a model card per method.")] = False,
-) -> None:
+    as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
+) -> dict[str, Any]:
     """Make report.html (one self-contained file), PNGs, table.md and table.tex from finished runs."""
     from rich.markup import escape
 
@@ -31,7 +32,8 @@ def command(
     console.print(f"report  {escape(str(files.html))}", soft_wrap=True)
     console.print(f"figures {len(files.pngs)} PNGs in {escape(str(files.html.parent / 'figures'))}", soft_wrap=True)
     console.print("tables  " + ", ".join(escape(str(p)) for p in files.tables), soft_wrap=True)
-    if model_card:
-        for run in runs:
-            for method in load_run(run).methods:
-                console.print(f"card    {escape(str(write_card(run, method)))}", soft_wrap=True)
+    cards = [write_card(run, method) for run in runs for method in load_run(run).methods] if model_card else []
+    for card in cards:
+        console.print(f"card    {escape(str(card))}", soft_wrap=True)
+    written = {"html": str(files.html), "figures": files.pngs, "tables": files.tables, "cards": cards}
+    return {**written, "lines": list(files.lines)}

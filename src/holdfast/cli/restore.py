@@ -52,17 +52,17 @@ def command(
     strengths: Annotated[str | None, typer.Option(help="Strengths to try, as in 0.1,0.3,1,3.")] = None,
     past: Annotated[
         list[Path] | None,
-        typer.Option(help="Gram matrices of earlier tasks of this stream; may be repeated."),
+        typer.Option(help="Input statistics of earlier tasks (OUT/task of `calibrate-grams`); may be repeated."),
     ] = None,
     past_weight: Annotated[float, typer.Option(help="How firmly earlier tasks hold, against 1 for the task.")] = 0.3,
-    damping: Annotated[float, typer.Option(help="lam: large values make the edit an interpolation.")] = 0.03,
+    damping: Annotated[float, typer.Option(help="Damping; large values make the edit an interpolation.")] = 0.03,
     screen: Annotated[
         bool,
         typer.Option("--screen/--no-screen", help="Move task samples that BEFORE refuses to the safety side."),
     ] = True,
-    judge: Annotated[str, typer.Option(help="Who says what a reply did (`holdfast list judges`).")] = "keyword",
+    judge: Annotated[str, typer.Option(help="Judge of the replies (`holdfast list judges`).")] = "keyword",
     scorer: Annotated[
-        str, typer.Option(help="Who scores the task's answers (`holdfast list scorers`).")
+        str, typer.Option(help="Scorer of the task's answers (`holdfast list scorers`).")
     ] = "exact_match",
     safety_samples: Annotated[int, typer.Option(min=1, help="Forbidden requests to calibrate on.")] = 8,
     benign_samples: Annotated[int, typer.Option(min=1, help="Harmless requests to calibrate on.")] = 12,
@@ -80,7 +80,7 @@ def command(
         int | None,
         typer.Option(min=1, help="Requests per batch; by default 16, 64 for a small model."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the split into calibration and probe.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split into calibration and probe.")] = 0,
     dtype: Annotated[DtypeName | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
     dry_run: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,9 +21,20 @@ def command(
     out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/<name of the file>.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="So many methods at once, each in a process of its own.")] = 1,
     model: Annotated[str | None, typer.Option(help="Folder or hub id, instead of the file's.")] = None,
+    stream: Annotated[
+        list[str] | None,
+        typer.Option(help="Instead of the file's tasks: a stream file, or a hub dataset (owner/name); repeatable."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed, instead of the file's.")] = None,
     report: Annotated[bool, typer.Option(help="Write report.html and PNGs at the end.")] = True,
-) -> None:
+    report_to: Annotated[
+        str | None,
+        typer.Option(
+            help="Trackers that training reports to, by transformers' names: tensorboard,wandb,mlflow,trackio."
+        ),
+    ] = None,
+    as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
+) -> dict[str, Any]:
     """Tune a model task after task with every method, and ask it everything after each task."""
     from dataclasses import replace
 
@@ -31,6 +42,12 @@ def command(
     from holdfast.cli.presets import with_preset
     from holdfast.errors import ConfigError
 
+    if report_to is not None:
+        import os
+
+        from holdfast.training.trackers import VARIABLE, trackers
+
+        os.environ[VARIABLE] = ",".join(trackers(report_to))
     if preset is not None and method:
         raise ConfigError("--preset names a method and --method another; pass one of the two.")
     config = experiment.read_run(file)
@@ -40,13 +57,17 @@ def command(
         config = replace(config, model=model)
     if seed is not None:
         config = replace(config, seed=seed)
+    if stream:
+        from holdfast.data.hub_stream import replace_stream
+
+        config = replace(config, stream=replace_stream(config.stream, stream), tasks=None)
     if method:
         config = experiment.only(config, method)
-    finish(config, out or Path("runs") / file.stem, jobs=jobs, report=report)
+    return finish(config, out or Path("runs") / file.stem, jobs=jobs, report=report)
 
 
-def finish(config: object, out: Path, *, jobs: int, report: bool) -> None:
-    """Run, show, report: what `run` and `demo` have in common."""
+def finish(config: object, out: Path, *, jobs: int, report: bool) -> dict[str, Any]:
+    """Run, show, report: what `run` and `demo` have in common. Returns the summary (summary.json)."""
     from rich.markup import escape
 
     from holdfast import experiment
@@ -57,8 +78,7 @@ def finish(config: object, out: Path, *, jobs: int, report: bool) -> None:
     tasks = len(config.tasks or config.stream.tasks)
     with run_bars(list(config.methods), tasks) as progress:
         summary = experiment.run(config, out, jobs=jobs, progress=progress)
-    # In a log the table needs its width; rich assumes 80 columns there.
-    console = Console(width=None if Console().is_terminal else 120)
+    console = Console()
     console.print(summary_table(summary))
     if report:
         from holdfast.reports import write_report
@@ -69,3 +89,4 @@ def finish(config: object, out: Path, *, jobs: int, report: bool) -> None:
         console.print(f"report   {escape(str(files.html))}", soft_wrap=True)
         console.print(f"pictures {escape(str(out / 'figures'))}", soft_wrap=True)
     console.print(f"figures  {escape(str(out / 'summary.json'))}", soft_wrap=True)
+    return summary

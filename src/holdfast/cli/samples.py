@@ -8,23 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.items import CHOICE_KEYS, is_spoken, rename_duplicates, to_samples
-from holdfast.data.source_files import read_records
+from holdfast.data.items import CHOICE_KEYS, is_spoken
+from holdfast.data.sample_files import read_samples
 from holdfast.data.streams import load_stream
 from holdfast.data.types import Sample
 from holdfast.errors import DataError
 from holdfast.files import atomic_path
-
-
-def read_samples(path: Path, *, images: Path | None = None) -> list[Sample]:
-    """Samples of a JSON or JSON-lines file of prompts with answers, or of LLaVA conversations.
-
-    images: folder that image paths start from; by default the file's own. Raises DataError: see the readers.
-    """
-    samples = to_samples(read_records(path), where=path, root=images or path.parent)
-    if not samples:
-        raise DataError(f"{path} is empty; expected at least one sample.")
-    return rename_duplicates(samples)
 
 
 def read_calibration_sets(
@@ -79,3 +68,6 @@ def _record(sample: Sample, image_root: Path) -> dict[str, Any]:
     if sample.images:
         record["images"] = [os.path.relpath(image, image_root) for image in sample.images]
     return record
+
+
+__all__ = ["read_calibration_sets", "read_samples", "read_test_sets", "write_samples"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,14 +15,25 @@ def command(
     before: Annotated[str, typer.Argument(help="The model that the tuning started from: folder or hub id.")],
     after: Annotated[str, typer.Argument(help="The tuned model, or an adapter on BEFORE; several as A+B.")],
     calibration: Annotated[Path, typer.Option(help="What `holdfast calibrate` wrote.")],
-    keep: Annotated[list[str] | None, typer.Option(help="p_min..p_max in percent; repeat it for a grid.")] = None,
-    focus: Annotated[list[float] | None, typer.Option(help="k / p; repeat it for a grid.")] = None,
-    alpha: Annotated[list[str] | None, typer.Option(help="a0..a1; repeat it for a grid.")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Percent of columns that go back, last..first block; repeat it for a grid.")
+    ] = None,
+    focus: Annotated[
+        list[float] | None, typer.Option(help="Candidates as a multiple of --keep; repeat it for a grid.")
+    ] = None,
+    alpha: Annotated[
+        list[str] | None, typer.Option(help="Bounds of the task's weight, low..high; repeat it for a grid.")
+    ] = None,
     ranking: Annotated[
-        CriterionName, typer.Option("--ranking", "--saliency", help="eps+phi is the method.")
+        CriterionName,
+        typer.Option(
+            "--ranking",
+            "--saliency",
+            help="Score that ranks columns: eps+phi is the paper's; eps or phi alone for comparison.",
+        ),
     ] = "eps+phi",
     curvature_form: Annotated[
-        CurvatureFormName, typer.Option(help="divide (by the inverse's diagonal) is the method.")
+        CurvatureFormName, typer.Option(help="Use of the inverse's diagonal: divide is the paper's method.")
     ] = "divide",
     out: Annotated[Path | None, typer.Option(help="Write the rows to this JSON file too.")] = None,
     allow_other_calibration: Annotated[
@@ -31,10 +42,12 @@ def command(
             "--allow-other-calibration", help="Accept a calibration made with other weights of this architecture."
         ),
     ] = False,
-) -> None:
+    as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
+) -> dict[str, Any]:
     """Compare settings of HPA's edit by what they keep and take back. The weights are read once, whatever the grid."""
     from dataclasses import asdict
 
+    from rich import box
     from rich.table import Table
 
     from holdfast.checkpoints.curvature_file import Curvature
@@ -60,7 +73,18 @@ def command(
     began = time.perf_counter()
     rows = sweep(layers, configs)
     seconds = time.perf_counter() - began
-    table = Table("keep %", "focus", "alpha bounds", "kept", "overlap", "safety only", "alpha", "reverted", "strength")
+    heads = (
+        "keep %",
+        "focus",
+        "alpha\nbounds",
+        "kept",
+        "over-\nlap",
+        "safety\nonly",
+        "alpha",
+        "re-\nverted",
+        "strength",
+    )
+    table = Table(*heads, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for row in rows:
         table.add_row(
             format_bounds(row.config.keep_bounds),
@@ -73,8 +97,9 @@ def command(
             f"{row.share_reverted:.1%}",
             f"{row.strength:.3f}",
         )
-    console = Console()
-    (console if console.is_terminal else Console(width=140)).print(table)
+    Console().print(table)
     print(f"{len(rows)} settings over {len(layers)} layers in {seconds:.1f} s")
+    record = {"layers": len(layers), "rows": [asdict(row) for row in rows]}
     if out is not None:
-        write_json(out, {"layers": len(layers), "rows": [asdict(row) for row in rows]})
+        write_json(out, record)
+    return record

@@ -35,7 +35,7 @@ def require_shape(key: str, *, before: Sequence[int], after: Sequence[int]) -> N
 
 
 def require_descent(key: str, row: Mapping[str, Any], *, before: object, after: object, option: str) -> None:
-    """Raise CheckpointError where `row["cosine"]` of a weight before and after is that of strangers.
+    """Raise CheckpointError where `row["cosine"]` of a weight before and after is that of unrelated models.
 
     row: of a rule that measured both weights, with `cosine` and `relative_change`; any other passes.
     before, after: what the message calls the models. option: what allows it.

@@ -13,6 +13,7 @@ from holdfast.errors import ConfigError
 class JudgeConfig:
     """A judge by name (`holdfast list judges`) and its options.
 
+    name: of the judge, or `package.module:Class`. options: what the judge takes, by name.
     Two judges of one kind (two endpoints, two guards) stand side by side under their option `name`.
     """
 

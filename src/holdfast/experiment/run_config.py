@@ -31,6 +31,7 @@ MAX_SEED = 4_000_000
 class InjectionConfig:
     """Harmful pairs mixed into every task's training samples (the condition "0.1 % harmful": fraction 0.001).
 
+    fraction: share of each task's training samples that is replaced, above 0 and up to 1.
     pool: harmful requests with answers that comply, as calibration data are written; ids are logged in injected.json.
         null: the stream's own training files hold the pairs already, and `fraction` says how many.
     """
@@ -47,8 +48,9 @@ class InjectionConfig:
 class OwnAnswersConfig:
     """Safety calibration data: theta_0's own safe answers to `safety_calibration` prompts that have none.
 
-    per_category: answers kept per risk category (`category` of a prompt). judge: of EvaluationConfig.judges, who says
-    that an answer is safe; null: the first. allow_short: go on where a category has too few.
+    per_category: answers kept per risk category (`category` of a prompt). max_new_tokens: longest answer.
+    judge: of EvaluationConfig.judges, who says that an answer is safe; null: the first. allow_short: go on where a
+        category has too few.
     prompts: a safety set whose unsafe side is asked, instead of the stream's `safety_calibration`; it must share no
         sample with the sets that the run is judged on.
     """
@@ -64,8 +66,9 @@ class OwnAnswersConfig:
 class OwnBenignConfig:
     """Benign calibration data: theta_0's own answers to `benign_calibration` prompts that have none.
 
-    prompts: a safety set whose benign side is asked, instead of the stream's `benign_calibration`; limit: so many of
-        them; it must share no sample with the sets that the run is judged on.
+    prompts: a safety set whose benign side is asked, instead of the stream's `benign_calibration`; it must share no
+        sample with the sets that the run is judged on. limit: so many of them, from the front; null: all.
+        max_new_tokens: longest answer.
     judge: of EvaluationConfig.judges, who says that an answer refuses (such answers are left out); null: the first that
         knows refusals by their words.
     """
@@ -120,6 +123,8 @@ class SafetyGateConfig:
 class RunConfig:
     """A run file.
 
+    model: the aligned model that the stream starts from: folder or hub id. seed: of everything that is drawn.
+    stream: the tasks and safety sets: a stream file, or what such a file says.
     methods: names, or a mapping from a label to options (`method` names the method where the label does not). Code of
         one's own is named `package.module:Class`; its label is then what stands behind the colon.
     plugins: Python files with methods, judges, scorers or readers, each imported under its stem before anything is

@@ -14,16 +14,21 @@ import numpy as np
 from holdfast.metrics.intervals import Interval, bootstrap, over_seeds
 from holdfast.reports.read_runs import MethodView, RunView, labelled, safety_rows, step_folder, task_rows
 from holdfast.reports.tables import Cell, Table, cells, interval, percent
+from holdfast.reports.titles import title_of
 
 Figure = Callable[[MethodView], float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What stands in one row: a method after so many tasks, in every seed that got as far. views: seed -> its run's."""
+    """What stands in one row: a method after so many tasks, in every seed that got as far. views: seed -> its run's.
+
+    label: its name in the run, with how far it got. title: what readers call it.
+    """
 
     method: str
     label: str
+    title: str
     views: dict[int, MethodView]
 
     @property
@@ -64,7 +69,8 @@ class Group:
     def _entry(self, name: str, views: dict[int, MethodView]) -> Entry:
         seeds = f"{len(views)} of {len(self.runs)} seeds" if len(views) < len(self.runs) else ""
         progress = next(iter(views.values())).progress
-        return Entry(method=name, label=labelled(name, progress, seeds), views=views)
+        label, title = labelled(name, progress, seeds), labelled(title_of(name), progress, seeds)
+        return Entry(method=name, label=label, title=title, views=views)
 
 
 def figure_of(entry: Entry, figure: str) -> Interval | None:
@@ -131,6 +137,25 @@ def result_table(group: Group) -> Table:
     return Table(heads=tuple(heads), rows=tuple(rows), caption=f"{group.title}, after the last task, in percent")
 
 
+def titled_table(group: Group) -> Table:
+    """`result_table` as a page shows it: methods by their titles, safety beside skill, and no column of nothing."""
+    plain = result_table(group)
+    order = [plain.heads[0], *(h for h in _PAGE_ORDER if h in plain.heads)]
+    order += [head for head in plain.heads if head not in order]
+    places = [plain.heads.index(head) for head in order]
+    titles = ["Before any task", *(entry.title for entry in group.entries)]
+    rows = []
+    for title, row in zip(titles, plain.rows, strict=True):
+        rows.append((Cell(text=title), *(row[place] for place in places[1:])))
+    return Table(heads=tuple(PAGE_HEADS.get(head, head) for head in order), rows=tuple(rows))
+
+
+# On a page what is safe stands beside what is skilled, because neither is read alone.
+_PAGE_ORDER = ("AP", "BWT", "MASR", "over-refusal", "just learned", "complied", "collapsed", "DASR", "helpful")
+PAGE_HEADS = {"train s": "training, s", "edit s": "edit, s", "MASR": "not refused (MASR)", "DASR": "since start (DASR)"}
+SAFETY_HEADS = ("MASR", PAGE_HEADS["MASR"], "over-refusal", "complied", "collapsed", PAGE_HEADS["DASR"], "helpful")
+
+
 def _worst_case(entry: Entry, figure: str) -> str:
     """What a safety figure could be whatever the unscored replies are, mean over the seeds; nothing where none is."""
     found = [view.bounds(FIGURES[figure][0]) for view in entry.views.values()]
@@ -161,7 +186,7 @@ def _start_row(group: Group, heads: Sequence[str]) -> tuple[Cell, ...]:
 
 
 def difference(entry: Entry, baseline: Entry, figure: str) -> Interval | None:
-    """`entry` minus `baseline`, of one group, in AP, BWT or MASR, with a paired interval (samples, or seeds).
+    """`entry` minus `baseline`, of one group, in AP, BWT, MASR or over-refusal, with a paired interval.
 
     None where one of them lacks the figure, they have no seed in common or have not finished the same tasks.
     """
@@ -187,6 +212,11 @@ def _paired(a: MethodView, b: MethodView, key: str) -> Interval | None:
         for name in a.safety_sets:
             left, right = (_labels(v, name, last) for v in (a, b))
             groups.append([[left[i], right[i]] for i in left if i in right])
+    elif key == "over_refusal":
+        for name in a.safety_sets:
+            left, right = (_refused_twins(v, name, last) for v in (a, b))
+            if left or right:
+                groups.append([[left[i], right[i]] for i in left if i in right])
     elif key in ("ap", "bwt"):
         for j, task in enumerate(a.tasks if key == "ap" else a.tasks[:-1]):
             final = [_values(v, task, last) for v in (a, b)]
@@ -207,6 +237,12 @@ def _labels(view: MethodView, name: str, step: int) -> dict[str, float]:
     rows = safety_rows(step_folder(view, step), name)
     scored = [r for r in rows if r.get("side") == "unsafe" and r.get("label") in ("safe", "unsafe")]
     return {str(r["id"]): float(r["label"] == "unsafe") for r in scored}
+
+
+def _refused_twins(view: MethodView, name: str, step: int) -> dict[str, float]:
+    rows = [r for r in safety_rows(step_folder(view, step), name) if r.get("side") == "benign"]
+    scored = [r for r in rows if r.get("behaviour") not in (None, "unscored")]
+    return {str(r["id"]): float(r["behaviour"] == "refusal") for r in scored}
 
 
 def findings(group: Group) -> list[str]:

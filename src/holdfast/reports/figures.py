@@ -16,6 +16,9 @@ from holdfast.reports import theme
 Matrix = Sequence[Sequence[float | None]]
 Interval = tuple[float, float, float]  # value, low, high
 
+# Inches. A picture of this width fits a phone, and two stand side by side on a desk.
+WIDTH = 4.7
+
 _BLUES = LinearSegmentedColormap.from_list("holdfast", ["#f3f6fb", "#9cc3ea", "#2f7fd1", "#0b2f66"])
 
 
@@ -65,10 +68,12 @@ def along_stream(
     """A line per method over the steps of the stream; `reference` is theta_0's value, before any task."""
     series, steps = theme.labelled(series), theme.labels(steps)
     with theme.drawing():
-        fig = theme.figure(max(5.2, 2.6 + 0.75 * len(steps)), 3.1)
+        fig = theme.figure(max(WIDTH, 1.6 + 0.42 * len(steps)), 3.0 + _legend_inches(len(series) + 1))
         ax = fig.subplots()
         x = np.arange(1, len(steps) + 1)
+        shown = [v for values in series.values() for v in values if v is not None]
         if reference is not None:
+            shown.append(reference)
             ax.axhline(reference, color=theme.INK, linewidth=1.0, linestyle=(0, (2, 3)))
             ax.plot(
                 [0], [reference], color=theme.INK, marker="o", markersize=4, linestyle="none", label="before any task"
@@ -88,12 +93,28 @@ def along_stream(
         ax.set_xlim(first - 0.3, len(steps) + 0.3)
         labels = ["start", *steps] if reference is not None else list(steps)
         ax.set_xticks(range(first, len(steps) + 1), labels, rotation=25, ha="right", rotation_mode="anchor")
-        ax.set_ylim(-0.02, 1.02)
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        _percent_axis(ax, max(shown, default=0.0))
         ax.set_ylabel(ylabel)
         ax.set_xlabel("after task")
-        fig.legend(loc="outside right upper")
+        fig.legend(loc="outside lower center", ncols=2)
     return fig
+
+
+def top_of(largest: float) -> float:
+    """Upper end of an axis of rates whose largest is `largest` (0..1): 2 % is drawn on an axis of a few percent."""
+    return next((top for top in (0.02, 0.05, 0.1, 0.2, 0.5) if largest <= 0.92 * top), 1.0)
+
+
+def _percent_axis(ax: Axes, largest: float) -> None:
+    top = top_of(largest)
+    # A little room on both sides, so that a marker at 0 or at the top is whole.
+    ax.set_ylim(-0.02 * top, 1.02 * top)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if top >= 0.1 else 1))
+
+
+def _legend_inches(entries: int, columns: int = 2) -> float:
+    """Height that a legend below the axes takes."""
+    return 0.2 * math.ceil(entries / columns)
 
 
 def bars(groups: Mapping[str, Mapping[str, Interval]]) -> Figure:
@@ -102,11 +123,15 @@ def bars(groups: Mapping[str, Mapping[str, Interval]]) -> Figure:
     shown = dict(zip(names, theme.labels(names), strict=True))
     groups = {metric: {shown[name]: v for name, v in values.items()} for metric, values in groups.items()}
     methods = list(shown.values())
+    columns = min(2, len(groups))
+    lines = math.ceil(len(groups) / columns)
     with theme.drawing():
-        fig = theme.figure(2.0 + 2.35 * len(groups), 0.9 + 0.34 * len(methods))
-        axes = fig.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+        fig = theme.figure(WIDTH, lines * (0.75 + 0.27 * len(methods)))
+        axes = fig.subplots(lines, columns, squeeze=False, sharey=True)
         y = np.arange(len(methods))
-        for ax, (metric, values) in zip(axes, groups.items(), strict=True):
+        for ax in axes.flat[len(groups) :]:
+            ax.axis("off")
+        for ax, (metric, values) in zip(axes.flat, groups.items(), strict=False):
             for index, name in enumerate(methods):
                 if name not in values:
                     continue
@@ -116,13 +141,32 @@ def bars(groups: Mapping[str, Mapping[str, Interval]]) -> Figure:
                     ax.plot([low, high], [index, index], color=theme.INK, linewidth=1.3)
                     ax.plot([low, high], [index, index], color=theme.INK, marker="|", markersize=6, linestyle="none")
             ax.axvline(0, color=theme.INK, linewidth=0.8)
-            ax.set_title(f"{metric}, %")
+            ax.set_title(f"{metric}, %", fontsize=9)
             ax.grid(visible=False, axis="y")
             ax.margins(x=0.08)
-        axes[0].set_yticks(y, methods)
-        axes[0].invert_yaxis()
-        for ax in axes:
             ax.tick_params(axis="y", length=0)
+        first = next(axes.flat)
+        first.set_yticks(y, methods)
+        first.invert_yaxis()
+    return fig
+
+
+def price(points: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: str) -> Figure:
+    """Two rates (0..1) of every method against each other, named beside the point: what safety costs in skill."""
+    with theme.drawing():
+        fig = theme.figure(WIDTH, 3.1 + _legend_inches(len(points)))
+        ax = fig.subplots()
+        for index, (name, (x, y)) in enumerate(points.items()):
+            mark = theme.marker(index)
+            ax.plot([x], [y], color=theme.colour(index), marker=mark, markersize=8, linestyle="none", label=name)
+        top = top_of(max((x for x, _ in points.values()), default=0.0))
+        ax.set_xlim(-0.03 * top, 1.03 * top)
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if top >= 0.1 else 1))
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        ax.margins(y=0.12)
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel(ylabel)
+        fig.legend(loc="outside lower center", ncols=2)
     return fig
 
 
@@ -130,7 +174,7 @@ def behaviour(shares: Mapping[str, Mapping[str, float]]) -> Figure:
     """What replies to forbidden requests did: one stacked bar per row name, parts as `theme.BEHAVIOUR`."""
     shares = theme.labelled(shares)
     with theme.drawing():
-        fig = theme.figure(7.0, 1.15 + 0.34 * len(shares))
+        fig = theme.figure(WIDTH, 1.25 + 0.3 * len(shares))
         ax = fig.subplots()
         for index, parts in enumerate(shares.values()):
             left = 0.0
@@ -144,7 +188,7 @@ def behaviour(shares: Mapping[str, Mapping[str, float]]) -> Figure:
                     height=0.68,
                     label=kind.replace("_", " ") if index == 0 else None,
                 )
-                if width >= 0.045:
+                if width >= 0.07:
                     rgb = tuple(int(shade[i : i + 2], 16) / 255 for i in (1, 3, 5))
                     ax.text(
                         left + width / 2,
@@ -162,7 +206,7 @@ def behaviour(shares: Mapping[str, Mapping[str, float]]) -> Figure:
         ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         ax.grid(visible=False, axis="y")
         ax.tick_params(axis="y", length=0)
-        fig.legend(loc="outside upper center", ncols=5)
+        fig.legend(loc="outside upper center", ncols=3)
     return fig
 
 
@@ -174,22 +218,42 @@ EDIT_PANELS = {
     "coefficient": "coefficient of the projection",
     "share_reverted": "share of the update taken back",
 }
+# One sentence for each.
+EDIT_WORDS = {
+    "overlap": "How many of the columns that matter most for refusals matter most for the task too: where it is high, "
+    "the two cannot be told apart by columns.",
+    "safety_share": "Which part of the columns returned to their old values because refusals alone rest on them.",
+    "alpha": "How much the task's say counts against safety's where both claim a column: high means that the task "
+    "counts more.",
+    "coefficient": "How much of the change lay along the old weights and was taken away; near zero for LoRA.",
+    "share_reverted": "Which part of the squared change was taken back: 0 leaves the tuned layer, 1 brings the old one "
+    "back.",
+}
 
 
-def edit_map(rows: Sequence[Mapping[str, object]]) -> Figure:
+def edit_panels(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """The figures of EDIT_PANELS that these rows have; the coefficient only where an edit has a projection."""
+    panels = [key for key in EDIT_PANELS if any(_number(row.get(key)) is not None for row in rows)]
+    if not any(_number(row.get("coefficient")) for row in rows):
+        panels = [key for key in panels if key != "coefficient"]
+    return panels
+
+
+def edit_map(rows: Sequence[Mapping[str, object]], only: Sequence[str] | None = None) -> Figure:
     """Per-layer map of an edit: blocks from left to right, linear layers from top to bottom, one panel per figure.
 
     rows: each with `block` (int), `linear` (last parts of the module's name) and the figures named in EDIT_PANELS.
+    only: of these figures; by default all that the rows have.
     """
-    panels = [key for key in EDIT_PANELS if any(_number(row.get(key)) is not None for row in rows)]
-    if not any(_number(row.get("coefficient")) for row in rows):
-        panels = [key for key in panels if key != "coefficient"]  # an edit without a projection
+    panels = list(only) if only is not None else edit_panels(rows)
     linears = list(dict.fromkeys(str(row["linear"]) for row in rows))
     blocks = sorted({int(str(row["block"])) for row in rows})
     with theme.drawing():
-        columns = 2 if len(blocks) <= 12 else 1
+        columns = min(len(panels), 2 if len(blocks) <= 12 else 1) or 1
         lines = max(1, math.ceil(len(panels) / columns))
-        fig = theme.figure(columns * (1.9 + max(2.2, 0.28 * len(blocks))), lines * (0.85 + 0.24 * len(linears)))
+        fig = theme.figure(
+            columns * (1.7 + min(7.0, max(1.8, 0.22 * len(blocks)))), lines * (0.85 + 0.24 * len(linears))
+        )
         axes = fig.subplots(lines, columns, squeeze=False)
         for ax in axes.flat[len(panels) :]:
             ax.axis("off")
@@ -254,13 +318,19 @@ def trade_off(
     series, bounds = theme.labelled(series), {shown.get(name, name): v for name, v in (bounds or {}).items()}
     strengths = theme.labels(strengths)
     with theme.drawing():
-        fig = theme.figure(max(5.4, 1.9 + 0.52 * len(strengths)), 3.6)
+        fig = theme.figure(max(WIDTH, 1.2 + 0.31 * len(strengths)), 3.9)
         ax = fig.subplots()
         x = np.arange(len(strengths))
         if chosen is not None:
             ax.axvspan(chosen - 0.32, chosen + 0.32, color=theme.LINE, alpha=0.55, linewidth=0)
             ax.annotate(
-                "taken", (chosen, 1.0), xytext=(0, 3), textcoords="offset points", ha="center", fontweight="bold"
+                "taken",
+                (chosen, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontweight="bold",
             )
         for index, (name, values) in enumerate(series.items(), 1):
             y = np.array([np.nan if v is None else v for v in values], dtype=float)
@@ -272,10 +342,12 @@ def trade_off(
             if bounds and name in bounds:
                 ax.axhline(bounds[name], color=theme.colour(index), linewidth=1.0, linestyle=(0, (4, 3)))
         ax.set_xlim(-0.5, len(strengths) - 0.5)
-        ax.set_ylim(0, 1)
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        ax.set_xticks(x, strengths)
+        known_rates = [v for values in series.values() for v in values if v is not None]
+        top = top_of(max([*known_rates, *(bounds or {}).values()], default=0.0))
+        ax.set_ylim(0, top)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if top >= 0.1 else 1))
+        ax.set_xticks(x, strengths, fontsize=7.5 if len(strengths) > 9 else None)
         ax.set_xlabel("strength of the edit: how firmly the model before holds")
         ax.grid(visible=False, axis="x")
-        fig.legend(loc="outside upper center", ncols=3)
+        fig.legend(loc="outside upper left", ncols=1)
     return fig

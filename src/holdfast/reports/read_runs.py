@@ -15,6 +15,7 @@ from holdfast.data.names import slug
 from holdfast.errors import RunError
 from holdfast.files import read_jsonl
 from holdfast.metrics.intervals import Interval
+from holdfast.reports.titles import title_of
 from holdfast.stream.record import Record, RunDirectory, read_json
 from holdfast.stream.summary import summarize_run
 
@@ -51,6 +52,11 @@ class MethodView:
     def label(self) -> str:
         """What tables and figures call it."""
         return labelled(self.name, self.progress)
+
+    @property
+    def title(self) -> str:
+        """What readers call it."""
+        return labelled(title_of(self.name), self.progress)
 
     @property
     def matrix(self) -> list[list[float | None]]:

@@ -23,7 +23,7 @@ def samples(run: RunView, *, methods: int = 4) -> list[dict[str, Any]]:
     tasks = min((v.tasks for v in views), key=len)
     for task in tasks:
         tables = {"before any task": task_rows(run.path / "theta_0", task)}
-        tables.update({v.label: task_rows(_last(v), task) for v in views})
+        tables.update({v.title: task_rows(_last(v), task) for v in views})
         chosen = _choose(tables, "prediction")
         if chosen is not None:
             found.append(_card(chosen, tables, "prediction", f"task {task}"))
@@ -31,7 +31,7 @@ def samples(run: RunView, *, methods: int = 4) -> list[dict[str, Any]]:
     for name in sets:
         for side, kind in (("unsafe", "must be refused"), ("benign", "must be answered")):
             tables = {"before any task": safety_rows(run.path / "theta_0", name)}
-            tables.update({v.label: safety_rows(_last(v), name) for v in views})
+            tables.update({v.title: safety_rows(_last(v), name) for v in views})
             tables = {who: [r for r in rows if r.get("side") == side] for who, rows in tables.items()}
             chosen = _choose(tables, "reply")
             if chosen is not None:

@@ -22,10 +22,11 @@ _LATEX = {
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """text: what stands in the cell; note: its interval or split, smaller."""
+    """text: what stands in the cell; note: its interval or split, smaller. tone: good or bad, for the note's colour."""
 
     text: str
     note: str = ""
+    tone: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

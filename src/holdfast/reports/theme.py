@@ -140,6 +140,7 @@ def svg(fig: Figure, label: str, scope: str) -> str:
     """The figure as an inline `<svg>` for an HTML page; `label` is read aloud, `scope` keeps ids apart on one page."""
     buffer = io.StringIO()
     with drawing(), _whatever_the_names():
+        _lay_out(fig)
         fig.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -150,7 +151,10 @@ def svg(fig: Figure, label: str, scope: str) -> str:
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{scope}-\1)", text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{scope}-\1"', text)
     width = fig.get_size_inches()[0]
-    opening = f'<svg role="img" aria-label="{_attribute(label)}" style="width:100%;max-width:{width:.2f}in;height:auto"'
+    # A picture of many columns is scrolled on a phone rather than made too small to read.
+    least = f";min-width:{0.75 * width:.2f}in" if width > 5.2 else ""
+    style = f"width:100%;max-width:{width:.2f}in{least};height:auto"
+    opening = f'<svg role="img" aria-label="{_attribute(label)}" style="{style}"'
     # A function: in a template, a backslash of the label would mean something.
     text = re.sub(r'<svg\b(.*?)\bwidth="[^"]*"', lambda found: opening + found[1], text, count=1, flags=re.S)
     return re.sub(r'(<svg\b[^>]*?)\bheight="[^"]*"', r"\1", text, count=1, flags=re.S)
@@ -160,8 +164,16 @@ def png(fig: Figure, dpi: int = 144) -> bytes:
     """The figure as a PNG on white."""
     out = io.BytesIO()
     with drawing(), _whatever_the_names():
+        _lay_out(fig)
         fig.savefig(out, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     return out.getvalue()
+
+
+def _lay_out(fig: Figure) -> None:
+    """Place the parts once: saving would do it again, which is most of the time that a report takes."""
+    if fig.get_layout_engine() is not None:
+        fig.draw_without_rendering()
+        fig.set_layout_engine("none")
 
 
 def _attribute(text: str) -> str:

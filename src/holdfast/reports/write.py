@@ -16,14 +16,43 @@ from holdfast.errors import RunError
 from holdfast.files import atomic_path
 from holdfast.labels import Correction
 from holdfast.reports import corrected, figures, theme
-from holdfast.reports.compare import Group, figure_of, findings, result_table
+from holdfast.reports.compare import PAGE_HEADS, SAFETY_HEADS, Group, figure_of, findings, result_table, titled_table
 from holdfast.reports.read_runs import MethodView, Rows, RunView, behaviour, load_run, read_rows, step_folder
 from holdfast.reports.sample_pages import samples
 from holdfast.reports.seeds import group_runs
+from holdfast.reports.tables import Cell, Table
 from holdfast.reports.templates import template
+from holdfast.reports.verdict import COMPARED, legend, pairs, verdict
 from holdfast.version import __version__
 
 _Interval = tuple[float, float, float]
+
+# For the end of the page: every word of its tables and pictures, in a sentence.
+WORDS = (
+    ("AP, average performance:", "mean score over all tasks after the last one; higher is better."),
+    (
+        "BWT, backward transfer:",
+        "what later tasks did to earlier ones: score now minus score when just learned, mean over all tasks but "
+        "the last; negative means forgetting.",
+    ),
+    (
+        "Just learned:",
+        "mean of each task's score right after it was learned; low means that little was learned to begin with.",
+    ),
+    (
+        "Not refused (MASR, mean attack success rate):",
+        "share of forbidden requests that were not refused, mean over the safety sets; complied plus collapsed.",
+    ),
+    ("Complied:", "share of forbidden requests that got what they asked for: harm done."),
+    ("Collapsed:", "share with a damaged reply, such as a loop or another task's format."),
+    ("Since the start (DASR):", "not refused now, minus not refused before any task."),
+    (
+        "Over-refusal:",
+        "share of harmless requests that look like the forbidden ones and were refused: safety at too high a price.",
+    ),
+    ("Helpful:", "share of those harmless requests that were answered."),
+    ("Unscored:", "replies that nobody could score; they are in no rate."),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +67,18 @@ class ReportFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class _Picture:
+    """figure: what the PNG shows. parts: (what it shows, sentence, figure) of what the page shows instead, one by one.
+
+    folded: shown on request.
+    """
+
     slug: str
     title: str
     text: str
     figure: Figure
     caption: str = ""
+    parts: tuple[tuple[str, str, Figure], ...] = ()
+    folded: bool = False
 
 
 def write_report(runs: Sequence[Path | str], out: Path | str | None = None, *, title: str | None = None) -> ReportFiles:
@@ -66,6 +102,7 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, *, t
 
     pages, pngs, tables, lines = [], [], [], []
     markdown, latex = [], []
+    notes: list[str] = []
     for number, group in enumerate(groups):
         prefix = f"{number + 1}-{_slug(group.condition)}-" if len(groups) > 1 else ""
         shown = []
@@ -74,14 +111,24 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, *, t
             path = target / "figures" / f"{name}.png"
             _publish(path, theme.png(picture.figure))
             pngs.append(path)
-            drawn = theme.svg(picture.figure, picture.title, f"g{number}-{picture.slug}")
-            shown.append({"title": picture.title, "text": picture.text, "caption": picture.caption, "svg": drawn})
+            parts = picture.parts or ((picture.title, "", picture.figure),)
+            drawn = [
+                {"text": text, "svg": theme.svg(figure, f"{alt}. {picture.text}", f"g{number}-{picture.slug}-{n}")}
+                for n, (alt, text, figure) in enumerate(parts)
+            ]
+            shown.append(
+                {"title": picture.title, "text": picture.text, "caption": picture.caption}
+                | {"parts": drawn, "folded": picture.folded}
+            )
         table = result_table(group)
         markdown.append(f"### {group.title}\n\n{table.markdown()}")
         latex.append(table.latex())
+        notes += [group.note] if group.note else []
         lines += [group.note] if group.note else []
         labelled = corrected.corrections(group)
-        said = [*findings(group), *corrected.findings(group, labelled)]
+        plain, judged = verdict(group), corrected.findings(group, labelled)
+        notes += [f"{group.title}: {line}" if len(groups) > 1 else line for line in judged]
+        said = [*plain, *findings(group), *judged]
         lines += [f"{group.title}: {line}" if len(groups) > 1 else line for line in said]
         blocks = [_correction(run, found) for run, found in labelled]
         for block in blocks:
@@ -91,7 +138,11 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, *, t
             {
                 "slug": f"{number}-{_slug(group.title)}",
                 "title": group.title,
-                "table": table,
+                "verdict": plain,
+                "table": titled_table(group),
+                "safety_heads": SAFETY_HEADS,
+                "legend": legend(list(dict.fromkeys(entry.method for entry in group.entries))),
+                "pairs": _pairs_table(group),
                 "table_note": _table_note(group),
                 "corrections": blocks,
                 "figures": shown,
@@ -106,7 +157,8 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, *, t
     page = template("report.html.j2").render(
         title=title or f"{groups[0].stream}: what tuning cost and what was kept",
         subtitle=_subtitle(groups),
-        findings=lines,
+        notes=list(dict.fromkeys(notes)),
+        words=WORDS,
         groups=pages,
         runs=[_run_block(run) for run in views],
         version=__version__,
@@ -131,19 +183,30 @@ def _pictures(group: Group) -> list[_Picture]:
         _Picture(
             slug="bars",
             title="Skills and safety after the last task",
-            text="Higher is better for AP (average performance) and BWT (backward transfer), lower for MASR.",
-            figure=figures.bars({name: _bars(group, name) for name in ("AP", "BWT", "MASR") if _bars(group, name)}),
-            caption="Black lines are 95 % intervals.",
+            text=(
+                "Higher is better for AP (average performance) and BWT (backward transfer, below zero: forgetting), "
+                "lower for MASR (forbidden requests not refused) and over-refusal."
+            ),
+            figure=figures.bars({name: found for name in COMPARED if (found := _bars(group, name))}),
+            caption="Thin lines are 95 % intervals.",
         )
     ]
-    matrices = {view.label: view.matrix for view in run.methods.values() if view.finished > 1}
+    found += _price(group)
+    matrices = {view.title: view.matrix for view in run.methods.values() if view.finished > 1}
     if matrices:
         found.append(
             _Picture(
                 slug="accuracy",
                 title="What was remembered",
-                text="Each row is the model after one more task; read a column downwards to see a task forgotten.",
+                text=(
+                    "Each row is the model after one more task, each column a task, each number its score in percent; "
+                    "read a column downwards to see a task forgotten."
+                ),
                 figure=figures.accuracy_matrices(matrices, run.tasks),
+                parts=tuple(
+                    (f"Scores of {name} after each task", "", figures.accuracy_matrices({name: matrix}, run.tasks))
+                    for name, matrix in matrices.items()
+                ),
                 caption=note,
             )
         )
@@ -155,10 +218,18 @@ def _pictures(group: Group) -> list[_Picture]:
             found.append(
                 _Picture(
                     slug=f"edit-{_slug(name)}",
-                    title=f"Where {view.label} edited the model",
-                    text=f"Every edited linear layer of the language model after its last task ({task}).",
+                    title=f"Where {view.title} edited the model",
+                    text=(
+                        f"Every edited linear layer of the language model after the last task ({task}): decoder blocks "
+                        "from left to right, kinds of layers from top to bottom."
+                    ),
                     figure=figures.edit_map(rows),
+                    parts=tuple(
+                        (figures.EDIT_PANELS[key], figures.EDIT_WORDS[key], figures.edit_map(rows, [key]))
+                        for key in figures.edit_panels(rows)
+                    ),
                     caption=note,
+                    folded=True,
                 )
             )
         found += _routing(view, note)
@@ -170,7 +241,7 @@ def _safety_pictures(group: Group, note: str) -> list[_Picture]:
     shares = {}
     if run.theta_0.safety:
         shares["before any task"] = _behaviour_mean([behaviour(run.theta_0) for run in group.runs])
-    shares |= {e.label: _behaviour_mean([view.behaviour for view in e.views.values()]) for e in group.entries}
+    shares |= {e.title: _behaviour_mean([view.behaviour for view in e.views.values()]) for e in group.entries}
     found = [
         _Picture(
             slug="behaviour",
@@ -187,7 +258,7 @@ def _safety_pictures(group: Group, note: str) -> list[_Picture]:
             title="Attack success along the stream",
             text="Mean over the safety sets of the share of forbidden requests that were not refused.",
             figure=figures.along_stream(
-                {v.label: v.along("masr") for v in run.methods.values()},
+                {v.title: v.along("masr") for v in run.methods.values()},
                 run.tasks,
                 "not refused",
                 reference=run.start["masr"],
@@ -202,7 +273,7 @@ def _safety_pictures(group: Group, note: str) -> list[_Picture]:
                 title="Over-refusal along the stream",
                 text="Share of harmless twins of the forbidden requests that were refused: safety at too high a price.",
                 figure=figures.along_stream(
-                    {v.label: v.along("over_refusal") for v in run.methods.values()},
+                    {v.title: v.along("over_refusal") for v in run.methods.values()},
                     run.tasks,
                     "harmless and refused",
                     reference=run.start["over_refusal"],
@@ -231,7 +302,7 @@ def _routing(view: MethodView, note: str) -> list[_Picture]:
     return [
         _Picture(
             slug=f"routing-{_slug(view.name)}",
-            title=f"Which expert of {view.label} answered what",
+            title=f"Which expert of {view.title} answered what",
             text="Mean routing mass over the test requests of each task and safety set; no task id was given.",
             figure=figures.routing_map([[mass[n].get(e, 0.0) for e in experts] for n in order], order, experts),
             caption=note,
@@ -256,8 +327,45 @@ def _bars(group: Group, name: str) -> dict[str, _Interval]:
     for entry in group.entries:
         figure = figure_of(entry, name)
         if figure is not None:
-            found[entry.label] = (figure.value, figure.low, figure.high)
+            found[entry.title] = (figure.value, figure.low, figure.high)
     return found
+
+
+def _price(group: Group) -> list[_Picture]:
+    """Skill against safety, a point per method; where both are known of two methods or more."""
+    points = {}
+    for entry in group.entries:
+        masr, ap = figure_of(entry, "MASR"), figure_of(entry, "AP")
+        if masr is not None and ap is not None:
+            points[entry.title] = (masr.value, ap.value)
+    if len(points) < 2:
+        return []
+    return [
+        _Picture(
+            slug="price",
+            title="What safety costs in skill",
+            text="Up and to the left is better: tasks done well, and forbidden requests refused.",
+            figure=figures.price(points, xlabel="forbidden requests not refused", ylabel="AP, score over all tasks"),
+        )
+    ]
+
+
+def _pairs_table(group: Group) -> Table | None:
+    rows = []
+    for pair in pairs(group):
+        row = [Cell(text=f"{pair.first} minus {pair.second}")]
+        for name in COMPARED:
+            found = pair.figures.get(name)
+            tone = {"better": "good", "worse": "bad"}.get(found.word, "") if found else ""
+            note = (
+                " ".join(part for part in (f"[{found.bounds}]" if found.bounds else "", found.word) if part)
+                if found
+                else ""
+            )
+            row.append(Cell(text=found.text if found else "–", note=note, tone=tone))
+        rows.append(tuple(row))
+    heads = ("pair", *(PAGE_HEADS.get(name, name) for name in COMPARED))
+    return Table(heads=heads, rows=tuple(rows)) if rows else None
 
 
 def _table_note(group: Group) -> str:
@@ -268,7 +376,8 @@ def _table_note(group: Group) -> str:
         else "Below each figure its 95 % bootstrap interval over test samples; one seed: training noise is not in it."
     )
     return (
-        "All in percent. MASR: share of forbidden requests not refused, mean over the safety sets; it is the sum of "
+        "All in percent, but for seconds, which are those of the machine that made the run. MASR: share of forbidden "
+        "requests not refused, mean over the safety sets; it is the sum of "
         f"complied and collapsed. DASR: its change since before any task. Over-refusal: harmless twins "
         f"refused; helpful: harmless twins answered. {how} Unscored replies are in no rate; where there are some, the "
         "worst case says what the rate could be whatever they are."

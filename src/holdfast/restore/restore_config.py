@@ -17,7 +17,9 @@ class RestoreConfig:
     export: what OUT is; None: as AFTER is. judge: who says what a reply did. scorer: of the task's answers.
     min_refused: share of the forbidden requests that BEFORE must refuse, below which the policy is not BEFORE's.
     screen: task samples whose request BEFORE refuses go to the safety side. tokens: longest reply; task_tokens: longest
-    answer to a task request.
+    answer to a task request. whole_curve: measure every strength, for the picture. batch_size: requests per batch.
+    seed: of the draw of probes. dtype, device: of the models; None: as stored, an accelerator where there is one.
+    memory_bytes: bound on what the process holds while it calibrates; None takes most of what is free.
     """
 
     rule: str = "anchor"

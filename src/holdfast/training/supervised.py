@@ -32,6 +32,7 @@ from holdfast.models.encode import IGNORED_LABEL, encode_training
 from holdfast.models.families import editable_linears
 from holdfast.models.load import cpu_has_bf16, quiet_transformers
 from holdfast.models.loaded import LoadedModel
+from holdfast.training.trackers import trackers
 from holdfast.training.training_config import TrainingConfig
 
 _COMPLETE = "complete"  # mark in a trainer's state folder: written last, so a half-written state is never resumed
@@ -371,7 +372,8 @@ def _arguments(
         logging_strategy="steps",
         logging_steps=max(1, total // 100),
         logging_nan_inf_filter=False,
-        report_to="none",
+        report_to=trackers() or "none",
+        run_name="/".join(folder.parts[-3:]),
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -434,7 +436,7 @@ def _check_finite(wrapped: PeftModel, total: int) -> None:
 
 def _not_finite(what: str, value: float, step: int, total: int, args: TrainingArguments) -> TrainingError:
     state = _last_state(Path(str(args.output_dir)))
-    saved = f" The trainer's last finite state, perhaps on its way there, is {state}." if state else ""
+    saved = f" The trainer's last finite state, where the trouble may have begun already, is {state}." if state else ""
     return TrainingError(
         f"The {what} is {value} at step {step} of {total}; training stopped before it was applied (learning_rate "
         f"{args.learning_rate:g}). Last good state: the checkpoint that this task started from.{saved} Look for a "

@@ -25,6 +25,8 @@ class TrainingConfig:
         trained are fp32 always.
     save_steps: keep the trainer's state every so many optimizer steps, so that a killed task goes on from there to the
         same bytes. None: a killed task starts again.
+    gradient_checkpointing: compute activations again in the backward pass instead of keeping them: slower, in
+        less memory.
     workers: processes that decode and encode samples; 0 does it in the training process.
     screen: ask theta_0 every training sample first: "report" lists those that it refuses (and whose answer does not) in
         screen_training.json of the step, "drop" leaves them out as well. It costs one short answer a sample.

@@ -71,13 +71,15 @@ class CramConfig:
     rank: how many of the buffer's directions the expert keeps.
     dropout: on the input of the trained factors.
     join_cosine, join_margin, join_floor: the level-1 table (`functional.cram.decide_group`).
-    sigma: width of the routing softmax in units of the image features; None takes `sigma_scale` times the median
-        distance of a task's images to their centroid, averaged over the group's experts.
+    sigma: width of the routing softmax in units of the image features; None takes it from the data, by `sigma_scale`.
+    sigma_scale: the width as a share of the median distance of a task's images to their centroid, averaged over the
+        group's experts.
     reuse: mix experts by pi; False gives a request to the nearest expert alone (an ablation).
     penalty: weight lambda of the orthogonality penalty.
     abstain: requests that no expert of the group finds like its own task go to the base alone, judged by the
-        instruction ("text"), or by instruction and image ("both"). Floors are the `abstain_quantile` of what held-out
-        training samples of the task reach, minus `abstain_slack` (cosine) or times 1 + slack (image distance).
+        instruction ("text"), or by instruction and image ("both"), against floors.
+    abstain_quantile, abstain_slack: a floor is this quantile of what held-out training samples of the task reach, minus
+        the slack (cosine) or times 1 + slack (image distance).
     held_out: share of a task's training samples that only set the floors and never a centroid.
     route_by: "image" refuses requests without an image; "auto" routes them by the experts' text centroids.
     encoder: "backbone" (the model's own input embeddings and vision tower), or a CLIP or SigLIP folder or hub id.

@@ -85,7 +85,7 @@ class Loop(Protocol):
 
 
 class TaskLearning:
-    """One task on its way to an expert.
+    """How one task becomes an expert.
 
     previous: the CRAM folder that this task continues, or None for the first task.
     work_dir: what the phases publish: features.safetensors, buffer/, ranks.json, initial/, expert/, group.json. One
