@@ -36,7 +36,8 @@ PANELS: dict[str, tuple[str, ...]] = {
     ),
     "Machine": (
         "backend", "batch_size", "device", "dtype", "eager", "environment", "gpu_memory", "jobs", "max_lora_rank",
-        "max_model_len", "max_new_tokens", "memory", "retries", "tensor_parallel", "vllm_args", "vllm_python", "vllm_url",
+        "max_model_len", "max_new_tokens", "memory", "retries", "tensor_parallel", "vllm_args", "vllm_python",
+        "vllm_url",
     ),
     "The endpoint": ("canary", "folder", "host", "mixed", "port", "router", "served_name"),
     "What clients may ask": (
