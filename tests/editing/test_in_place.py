@@ -40,6 +40,7 @@ def compiled_inside(model):
     return model
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of torch.compile's own imports
 @pytest.mark.parametrize(
     "wrap", [torch.compile, torch.nn.DataParallel, compiled_inside, lambda m: torch.compile(compiled_inside(m))]
 )

@@ -133,7 +133,8 @@ class MergedCheckpoint:
         for module, key in updated.items():
             lora = adapter.modules[module] if module in adapter.modules else adapter.dense[module]
             _check_fit(adapter, lora, self.entries[key])
-            for end in self._ends(adapter, module, key, updated.values()):
+            # Factors of a pair that is kept tied are one; where a file has two, PEFT loads the head's last.
+            for end in self._ends(adapter, module, key, () if adapter.ties else updated.values()):
                 if end in done:
                     continue
                 done.add(end)
