@@ -133,15 +133,16 @@ ENDS = {
     "eos that does not stop it": ("{{ m['role'] + ': ' + c['text'] + eos_token }}", ["<|b|>"]),
     "the next turn": ("{{ ('<|a|>' if m['role'] == 'user' else '<|b|>') + '\n' + c['text'] }}", ["</s>", "<|a|>"]),
     "eos behind the last turn only": (
-        "{{ m['role'] + ': ' + c['text'] + (eos_token if m == messages[-1] else ' ') }}",
+        "{{ m['role'] + ': ' + c['text'] + (eos_token if m == messages[-1] and m['role'] != 'user' else ' ') }}",
         ["</s>"],
     ),
     "eos behind all but the last turn": (
-        "{{ m['role'] + ': ' + c['text'] + ('' if m == messages[-1] else eos_token) }}",
+        "{{ m['role'] + ': ' + c['text'] + ('' if m == messages[-1] or m['role'] == 'user' else eos_token) }}",
         ["</s>"],
     ),
     "marker and eos behind the last turn": (
-        "{{ '<|a|>' + m['role'] + '\n' + c['text'] + ('<|b|></s>' if m == messages[-1] else '\n') }}",
+        "{{ '<|a|>' + m['role'] + '\n' + c['text'] + "
+        "('<|b|></s>' if m == messages[-1] and m['role'] != 'user' else '\n') }}",
         ["<|b|>"],
     ),
     "no id named": ("{{ m['role'] + ': ' + c['text'] + ' ' }}", []),

@@ -286,9 +286,12 @@ def _end_of_answer(loaded: LoadedModel, whole: str, answer: str, start: int, sto
 
 
 def _without_end(loaded: LoadedModel, text: str) -> str:
-    """`text` without an end token at its end: some templates write one behind the last answer only."""
+    """`text` without end tokens at its end: some templates write them behind the last answer only."""
+    ends = tuple(filter(None, (*_end_texts(loaded), loaded.tokenizer.eos_token)))
     text = text.rstrip()
-    return next((text.removesuffix(end).rstrip() for end in _end_texts(loaded) if text.endswith(end)), text)
+    while text.endswith(ends):
+        text = text[: -max(len(end) for end in ends if text.endswith(end))].rstrip()
+    return text
 
 
 def _end_texts(loaded: LoadedModel) -> list[str]:
