@@ -24,7 +24,7 @@ def train(base: Path, out: Path, **options) -> Path:
         wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **options))
         generator = torch.Generator().manual_seed(5)
         for name, parameter in wrapped.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
+            if any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens")):
                 parameter.data = parameter.data + torch.randn(parameter.shape, generator=generator) * 0.1
         wrapped.save_pretrained(out)
     return out

@@ -118,13 +118,33 @@ def test_without_a_budget_a_model_beyond_free_memory_is_streamed(
     assert calibrate.open_model(llava_folder, device="cpu").blocks_on_disk is not None
 
 
-def test_free_memory_stays_within_the_containers_limit(tmp_path: Path) -> None:
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
-    for limit, left in (("1000", 450), ("100", 0), ("max", None)):
-        (tmp_path / "memory.max").write_text(f"{limit}\n")
-        assert memory._left_in_cgroup(tmp_path) == left
-    assert memory._left_in_cgroup(tmp_path / "none") is None
+def group(folder: Path, limit: str, used: int, *, version: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for name, value in zip((*names, "memory.stat"), (limit, used, "anon 500\ninactive_file 150"), strict=True):
+        (folder / name).write_text(f"{value}\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_stays_within_every_group_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    own = tmp_path / "own"
+    own.write_text("0::/slurm/job\n" if version == 2 else "9:cpu:/x\n4:memory,hugetlb:/slurm/job\n0::/\n")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_GROUPS", own)
+    root = tmp_path if version == 2 else tmp_path / "memory"
+    unlimited = "max" if version == 2 else "9223372036854771712"
+    # The container's own group is the root, whatever the path says; a job's limit may stand on any level.
+    for where in ("", "slurm", "slurm/job"):
+        for level in ("", "slurm", "slurm/job"):
+            group(root / level, "1000" if level == where else unlimited, 700, version=version)
+        assert [*memory.quotas().values()] == [450] and memory.free_memory_bytes() == 450
+    for level in ("", "slurm", "slurm/job"):
+        group(root / level, unlimited, 700, version=version)
+    assert memory.quotas() == {}
+    group(root / "slurm", "100", 700, version=version)
+    assert [*memory.quotas().values()] == [0]
 
 
 def test_an_empty_set_is_named(loaded: LoadedModel, samples: list[Sample]) -> None:

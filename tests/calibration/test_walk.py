@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -297,3 +298,33 @@ def test_remembered_vision_outputs_keep_undeclared_fields() -> None:
     assert back.last_hidden_state.shape == (2, 3)
     assert torch.equal(back.entering_later[0], torch.full((2, 2), 7.0))
     assert [t.shape for t in kept.values()] == [(2, 2)]
+
+
+@pytest.mark.parametrize("blocks", [None, (1,)])
+def test_a_block_reads_what_the_edited_blocks_before_it_give(
+    loaded: LoadedModel, samples: list[Sample], whole: dict[str, Tensor], blocks: tuple[int, ...] | None
+) -> None:
+    """Against a plain walk over a model whose first block was edited beforehand; one not asked for stays as it is."""
+    edited, found, before = copy.deepcopy(loaded), {}, copy.deepcopy(loaded)
+
+    def halve(model: LoadedModel, block: int) -> None:
+        with torch.no_grad():
+            for linear in editable_linears(model.model, [block]).values():
+                linear.weight.mul_(0.5)
+
+    def consume(layer: LayerGram) -> None:
+        found.update({module: layer.gram.hessian() for module in layer.modules})
+        with torch.no_grad():
+            for linear in layer.linears:
+                linear.weight.mul_(0.5)
+
+    report = walk_grams(edited, samples, consume, blocks=blocks, edits=True)
+    assert report.passes == ((0, 1), (1, 2))
+    if blocks is None:
+        halve(before, 0)
+    expected = hessians(before, samples)
+    assert set(found) == set(editable_linears(loaded.model, blocks))
+    for name, gram in found.items():
+        torch.testing.assert_close(gram, expected[name], rtol=1e-4, atol=1e-5 * float(expected[name].abs().max()))
+    moved = float((found[DOWN] - whole[DOWN]).norm() / whole[DOWN].norm())
+    assert moved < 1e-4 if blocks else moved > 1e-2

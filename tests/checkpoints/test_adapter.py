@@ -204,7 +204,7 @@ def edit_config(folder, **changes):
     "changes, message",
     [
         ({"peft_type": "IA3"}, "is a 'IA3' adapter; only LORA"),
-        ({"use_dora": True}, "uses DoRA.*Merge it into its base with PEFT"),
+        ({"lora_bias": True}, "lora_bias = True changes what"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens = .* not handled"),
         ({"layer_replication": [[0, 2]]}, "layer_replication = .* not handled"),
         ({"some_option_of_tomorrow": 3}, "some_option_of_tomorrow = 3 changes what"),
@@ -224,12 +224,6 @@ def test_what_is_not_plain_lora_is_refused(changes, message, tmp_path):
         LoraAdapter(folder / "adapter")
 
 
-def test_a_real_dora_adapter_is_refused(tmp_path):
-    folder, _ = make(tmp_path / "x", use_dora=True)
-    with pytest.raises(AdapterError, match="uses DoRA"):
-        LoraAdapter(folder / "adapter")
-
-
 def edit_factors(folder, change):
     path = folder / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -244,7 +238,7 @@ KEY = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
     "change, message",
     [
         (lambda t: t.pop(f"{KEY}.lora_B.weight"), "q_proj has lora_A only"),
-        (lambda t: t.update({f"{KEY}.lora_embedding_A": torch.ones(2)}), "only LoRA on linear layers"),
+        (lambda t: t.update({f"{KEY}.lora_embedding_A": torch.ones(2)}), "q_proj has A, B, embedding_A only"),
         (lambda t: t.clear() or t.update({"base_model.model.lm_head.weight": torch.ones(1)}), "holds no LoRA factors"),
         (lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, WIDTH).long()}), "expected a floating type"),
     ],

@@ -13,8 +13,10 @@ from transformers import AutoProcessor, AutoTokenizer
 from adapter_kit import edit_all, train
 from holdfast.checkpoints.cast import cast_checkpoint
 from holdfast.checkpoints.value import Checkpoint
+from holdfast.editing.pair import tuned_checkpoint
 from holdfast.errors import ModelError
 from holdfast.models.load import load
+from holdfast.models.streaming import load_streamed
 
 PROJ = r".*language_model\.layers.*_proj"
 
@@ -45,6 +47,8 @@ def results(base: Path, adapter: Path, out: Path) -> dict[str, object]:
     cast_checkpoint(value, out / "cast", torch.bfloat16)
     return {
         "load": load(value, device="cpu").processor,
+        "calibrate, larger than memory": load_streamed(value, device="cpu").processor,
+        "calibrate, restore": load(tuned_checkpoint(str(base), str(adapter)), device="cpu").processor,
         "edit": AutoProcessor.from_pretrained(out / "edited", backend="pil"),
         "cast": AutoProcessor.from_pretrained(out / "cast", backend="pil"),
     }
@@ -80,6 +84,31 @@ def test_a_processor_wins(pico_folder: Path, adapter: Path, tmp_path: Path) -> N
         assert list(found.image_processor.image_mean) == [0.1, 0.2, 0.3], road
     report = edit_all(pico_folder, adapter, tmp_path / "edited")
     assert any("processor" in warning and "adapter's folder" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("processor_config.json", {"patch_size": 7}),
+        ("preprocessor_config.json", {"image_mean": [0.1, 0.2, 0.3], "image_processor_type": "LlavaImageProcessor"}),
+        ("special_tokens_map.json", {"eos_token": "<unk>"}),
+    ],
+)
+def test_a_settings_file_alone_is_said_and_written(file, change, pico_folder: Path, adapter: Path, tmp_path: Path):
+    base = json.loads((pico_folder / file).read_text()) if (pico_folder / file).is_file() else {}
+    (adapter / file).write_text(json.dumps({**base, **change}))
+    report = edit_all(pico_folder, adapter, tmp_path / "out")
+    assert any("the adapter's folder has its own" in warning for warning in report.warnings)
+    written = json.loads((tmp_path / "out" / file).read_text())
+    assert all(written[key] == value for key, value in change.items())
+
+
+def test_the_settings_of_the_last_of_several_adapters_win(pico_folder: Path, adapter: Path, tmp_path: Path) -> None:
+    top = Path(shutil.copytree(adapter, tmp_path / "top"))
+    for folder, template in ((adapter, "ONE {{ messages }}"), (top, "TWO {{ messages }}")):
+        (folder / "chat_template.jinja").write_text(template)
+    value = Checkpoint(base=str(pico_folder), adapters=(str(adapter), str(top)))
+    assert load(value, device="cpu").processor.chat_template == "TWO {{ messages }}"
 
 
 def test_tokens_without_embeddings_are_refused(pico_folder: Path, adapter: Path) -> None:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from holdfast.checkpoints.fingerprint import fingerprint
 from holdfast.checkpoints.reader import CheckpointReader
@@ -140,3 +141,26 @@ def test_the_fingerprint_tells_weights_and_not_layouts(single, sharded, write, t
     tensors["language_model.model.layers.1.mlp.up_proj.weight"] += 0.01
     with CheckpointReader(single) as a, CheckpointReader(write(tmp_path / "other", tensors)) as b:
         assert fingerprint(a) != fingerprint(b)
+
+
+def test_tensors_that_the_index_leaves_out_are_read_as_transformers_reads_them(sharded, tensors):
+    index = json.loads((sharded / INDEX).read_text())
+    left_out = [key for key in index["weight_map"] if "mlp" in key]
+    index["weight_map"] = {key: file for key, file in index["weight_map"].items() if key not in left_out}
+    (sharded / INDEX).write_text(json.dumps(index))
+    with CheckpointReader(sharded) as reader:
+        assert set(reader) == set(tensors)
+        assert all(torch.equal(reader.read(key), tensors[key]) for key in left_out)
+
+
+def test_a_tensor_in_two_shards_needs_the_index_to_say_which(sharded, tensors):
+    path = sharded / "model-00003-of-00003.safetensors"
+    key = next(iter(load_file(sharded / "model-00001-of-00003.safetensors")))
+    save_file({**load_file(path), key: torch.zeros(2)}, path)
+    with CheckpointReader(sharded) as reader:
+        assert torch.equal(reader.read(key), tensors[key])
+    index = json.loads((sharded / INDEX).read_text())
+    del index["weight_map"][key]
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"both hold .*does not say which"):
+        CheckpointReader(sharded)

@@ -14,8 +14,10 @@ from adapter_kit import close, edit_all, logits, stock_logits, train
 from holdfast.checkpoints.cast import cast_checkpoint
 from holdfast.checkpoints.merged import open_checkpoint
 from holdfast.checkpoints.value import Checkpoint
+from holdfast.editing.editor import edit_checkpoint
 from holdfast.models.load import load
 from holdfast.models.streaming import load_streamed
+from holdfast.rules.interpolation import InterpolationOptions, InterpolationRule
 
 PROJ = r".*language_model\.layers.*_proj"
 
@@ -26,6 +28,23 @@ CASES = {
     "both": {"target_modules": PROJ, "modules_to_save": ["embed_tokens", "lm_head"]},
     "kept tied": {"target_modules": PROJ, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "LoRA on the head": {"target_modules": rf"({PROJ})|lm_head"},
+    "LoRA on the embedding": {"target_modules": rf"({PROJ})|.*embed_tokens"},
+    "LoRA on both": {"target_modules": rf"({PROJ})|.*embed_tokens|lm_head"},
+    "LoRA on the embedding, kept tied": {
+        "target_modules": rf"({PROJ})|.*embed_tokens",
+        "ensure_weight_tying": True,
+    },
+    "LoRA on the head, kept tied": {"target_modules": rf"({PROJ})|lm_head", "ensure_weight_tying": True},
+    "both, kept tied": {
+        "target_modules": PROJ,
+        "modules_to_save": ["embed_tokens", "lm_head"],
+        "ensure_weight_tying": True,
+    },
+    "LoRA on the embedding, head whole": {
+        "target_modules": rf"({PROJ})|.*embed_tokens",
+        "modules_to_save": ["lm_head"],
+    },
+    "trainable tokens": {"target_modules": PROJ, "trainable_token_indices": [20, 21]},
     "neither": {"target_modules": PROJ},
 }
 
@@ -111,3 +130,20 @@ def test_the_guard_does_not_take_its_reference_from_our_loader(tied_base: Path, 
     monkeypatch.setattr(module.LoraAdapter, "changes_one_end", lambda self, name: False)
     with pytest.raises(ExportError, match="not what PEFT loads"):
         edit_all(tied_base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", ["embedding", "LoRA on both", "LoRA on the head, kept tied", "kept tied"])
+def test_an_adapter_export_serves_as_the_adapter_does(case: str, tied_base: Path, tmp_path: Path) -> None:
+    adapter = train(tied_base, tmp_path / "adapter", **CASES[case])
+    rule = InterpolationRule(InterpolationOptions(factor=1.0))
+    edit_checkpoint(tied_base, adapter, rule=rule, out=tmp_path / "out", export="adapter", coefficient="drop")
+    assert close(stock_logits(tied_base, tmp_path / "out"), stock_logits(tied_base, adapter))
+
+
+def test_a_full_model_that_was_untied_by_the_tuning_stays_so(tied_base: Path, tmp_path: Path) -> None:
+    adapter = train(tied_base, tmp_path / "adapter", **CASES["both"])
+    value = Checkpoint(base=str(tied_base), adapters=(str(adapter),))
+    untied = cast_checkpoint(value, tmp_path / "untied", torch.float32)
+    report = edit_all(tied_base, untied, tmp_path / "out")
+    assert close(stock_logits(tmp_path / "out"), stock_logits(tied_base, adapter))
+    assert any("lm_head.weight: in AFTER only" in warning for warning in report.warnings)

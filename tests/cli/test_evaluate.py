@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 
 import model_zoo
 from holdfast.cli import app
-from holdfast.errors import ConfigError, DataError, RunError, UnknownNameError
+from holdfast.errors import ConfigError, DataError, RunError, StorageError, UnknownNameError
+from holdfast.files import Lock
 
 
 @pytest.fixture
@@ -186,3 +188,15 @@ def test_the_way_of_opening_pictures_is_part_of_the_question(pico_folder, data, 
 def test_a_choice_that_is_none_is_refused_with_the_list(pico_folder, data, option, value, known):
     shown = call(pico_folder, "--tasks", data / "stream.yaml", option, value)
     assert shown.exit_code == 2 and value in shown.output and known in shown.output
+
+
+def test_two_processes_never_ask_for_one_folder_at_once(pico_folder, data, tmp_path, monkeypatch):
+    out, stream = tmp_path / "out", data / "stream.yaml"
+    args = (pico_folder, "--tasks", stream, "--out", out)
+    with Lock(out / ".lock", busy="taken"), pytest.raises(RunError, match="in use by another holdfast process"):
+        call(*args)
+    assert not (out / "config.json").exists() and call(*args).exit_code == 0
+    (out / "evaluation.json").unlink()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(StorageError, match="All answers, as long as they may get, needs about"):
+        call(*args)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from holdfast.data.images import PictureConfig, image_size, open_image, opening_differs, pictures, shrunk
+from holdfast.data.images import (
+    PictureConfig,
+    image_size,
+    open_image,
+    opening_differs,
+    pictures,
+    shrunk,
+    thumbnail_uri,
+)
 from holdfast.errors import DataError
 
 
@@ -153,3 +162,84 @@ def test_a_pixel_budget_is_kept(size: tuple[int, int], bound: int) -> None:
     made = shrunk(Image.new("RGB", size), bound)
     assert 1 <= made.width * made.height <= bound or made.size == size
     assert made.width * made.height <= max(bound, 1)
+
+
+def png_of(path: Path, width: int, height: int, *, depth: int = 8, colour: int = 0, rows: int | None = None) -> None:
+    """A PNG of one colour in every pixel, some kB for any size, written without making the picture."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour]
+    line = b"\0" + b"\x80" * (width * channels * depth // 8)
+    packer = zlib.compressobj(9)
+    data = b"".join(packer.compress(line) for _ in range(rows or height)) + packer.flush()
+    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+
+
+def peak_of(code: str) -> int:
+    """Bytes that a process of its own has at its peak beyond what its imports take."""
+    import subprocess
+    import sys
+
+    text = (
+        "import resource; from pathlib import Path; from holdfast.data import images\n"
+        "from PIL import Image\nImage.init()\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        f"before = peak()\n{code}\nprint(peak() - before)"
+    )
+    return int(subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("shape", [(13000, 13000), (20000, 20000), (8193, 8192), (2**26 + 1, 1)])
+def test_more_pixels_than_the_bound_are_refused_by_name_size_and_bound(tmp_path: Path, shape: tuple[int, int]) -> None:
+    path = tmp_path / "bomb.png"
+    png_of(path, *shape, rows=1)
+    for opened in (open_image, image_size):
+        with pytest.raises(DataError, match=r"bomb\.png.*\d+ bytes.*(67108864|exceeds limit)"):
+            opened(path)
+    assert thumbnail_uri(path, 64) == ""
+
+
+@pytest.mark.parametrize("depth, colour, shape", [(8, 2, (6000, 6000)), (16, 0, (5000, 5000)), (8, 6, (5000, 5000))])
+def test_a_small_file_takes_memory_within_the_bound(
+    tmp_path: Path, depth: int, colour: int, shape: tuple[int, int]
+) -> None:
+    png_of(tmp_path / "a.png", *shape, depth=depth, colour=colour)
+    assert (tmp_path / "a.png").stat().st_size < 1_000_000
+    pixels = shape[0] * shape[1]
+    # Of the largest that are decoded: 2^26 pixels plain, half as many of the others.
+    most = 550e6 * pixels / (2**26 if colour == 2 else 2**25)
+    assert peak_of(f"images.open_image(Path({str(tmp_path / 'a.png')!r}))") < most
+
+
+@pytest.mark.timeout(30)
+def test_what_is_no_file_or_no_picture_is_refused_without_waiting(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "a.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+    for name, said in (("pipe.png", "named pipe"), ("folder.png", "a folder"), ("a.eps", "not an image")):
+        with pytest.raises(DataError, match=f"{name}.*{said}"):
+            open_image(tmp_path / name)
+        assert thumbnail_uri(tmp_path / name, 64) == ""
+    with pytest.raises(DataError, match="a device"):
+        open_image(Path("/dev/zero"))
+
+
+def test_every_cut_of_a_picture_is_opened_or_named(tmp_path: Path) -> None:
+    for suffix in ("png", "jpg", "gif", "bmp", "tiff", "webp", "ico", "tga", "pcx", "ppm"):
+        path = tmp_path / f"a.{suffix}"
+        Image.effect_noise((24, 24), 50).convert("RGB").save(path)
+        whole = path.read_bytes()
+        for cut in range(0, len(whole), max(1, len(whole) // 17)):
+            changed = bytearray(whole)
+            changed[cut : cut + 3] = b"\xff\x00\x7f"[: len(whole) - cut]
+            for content in (whole[:cut], changed):
+                path.write_bytes(content)
+                with contextlib.suppress(DataError):
+                    assert open_image(path).mode == "RGB"

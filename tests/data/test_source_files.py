@@ -104,3 +104,13 @@ def test_json_nested_beyond_reason_is_an_error_and_not_a_crash(tmp_path: Path) -
     path.write_text("[" * 200_000)
     with pytest.raises(DataError, match=r"nested too deeply|not valid JSON"):
         read_json(path)
+
+
+@pytest.mark.timeout(20)
+def test_braces_stand_for_a_bounded_number_of_names() -> None:
+    assert expand_braces("{a,b}/{x,y}.json") == ["a/x.json", "a/y.json", "b/x.json", "b/y.json"]
+    assert expand_braces("{a,{b,c}}") == ["a", "b", "a", "c"]
+    assert expand_braces("{a}.json") == ["{a}.json"]
+    for bomb in ("{a,b}" * 60, "{" * 3000 + "a,b" + "}" * 3000 + "{c,d}" * 30, "{" + "a," * 20_000 + "b}"):
+        with pytest.raises(DataError, match="more than 10000 names"):
+            expand_braces(bomb)

@@ -33,6 +33,29 @@ def test_live_models_get_the_weights_of_the_edit_on_disk(world, tmp_path):
     assert [dict(row) for row in result.report.layers] == [dict(row) for row in report.layers]
 
 
+def compiled_inside(model):
+    layers = model.model.language_model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = torch.compile(layer)
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap", [torch.compile, torch.nn.DataParallel, compiled_inside, lambda m: torch.compile(compiled_inside(m))]
+)
+@pytest.mark.parametrize("side", ["before", "after", "both"])
+def test_a_compiled_or_parallel_model_is_the_model_inside(side, wrap, world):
+    before, after = load(world.before), load(world.after)
+    expected = holdfast.harmonize(load(world.before), load(world.after), world.curvature)
+    plain = after
+    before = wrap(before) if side != "after" else before
+    after = wrap(after) if side != "before" else after
+    result = holdfast.harmonize(before, after, world.curvature)
+    assert len(result.report.layers) == len(world.curvature.modules)
+    found = [value for _, value in plain.state_dict().items()]
+    assert all(map(torch.equal, found, expected.model.state_dict().values()))
+
+
 def test_a_peft_model_gets_the_masked_factors_of_the_exported_adapter(world, tmp_path):
     from peft import PeftModel
 
@@ -107,9 +130,17 @@ def test_no_change_at_all_is_warned_of(world):
     assert result.report.warnings == ["AFTER equals BEFORE in every calibrated layer: there was nothing to edit"]
 
 
-def test_another_type_or_unrelated_weights_are_refused_before_the_first_layer_is_edited(world):
-    with pytest.raises(CheckpointError, match=r"is torch.bfloat16 after and torch.float32 before: rounding"):
-        holdfast.harmonize(load(world.before).float(), load(world.after), world.curvature)
+def test_a_before_in_another_type_is_rounded_to_afters(world):
+    usual = holdfast.harmonize(load(world.before), load(world.after), world.curvature).model.state_dict()
+    wide = {name: value.float() * (1 + 2e-4) for name, value in load(world.before).state_dict().items()}
+    found = holdfast.harmonize(wide, load(world.after), world.curvature).model.state_dict()
+    assert all(torch.equal(value, usual[name]) for name, value in found.items())
+
+
+def test_unrelated_weights_are_refused_before_the_first_layer_is_edited(world):
+    whole = {name: value.to(torch.int8) for name, value in load(world.before).state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"is torch.bfloat16 after and torch.int8 before"):
+        holdfast.harmonize(whole, load(world.after), world.curvature)
     stranger = load(world.after)
     last = world.curvature.modules[-1]
     generator = torch.Generator().manual_seed(1)

@@ -7,7 +7,9 @@ import threading
 import pytest
 
 from holdfast.data.types import Sample
+from holdfast.errors import StorageError
 from holdfast.evaluation.answers import Share, collect
+from holdfast.files import append
 
 SAMPLES = [Sample.single(f"s{i}", "x" * (7 * i % 5 + 1)) for i in range(7)]
 
@@ -80,3 +82,31 @@ def test_one_process_goes_on_with_what_several_began(tmp_path):
     last = Model()
     assert collect(SAMPLES, last, path=tmp_path / "a.part", batch_size=1) == expected
     assert len(last.batches) == 7 - 3
+
+
+def test_a_full_disk_is_a_sentence_and_what_was_asked_before_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "answers.part"
+    monkeypatch.setattr("holdfast.evaluation.answers.append", once_then_full(append))
+    samples = [Sample.single(str(i), f"ask {i}") for i in range(4)]
+    with pytest.raises(StorageError, match="No space left to write"):
+        collect(samples, lambda batch: [s.id for s in batch], path=path, batch_size=2)
+    monkeypatch.undo()
+    asked = []
+    answers = collect(samples, lambda b: [asked.append(s.id) or s.id for s in b], path=path, batch_size=2)
+    assert answers == ["0", "1", "2", "3"] and len(asked) == 2
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match="No space left to write"):
+        collect(samples, lambda batch: [s.id for s in batch], path=tmp_path / "full", batch_size=2)
+
+
+def once_then_full(append):
+    calls = []
+
+    def write(path, data):
+        calls.append(path)
+        if len(calls) == 2:
+            append(path, data[:5])  # what a disk that fills up leaves
+            raise StorageError(f"No space left to write {path}.")
+        append(path, data)
+
+    return write

@@ -10,10 +10,13 @@ import torch
 
 from holdfast.functional.hessian import InputGram, inverse_cholesky_factor
 from holdfast.functional.rivals import (
+    cgm,
     dare,
+    least_squares_merge,
     model_tailor,
     safe_delta,
     safelora,
+    shared_threshold,
     ties,
     trim,
 )
@@ -92,11 +95,14 @@ def test_safe_delta_admits_nothing_without_a_budget_and_everything_with_one(laye
     assert safe_delta(small.w_prev, small.w_new, small.u).tuned_share == pytest.approx(0.85, abs=0.002)
 
 
+@pytest.mark.parametrize("options, weights", [({}, (0.8, 0.2)), ({"change_weight": 0.5}, (0.5, 0.5))])
 @pytest.mark.parametrize("compensation, direction", [("sparsegpt", 1.0), ("released", -1.0), ("none", 0.0)])
-def test_model_tailor_equals_its_description(layer: Layer, compensation: Any, direction: float) -> None:
+def test_model_tailor_equals_its_description(
+    layer: Layer, compensation: Any, direction: float, options: dict[str, float], weights: tuple[float, float]
+) -> None:
     block, share = 32, 0.1
     got = model_tailor(
-        layer.w_prev, layer.w_new, layer.u, tuned_share=share, block_columns=block, compensation=compensation
+        layer.w_prev, layer.w_new, layer.u, tuned_share=share, block_columns=block, compensation=compensation, **options
     )
     old, new, h, u = (t.numpy() for t in (layer.w_prev, layer.w_new, layer.h, layer.u))
     reset = np.zeros_like(old, dtype=bool)
@@ -104,8 +110,8 @@ def test_model_tailor_equals_its_description(layer: Layer, compensation: Any, di
         part = slice(b0, min(old.shape[1], b0 + block))
         now = surgeon(new, old, h, reset, direction)[:, part]
         score = np.zeros_like(now)
-        for values in (np.abs(new - old)[:, part], now**2 / np.diag(u)[part] ** 2):
-            score += 0.5 * (values - values.mean(1, keepdims=True)) / values.std(1, ddof=1, keepdims=True)
+        for weight, values in zip(weights, (np.abs(new - old)[:, part], now**2 / np.diag(u)[part] ** 2), strict=True):
+            score += weight * (values - values.mean(1, keepdims=True)) / values.std(1, ddof=1, keepdims=True)
         keep = int(share * score.size + 0.5)
         threshold = np.sort(score.ravel())[-keep]
         reset[:, part] = score < threshold
@@ -159,6 +165,86 @@ def test_ties_elects_a_sign_and_averages_what_agrees() -> None:
     assert ties(deltas, density=0.5).tolist() == [[3.0, -2.0, 4.0, 0.0]]
 
 
+def test_cgm_weighs_each_entry_by_who_needs_it() -> None:
+    """Against the formula, entry by entry; nobody's entries, and those of the first task, keep their change."""
+    g = torch.Generator().manual_seed(0)
+    delta, own, before = torch.randn(5, 6, generator=g), torch.rand(5, 6, generator=g), torch.rand(5, 6, generator=g)
+    own[0, 0] = before[0, 0] = 0.0
+    soft, hard = (cgm(delta, own, before, alpha=0.7, hard=hard) for hard in (False, True))
+    for i in range(5):
+        for j in range(6):
+            d, f, p = float(delta[i, j]), float(own[i, j]), 0.7 * float(before[i, j])
+            assert float(soft[i, j]) == pytest.approx(d * f / (f + p) if f + p else d, rel=1e-5)
+            assert float(hard[i, j]) == (pytest.approx(d) if f > p or p == 0 else 0.0)
+    zeros = torch.zeros_like(own)
+    for first in (cgm(delta, own, zeros), cgm(delta, zeros, zeros), cgm(delta, own, before, alpha=0.0)):
+        assert torch.equal(first, delta)
+    assert not bool(cgm(delta, zeros + 1e-9, before + 1, hard=True).any())
+    with pytest.raises(ValueError, match="alpha=-1"):
+        cgm(delta, own, before, alpha=-1)
+    with pytest.raises(ValueError, match="expected one shape"):
+        cgm(delta, own[1:], before)
+
+
+def test_a_least_squares_merge_is_the_minimum_that_recursion_reaches() -> None:
+    """Against the normal equations over full matrices, and against recursive least squares, task by task."""
+    g = torch.Generator().manual_seed(0)
+    r, c, ranks = 5, 12, (3, 2, 4)
+    rows = [torch.randn(k, c, generator=g).double() for k in ranks]
+    columns = [torch.randn(r, k, generator=g).double() for k in ranks]
+    ridge = 0.05
+    found = least_squares_merge(rows, columns, ridge=ridge)
+    lam = ridge * float(torch.cat(rows).square().sum(1).mean())
+    left, right = lam * torch.eye(c, dtype=torch.float64), torch.zeros(r, c, dtype=torch.float64)
+    inverse, merged = torch.eye(c, dtype=torch.float64) / lam, torch.zeros(r, c, dtype=torch.float64)
+    for a, b in zip(rows, columns, strict=True):
+        left, right = left + a.T @ a, right + b @ a @ a.T @ a
+        gain = inverse @ a.T @ torch.linalg.inv(torch.eye(a.shape[0]).double() + a @ inverse @ a.T)
+        merged = merged + (b @ a @ a.T - merged @ a.T) @ gain.T
+        inverse = inverse - gain @ a @ inverse
+    torch.testing.assert_close(found, right @ torch.linalg.inv(left))
+    torch.testing.assert_close(found, merged)
+
+
+def test_a_least_squares_merge_keeps_tasks_that_read_apart_whole() -> None:
+    rows, columns = [torch.eye(6)[:2], torch.eye(6)[2:5]], [torch.ones(4, 2), torch.full((4, 3), 2.0)]
+    both = columns[0] @ rows[0] + columns[1] @ rows[1]
+    torch.testing.assert_close(least_squares_merge(rows, columns, ridge=1e-9), both)
+    # Two tasks that read alike meet in the middle.
+    torch.testing.assert_close(
+        least_squares_merge([rows[0]] * 2, [columns[0], 3 * columns[0]], ridge=1e-9), 2 * columns[0] @ rows[0]
+    )
+    assert not bool(least_squares_merge([torch.zeros(2, 6)], [torch.ones(4, 2)]).any())
+    with pytest.raises(ValueError, match="0 A and 0 B"):
+        least_squares_merge([], [])
+    with pytest.raises(ValueError, match="ridge=0"):
+        least_squares_merge(rows, columns, ridge=0)
+
+
+@pytest.mark.parametrize("density", [0.001, 0.03, 0.2, 0.5, 0.77, 1.0])
+def test_a_shared_threshold_is_that_of_all_entries_together(density: float) -> None:
+    """Against a sort of all of them; magnitudes over eleven orders, zeros and equal ones among them."""
+    g = torch.Generator().manual_seed(0)
+    parts = [torch.randn(7, 9, generator=g) * scale for scale in (1e-8, 1e-3, 1.0, 30.0)]
+    parts += [torch.zeros(3, 2), torch.full((5,), 0.25), -torch.full((5,), 0.25), torch.ones(4, dtype=torch.bfloat16)]
+    sizes = torch.cat([p.float().flatten() for p in parts]).abs().sort(descending=True).values
+    keep = int(density * sizes.numel() + 0.5)
+    found = shared_threshold(lambda: iter(parts), density)
+    assert found == (float(sizes[keep - 1]) if keep else float("inf"))
+
+
+def test_ties_with_shared_thresholds_trims_layers_together() -> None:
+    """A layer that changed little is trimmed away whole, where each layer for itself would keep its share."""
+    large, small = torch.tensor([[4.0, -3.0, 2.0, 1.0]]), torch.tensor([[0.4, -0.3, 0.2, 0.1]])
+    threshold = shared_threshold(lambda: iter([large, small]), 0.5)
+    assert threshold == 1.0
+    assert ties([large], thresholds=[threshold]).tolist() == large.tolist()
+    assert ties([small], thresholds=[threshold]).tolist() == [[0.0] * 4]
+    assert ties([small], density=0.5).tolist() == [[pytest.approx(0.4), pytest.approx(-0.3), 0.0, 0.0]]
+    with pytest.raises(ValueError, match="1 thresholds for 2 changes"):
+        ties([large, small], thresholds=[1.0])
+
+
 def test_dare_keeps_the_expectation_and_the_seed() -> None:
     d = torch.ones(400, 400)
     drawn = [dare(d, drop=0.9, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
@@ -181,6 +267,10 @@ def test_bad_input_is_named(layer: Layer) -> None:
         safe_delta(layer.w_prev, layer.w_new, layer.u, protected_share=2)
     with pytest.raises(ValueError, match="strength=-1"):
         safe_delta(layer.w_prev, layer.w_new, layer.u, strength=-1)
+    with pytest.raises(ValueError, match="change_weight=2"):
+        model_tailor(layer.w_prev, layer.w_new, layer.u, change_weight=2)
+    with pytest.raises(ValueError, match="at least one entry"):
+        shared_threshold(lambda: iter(()), 0.5)
     with pytest.raises(ValueError, match="expected one of sparsegpt, released, none"):
         model_tailor(layer.w_prev, layer.w_new, layer.u, compensation="obs")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"w_prev is \(9, 70\) and w_new is \(9, 69\)"):

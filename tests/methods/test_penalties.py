@@ -94,11 +94,24 @@ def test_o_lora_is_the_overlap_of_row_spaces(ctx, tuned):
     assert float(penalty.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
+def test_o_lora_keeps_the_new_factors_small_from_the_first_task(ctx, tuned):
+    penalty = get("o_lora", norm_weight=0.3).training_options(ctx)["penalty"]
+    sizes = [m.norm() for f in live_factors(tuned) for m in (f.a, f.b)]
+    found = penalty(tuned, {}, OUTPUTS)
+    assert float(found.detach()) == pytest.approx(0.3 * float(sum(sizes).detach()), rel=1e-5)
+    for f in live_factors(tuned):
+        f.b.data.zero_()  # as at the first step
+    penalty(tuned, {}, OUTPUTS).backward()
+    assert all(torch.isfinite(p.grad).all() for f in live_factors(tuned) for p in (f.a, f.b))
+
+
 def test_reg_lora_charges_marked_entries_only(ctx, tuned):
     marked = {f.name: torch.tensor([0, 5]) for f in live_factors(tuned)}
     before(ctx, "marked.safetensors", marked)
     penalty = get("reg_lora", weight=2.0).training_options(ctx)["penalty"](tuned, {}, OUTPUTS)
-    means = [f.update().flatten()[[0, 5]].abs().mean() for f in live_factors(tuned)]
+    # On B A as the factors stand: alpha / r is 2 here, and would make the same penalty twice as heavy.
+    means = [(f.b @ f.a).flatten()[[0, 5]].abs().mean() for f in live_factors(tuned)]
+    assert {f.scaling for f in live_factors(tuned)} == {2.0}
     assert float(penalty.detach()) == pytest.approx(2.0 * float(sum(means).detach()) / len(means), rel=1e-5)
 
 
@@ -146,6 +159,10 @@ def test_what_is_carried_is_made_once(ctx):
         ("ewc", {"decay": 2.0}, "decay 2.0"),
         ("replay", {"share": 0.0}, r"share is 0\.0"),
         ("dare", {"drop": 1.0}, r"drop is 1\.0"),
+        ("o_lora", {"norm_weight": -1.0}, r"norm_weight is -1\.0"),
+        ("safe_lora", {"unaligned": "x", "lowest": 0}, r"lowest is 0"),
+        ("model_tailor", {"first_block": 1.0}, r"first_block is 1\.0"),
+        ("model_tailor", {"change_weight": 2.0}, r"change_weight is 2\.0"),
         ("ties", {"density": 0.0}, r"density is 0\.0"),
         ("interpolation", {"factor": 2.0}, r"factor is 2\.0; expected 0\.\.1"),
         ("safe_lora", {}, r"methods\.safe_lora: missing key\(s\) unaligned"),
@@ -157,3 +174,28 @@ def test_what_is_carried_is_made_once(ctx):
 def test_a_wrong_option_is_named(name, options, message):
     with pytest.raises(ConfigError, match=message):
         get(name, **options)
+
+
+@pytest.mark.parametrize(
+    "name, option, value",
+    [
+        ("dare", "drop", 0.9),
+        ("safe_lora", "lowest", 10),
+        ("safe_lora", "threshold", None),
+        ("o_lora", "weight", 0.5),
+        ("o_lora", "norm_weight", 0.0),
+        ("reg_lora", "share", 0.02),
+        ("reg_lora", "weight", 2.5e3),
+        ("ties", "density", 0.2),
+        ("ties", "weight", 1.0),
+        ("ties", "trim", "all"),
+        ("model_tailor", "change_weight", 0.8),
+        ("model_tailor", "tuned_share", 0.1),
+        ("model_tailor", "first_block", 20 / 32),
+        ("safe_delta", "strength", 0.1),
+        ("safe_delta", "protected_share", 0.15),
+    ],
+)
+def test_defaults_are_those_of_the_released_programs(name, option, value):
+    needed = {"unaligned": "x"} if name == "safe_lora" else {}
+    assert getattr(get(name, **needed).config, option) == value

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, ConfigError, ModelError
+from holdfast.models import load as load_module
 from holdfast.models.encode import encode_request
 from holdfast.models.families import editable_linears
 from holdfast.models.load import LoadedModel, load
@@ -171,3 +172,60 @@ def test_a_bf16_checkpoint_is_widened_where_the_cpu_would_emulate_it(monkeypatch
     usual = torch.bfloat16 if has_bf16 else torch.float32
     assert load(tmp_path, device="cpu").dtype is load_streamed(tmp_path, device="cpu").dtype is usual
     assert load(tmp_path, device="cpu", dtype="bfloat16").dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_where_fp32_does_not_fit_blocks_are_widened_while_they_run(
+    stored: str, monkeypatch, llava_folder: Path, samples, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from holdfast.calibration.curvature import CalibrationConfig, collect_curvature, open_model
+    from holdfast.models import load as module
+    from holdfast.models.generate import generate
+
+    dtype = getattr(torch, stored)
+    AutoModelForImageTextToText.from_pretrained(llava_folder, dtype=dtype).save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(llava_folder, backend="pil").save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
+    whole = load(tmp_path, device="cpu")
+    assert {p.dtype for p in whole.model.parameters()} == {torch.float32}
+    elements = sum(p.numel() for p in whole.model.parameters())
+    monkeypatch.setattr(module, "usable_bytes", lambda device: 3 * elements)
+    narrow = load(tmp_path, device="cpu")
+    assert narrow.dtype is torch.float32  # what inputs are cast to
+    answers = [generate(model, samples, max_new_tokens=3, batch_size=4) for model in (whole, narrow)]
+    assert answers[0] == answers[1]
+    ids = torch.arange(20, 30)[None]
+    assert torch.equal(whole.model(input_ids=ids).logits, narrow.model(input_ids=ids).logits)
+    layers = narrow.model.model.language_model.layers
+    assert {p.dtype for p in layers.parameters()} == {dtype}
+    assert {p.dtype for p in narrow.model.parameters()} == {dtype, torch.float32}
+    # An error within a block leaves its weights as they are stored.
+    with pytest.raises(TypeError):
+        layers[0]("no tensor")
+    assert {p.dtype for p in layers[0].parameters()} == {dtype}
+    config = CalibrationConfig(damping=0.1)
+    wide, thin = (collect_curvature(m, m, samples, samples, config=config) for m in (whole, narrow))
+    assert all(torch.equal(wide.safety[name], thin.safety[name]) for name in wide.safety)
+    monkeypatch.setattr("holdfast.calibration.curvature.usable_bytes", lambda device: 3 * elements)
+    assert open_model(tmp_path, device="cpu").blocks_on_disk is None
+    assert {p.dtype for p in load(tmp_path, device="cpu", dtype="float32").model.parameters()} == {torch.float32}
+
+
+def test_one_process_uses_one_device_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_module._say_one_device.cache_clear()
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
+    for count, said in ((1, 0), (4, 1), (4, 1)):
+        monkeypatch.setattr("torch.accelerator.device_count", lambda n=count: n)
+        assert load_module.default_device() == torch.device("cuda")
+        assert caplog.text.count("devices are in sight; this process uses one of them") == said
+    load_module._say_one_device.cache_clear()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    load_module.default_device()
+    assert caplog.text.count("in sight") == 1

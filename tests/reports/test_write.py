@@ -18,7 +18,7 @@ from PIL import Image
 import fake_run
 from holdfast.errors import RunError, UnknownNameError
 from holdfast.metrics.continual import summarize
-from holdfast.reports import write_report
+from holdfast.reports import theme, write_report
 from holdfast.reports.card import write_card
 from holdfast.reports.compare import Entry, Group, difference
 from holdfast.reports.read_runs import load_run, read_rows
@@ -256,7 +256,7 @@ def test_an_answer_may_hold_any_line_separator_of_unicode(tmp_path: Path) -> Non
         path.write_text(path.read_text(encoding="utf-8") + '{"id": "cut', encoding="utf-8")
         assert len(read_rows(path)) == len(rows)
         path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-        with pytest.raises(RunError, match=f"line {len(rows) + 1}: not JSON"):
+        with pytest.raises(RunError, match=f"line {len(rows) + 1} is not valid JSON"):
             read_rows(path)
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     assert "three" in write_report([run]).html.read_text(encoding="utf-8")
@@ -399,3 +399,30 @@ def test_every_map_of_an_edit_has_its_sentence(page: str) -> None:
     for _, fold in folds:
         captions = re.findall(r"<figcaption>([^<]+)</figcaption>", fold)
         assert len(captions) == fold.count("<svg") == 2 and all(text.endswith(".") for text in captions)
+
+
+NAMES = (
+    r"a $x$ \frac{1}{0} $\nosuch{$",
+    "two\nlines\tand\x1b[2J control",
+    "100 % & <b>bold</b> \\1 {curly} [red]",
+    "_hidden",
+    "图表 العربية 🙂 \u202e",
+    "x" * 300,
+    "x" * 299 + "y",
+    "$",
+)
+
+
+def test_no_name_loses_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_run, "TASKS", NAMES)
+    monkeypatch.setattr(fake_run, "SETS", NAMES[:3])
+    run = fake_run.write_run(tmp_path / "run", methods={"hpa": 0.9, "cram": 0.8}, n=3, steps=len(NAMES))
+    files = write_report([run], title=NAMES[0])
+    text = files.html.read_text(encoding="utf-8")
+    assert "$x$" in text and "<b>bold" not in text and "\x1b" not in text
+    assert len({path.name for path in files.pngs}) == len(files.pngs) > 5
+    parsed = HTMLParser()
+    parsed.feed(text)
+    labels = theme.labels([*NAMES, *NAMES])
+    assert len(set(labels)) == len(labels) and all(0 < len(label) < 60 and "\n" not in label for label in labels)
+    assert not any(label.startswith("_") for label in labels)

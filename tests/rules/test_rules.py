@@ -60,6 +60,9 @@ def test_the_rules_are_found():
         "anchor:AnchorRule",
         "ties:TiesRule",
         "safe_lora:SafeLoraRule",
+        "resta:RestaRule",
+        "cgm:CgmRule",
+        "many:ManyRule",
     }
 
 
@@ -143,3 +146,71 @@ def test_rules_that_are_handed_more_than_options_edit_with_it(layer, factors):
     updates = {"layers.1.linear/0/a": a, "layers.1.linear/0/b": b}
     merged = ties(decode(ties.Config, {"density": 1.0}), Stored(base), updates).edit(layer, base, base + b @ a)
     torch.testing.assert_close(merged.weight, base + b @ a)
+
+
+def test_safe_lora_projects_the_layers_that_stray_most(layer, factors):
+    from holdfast.errors import ConfigError
+    from holdfast.rules.safe_lora import lowest_of
+
+    base, a, b = factors
+    safe_lora = RULES["safe_lora:SafeLoraRule"]
+    options = decode(safe_lora.Config, {"unaligned": "u"})
+    assert options.lowest == 10 and options.threshold is None
+    for lowest, projected in (((layer.name,), True), (("other",), False)):
+        rule = safe_lora(options, Stored(base), Stored(base + 1), lowest)  # type: ignore[call-arg]
+        assert rule.edit(layer, base, base + b @ a).row["projected"] is projected
+    with pytest.raises(ConfigError, match="a layer alone does not know"):
+        safe_lora(options, Stored(base), Stored(base + 1)).edit(layer, base, base + b @ a)  # type: ignore[call-arg]
+    cosines = {"a": 0.3, "b": 0.100001, "c": 0.100002, "d": 0.2, "e": -0.5}
+    assert lowest_of(cosines, 1) == {"e"}
+    # Equal to five places, as the released code compares them.
+    assert lowest_of(cosines, 2) == {"e", "b", "c"} == lowest_of(cosines, 3)
+    assert lowest_of(cosines, 9) == set(cosines)
+
+
+@pytest.mark.parametrize("trim", ["all", "layer"])
+def test_ties_averages_task_vectors_from_theta_0_and_not_residuals(layer, factors, trim):
+    """Before 1, tuned to 2: the entry's vectors are 1 and 2, and their mean is 1.5. Residuals (1 and 1) gave 1."""
+    base = factors[0]
+    ties = RULES["ties:TiesRule"]
+    vectors = {"layers.1.linear/0": torch.ones_like(base), "layers.1.linear/1": 2 * torch.ones_like(base)}
+    rule = ties(decode(ties.Config, {"density": 1.0, "trim": trim}), Stored(base), vectors)  # type: ignore[call-arg]
+    merged = rule.edit(layer, base + 1, base + 2)
+    torch.testing.assert_close(merged.weight, base + 1.5)
+    assert merged.row["distance"] == pytest.approx(merged.row["change"] / 2, rel=1e-4)
+
+
+def test_ready_edits_keep_their_figures_and_leave_earlier_blocks_as_they_were_tuned(tmp_path, layer, factors):
+    from holdfast.rules.ready_edits import write_edit
+
+    base, a, b = factors
+    write_edit(tmp_path / "layers.1.linear.safetensors", base + 2 * (b @ a), {"tuned_share": 0.25})
+    edited = made(RULES["ready_edits:ReadyEdits"], tmp_path).edit(layer, base, base + b @ a)
+    assert edited.row["tuned_share"] == 0.25
+    assert edited.row["distance"] == pytest.approx(2 * edited.row["change"])
+    later = made(RULES["ready_edits:ReadyEdits"], tmp_path, first_block=2).edit(layer, base, base + b @ a)
+    assert later.row == {"edited": False} and torch.equal(later.weight, base + b @ a)
+
+
+def test_a_report_says_where_an_edit_moved_further_than_the_tuning():
+    from holdfast.editing.descent import describe_moved_further
+
+    rows = [{"layer": "a", "change": 1.0, "distance": 1.7}, {"layer": "b", "change": 2.0, "distance": 2.0}]
+    assert describe_moved_further(rows) == [
+        "1 of 2 layers are farther from BEFORE than AFTER is, a by 1.70 times: the edit moves what the tuning had not"
+    ]
+    assert describe_moved_further(rows[1:]) == describe_moved_further([{"layer": "c"}]) == []
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_resta_adds_its_share_of_the_safety_vector(layer, factors, alpha):
+    base, a, b = factors
+    resta = RULES["resta:RestaRule"]
+    rule = resta(decode(resta.Config, {"unaligned": "u", "alpha": alpha}), Stored(base), Stored(base - 2))  # type: ignore[call-arg]
+    torch.testing.assert_close(rule.edit(layer, base, base + b @ a).weight, base + b @ a + 2 * alpha)
+
+
+def test_cgm_without_earlier_tasks_keeps_the_change(layer, factors):
+    base, a, b = factors
+    rule = RULES["cgm:CgmRule"](decode(RULES["cgm:CgmRule"].Config, {}), {layer.name: torch.ones_like(base)}, {})  # type: ignore[call-arg]
+    torch.testing.assert_close(rule.edit(layer, base, base + b @ a).weight, base + b @ a)

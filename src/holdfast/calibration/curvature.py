@@ -25,11 +25,12 @@ from holdfast.config import encode
 from holdfast.data.images import current_pictures
 from holdfast.data.types import Sample
 from holdfast.errors import CalibrationError, ConfigError, NumericalError
+from holdfast.files import sha256
 from holdfast.functional.hessian import Normalization
 from holdfast.functional.inverse import OnFailure
 from holdfast.models.families import decoder_blocks, editable_linears
 from holdfast.models.held import held, let_go, load
-from holdfast.models.load import default_device, parse_dtype, read_config, resolve_dtype
+from holdfast.models.load import default_device, parse_dtype, read_config, resolve_dtype, stays_narrow
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.memory import find_device, usable_bytes
 from holdfast.models.streaming import load_streamed
@@ -128,6 +129,9 @@ def collect_curvature(
             "other, and alpha sticks at its bound. Use 'sequence' or 'token', or sets of like size.",
             stacklevel=2,
         )
+    if after is not before and not isinstance(before, LoadedModel) and not isinstance(after, LoadedModel):
+        # A tuned model is often saved without its processor.
+        after = as_checkpoint(after).lent(as_checkpoint(before).base)
     sources = {"each": (before, after), "old": (before, before), "new": (after, after)}[config.activations]
     sides: dict[str, _Side] = {}
     held: LoadedModel | None = None
@@ -260,7 +264,12 @@ def open_model(
     let_go()  # before the free memory is measured
     base = as_checkpoint(source).base
     target = find_device(device) if device is not None else default_device()
-    itemsize = resolve_dtype(parse_dtype(dtype) if dtype is not None else None, read_config(base), target).itemsize
+    config = read_config(base)
+    itemsize = resolve_dtype(parse_dtype(dtype) if dtype is not None else None, config, target).itemsize
+    if memory_bytes is None:
+        # Blocks in 16 bits that are widened as they run are nearer than blocks on disk.
+        narrow = stays_narrow(base, dtype, config, target)
+        itemsize = itemsize if narrow is None else narrow.itemsize
     with open_checkpoint(base) as checkpoint:
         elements = sum(entry.numel for entry in checkpoint.entries.values())
     room = usable_bytes(target) if memory_bytes is None else _RESIDENT_SHARE * memory_bytes
@@ -322,7 +331,7 @@ def samples_sha256(samples: Sequence[Sample]) -> str:
     for sample in samples:
         digest.update(repr((sample.id, [t.said for t in sample.turns], sample.references)).encode())
         for path in sample.images:
-            digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
+            digest.update(sha256(path).digest())
     return digest.hexdigest()
 
 

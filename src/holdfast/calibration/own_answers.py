@@ -9,6 +9,7 @@ from pathlib import Path
 
 from holdfast.data.types import Sample, Turn
 from holdfast.errors import ConfigError, DataError
+from holdfast.files import sha256
 from holdfast.models.generate import generate
 from holdfast.models.loaded import LoadedModel
 
@@ -159,5 +160,5 @@ def _content(sample: Sample) -> str:
     for path in sample.images:
         # A missing image has no content to compare; encoding it says so with the sample's name.
         if Path(path).is_file():
-            digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
+            digest.update(sha256(path).digest())
     return digest.hexdigest()

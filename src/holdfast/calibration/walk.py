@@ -61,6 +61,7 @@ def walk_grams(
     blocks: Collection[int] | None = None,
     linears: Collection[str] | None = None,
     workspace_bytes: int | None = None,
+    edits: bool = False,
     progress: Progress | None = None,
 ) -> WalkReport:
     """Run `samples` through the model and hand the Gram of every distinct input to `consumer`, block after block.
@@ -78,6 +79,8 @@ def walk_grams(
         blocks_per_pass: overrides the budget.
         blocks: 0-based indices to calibrate; None: all. linears: names of linear layers, as in memory; None: all.
         workspace_bytes: what the consumer takes beside the widest Gram; None: what the diagonal of an inverse takes.
+        edits: the consumer changes the layers in place (`LayerGram.linears`), and a block reads what the edited blocks
+            before it give: one block in a pass, which runs once more after its edit.
 
     Raises: CalibrationError: no samples, no token of the kind asked for, NaN or inf in an activation, a layer that
         never runs, no such layer. ConfigError: a budget too small for one block. DataError: as encoding.
@@ -88,7 +91,10 @@ def walk_grams(
         raise ConfigError(f"tokens={tokens!r}; expected one of {', '.join(get_args(Tokens))}.")
     if batch_size < 1 or (blocks_per_pass is not None and blocks_per_pass < 1):
         raise ConfigError(f"batch_size {batch_size} and blocks_per_pass {blocks_per_pass} must be positive.")
+    if edits:
+        blocks_per_pass = 1
     walk = _Walk(loaded, samples, tokens, normalization, batch_size, memory_bytes, blocks_per_pass, blocks, linears)
+    walk.edits = edits
     walk.workspace_bytes = workspace_bytes if workspace_bytes is not None else 4 * walk.widest * walk.widest // 8
     try:
         return walk.run(consumer, progress or _silent)
@@ -141,6 +147,7 @@ class _Walk:
         self.spool = Spool(self.budget.total // _SPOOL_SHARE)
         self.vision = VisionMemory(loaded.model, self.spool)
         self.workspace_bytes = 0
+        self.edits = False
         self.seconds = dict.fromkeys(("encode", "load", "forward", "reduce"), 0.0)
         self.counted = [0, 0]
 
@@ -195,22 +202,25 @@ class _Walk:
                     self.counted = [layer.gram.sequences, layer.gram.tokens]
                     consumer(layer)
                     del layer
+        if self._edited(start, stop) and stop <= self.last and self.replay:
+            for number, offset in enumerate(batches):
+                self._forward(start, stop, number, offset, None)
         if store is not None:
             store.release(alive)
         if stop <= self.last:
             _return_memory()
 
-    def _forward(self, start: int, stop: int, number: int, offset: int, collector: GramCollector) -> None:
+    def _forward(self, start: int, stop: int, number: int, offset: int, collector: GramCollector | None) -> None:
+        """One batch through blocks `start` to `stop`; collector: None for the run after an edit, which only records."""
         several = not (start == 0 and stop > self.last)
         batch = self.samples[offset : offset + self.batch_size]
         with self._timed("encode"):
             inputs, mask = self._inputs(number, batch, first=start == 0, keep=several)
-        collector.expect(mask, f"samples {batch[0].id!r} .. {batch[-1].id!r}")
-        record = (
-            (lambda hidden: self.spool.put(f"hidden-{number}", {"hidden": hidden}))
-            if self.replay and stop <= self.last
-            else None
-        )
+        if collector is not None:
+            collector.expect(mask, f"samples {batch[0].id!r} .. {batch[-1].id!r}")
+        # Before an edit the input of the next block is not what it will be, and what is there is needed once more.
+        records = self.replay and stop <= self.last and (collector is None or not self._edited(start, stop))
+        record = (lambda hidden: self.spool.put(f"hidden-{number}", {"hidden": hidden})) if records else None
         with self._timed("forward"), ExitStack() as stack:
             if several and self.replay:
                 stack.enter_context(
@@ -231,6 +241,10 @@ class _Walk:
             except StopForwardError:
                 return
         raise CalibrationError(f"{self.loaded.name} finished its forward without reaching block {stop - 1}.")
+
+    def _edited(self, start: int, stop: int) -> bool:
+        """Whether the consumer changes what these blocks give."""
+        return self.edits and any(self.linears[index] for index in range(start, stop))
 
     def _inputs(self, number: int, batch: list[Sample], *, first: bool, keep: bool) -> tuple[Inputs, Tensor]:
         if first:

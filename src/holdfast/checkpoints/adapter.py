@@ -1,8 +1,9 @@
-"""A PEFT LoRA adapter on disk: its factors by module, its exact scaling, and a refusal of what is not plain LoRA.
+"""A PEFT LoRA adapter on disk: its factors by module, its exact scaling, and a refusal of what is not handled.
 
 W' = W + s B A with A (rank, c), B (r, rank) and s = alpha / rank, or alpha / sqrt(rank) with `use_rslora`;
-`rank_pattern` and `alpha_pattern` give single modules their own. Options that change what the stored factors mean
-(DoRA, a base changed by PiSSA, activated LoRA, ...) are refused by name: read as plain LoRA they would be wrong.
+`rank_pattern` and `alpha_pattern` give single modules their own. What changes a weight otherwise (DoRA, convolutions,
+embeddings, a base changed by PiSSA) is a `DenseUpdate`, merged and never edited as factors. Options that nobody here
+knows are refused by name: read as plain LoRA they would be wrong. `checkpoints.support` lists all kinds.
 """
 
 from __future__ import annotations
@@ -24,9 +25,14 @@ from holdfast.checkpoints.contents import (
     kind_of,
     require_safe_adapter,
 )
-from holdfast.checkpoints.naming import NameIndex, strip_peft_prefix
+from holdfast.checkpoints.dense_update import DenseKind, DenseUpdate, Part
+from holdfast.checkpoints.naming import NameIndex, normalised, strip_peft_prefix
+from holdfast.checkpoints.patterns import try_patterns, values_by_module
 from holdfast.checkpoints.reader import read_json
+from holdfast.checkpoints.support import adapter_kind
 from holdfast.checkpoints.tensor_file import EDITABLE_DTYPES, TensorEntry, TensorFile
+from holdfast.checkpoints.tied import EMBEDDING, HEAD
+from holdfast.checkpoints.value import as_checkpoint
 from holdfast.errors import AdapterError, CheckpointError
 
 CONFIG_FILE = ADAPTER_CONFIG
@@ -63,15 +69,38 @@ _HARMLESS = frozenset(
         "runtime_config",
         "target_modules",
         "task_type",
+        "trainable_token_indices",
+        "use_dora",
         "use_rslora",
         "velora_config",
         "lora_ga_config",
     }
 )
-# These initialisations subtract the initial factors from the base weights, so the adapter fits no saved base.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_NAMED_FACTOR = re.compile(r"(\.lora_[AB])\.\w+(\.weight)$")
-_A_SUFFIX, _B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
+# These initialisations subtract the initial factors from the base weights: only with them is the update known.
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
+# What PEFT calls a part of a module's update in a file; a file made of the model's own state has the adapter's name in
+# it too (`lora_A.default.weight`).
+_PART = re.compile(
+    r"^(?P<module>.+)\.(?:"
+    r"lora_(?P<factor>[AB])(?:\.\w+)?\.weight|"
+    r"lora_embedding_(?P<embedding>[AB])(?:\.\w+)?|"
+    r"(?P<magnitude>lora_magnitude_vector)(?:\.\w+)?(?:\.weight)?|"
+    r"(?P<tokens>token_adapter\.trainable_tokens_delta)(?:\.\w+)?"
+    r")$"
+)
+# How PEFT spells each part behind the module's name.
+_TAILS = {
+    "A": "lora_A.weight",
+    "B": "lora_B.weight",
+    "embedding_A": "lora_embedding_A",
+    "embedding_B": "lora_embedding_B",
+    "magnitude": "lora_magnitude_vector",
+    "tokens": "token_adapter.trainable_tokens_delta",
+}
+# Folders in which a trainer keeps the factors that the training began with, inside the adapter's folder or beside it.
+_INITIAL = re.compile(r"(^|[_-])(init|initial)([_-]|$)")
+# Of a rank or an alpha: beyond, products leave what fp32 holds, and nobody trains so.
+_LARGEST = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +126,19 @@ class LoraEntry:
 class LoraAdapter:
     """An adapter folder, opened: `modules` (name as in memory -> factors) and `saved` (whole tensors it replaces).
 
-    ties: what is done to one end of a tied embedding is done to the other (`ensure_weight_tying`). base_parameters: the
-        names in `saved` that PEFT loads into the base's own parameter, which a tied base shares between both ends.
+    dense: module -> what changes its weight otherwise than plain LoRA on a linear layer; merged, never edited as
+        factors. ties: what is done to one end of a tied embedding is done to the other (`ensure_weight_tying`).
+    base_parameters: the names in `saved` that PEFT loads into the base's own parameter, which a tied base shares
+        between both ends.
     input_scale: module -> entry of a vector (c,) that the edit wrote beside the factors; the base weight's column j is
         multiplied by `scale[j]` before the update is added. Empty for an adapter of any other tool.
 
-    Raises: AdapterError: no adapter, a kind that is not plain LoRA, factors that do not fit each other or the config.
+    Raises: AdapterError: no adapter, a kind that is not handled, factors that do not fit each other or the config.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
+        self._initial: LoraAdapter | None = None
         if not (self.folder / CONFIG_FILE).is_file():
             raise AdapterError(f"{self.folder} is no PEFT adapter: it has no {CONFIG_FILE}.")
         extra = require_safe_adapter(self.folder)
@@ -118,53 +150,156 @@ class LoraAdapter:
             self._file = TensorFile(self.folder / WEIGHTS_FILE)
             self._scales = self._open_scales()
             self._extra = tuple(TensorFile(path) for path in extra)
+            init = self.config.get("init_lora_weights")
+            if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+                self._initial = self._open_initial(init)
         except AdapterError:
             raise
         except CheckpointError as error:
             raise AdapterError(str(error)) from error
         self.ties = bool(self.config.get("ensure_weight_tying"))
         self.base_parameters: set[str] = set()
-        self.modules, self.saved = self._pair()
+        # Key in the file -> (module as the file calls it, what follows the module in a file that PEFT wrote).
+        self.parts: dict[str, tuple[str, str]] = {}
+        self.modules: dict[str, LoraEntry] = {}
+        self.dense: dict[str, DenseUpdate] = {}
+        self.saved: dict[str, TensorEntry] = {}
+        self._pair()
         self.input_scale = self._match_scales()
 
     def _open_scales(self) -> TensorFile | None:
         path = self.folder / INPUT_SCALE_FILE
         return TensorFile(path) if path.is_file() else None
 
-    def _pair(self) -> tuple[dict[str, LoraEntry], dict[str, TensorEntry]]:
-        entries = self._file.entries
-        factors: dict[str, dict[str, TensorEntry]] = {}
-        saved: dict[str, TensorEntry] = {}
-        for key, entry in entries.items():
-            # `lora_A.default.weight`: saved from the model's own state, with the adapter's name in memory.
-            name = _NAMED_FACTOR.sub(r"\1\2", strip_peft_prefix(key))
-            name = name.replace(".modules_to_save.default.", ".modules_to_save.")
-            if name.endswith(_A_SUFFIX):
-                factors.setdefault(name.removesuffix(_A_SUFFIX), {})["a"] = entry
-            elif name.endswith(_B_SUFFIX):
-                factors.setdefault(name.removesuffix(_B_SUFFIX), {})["b"] = entry
-            elif ".lora_" in name or "token_adapter" in name:
-                kind = name.rpartition(".lora_")[2] if ".lora_" in name else "token_adapter"
+    def _open_initial(self, init: str) -> LoraAdapter:
+        """The factors that training began with; PiSSA and its like took them out of the base."""
+        places = (self.folder, self.folder.resolve().parent)
+        for place in places:
+            found = sorted(
+                path
+                for path in place.iterdir()
+                if _INITIAL.search(path.name.lower()) and (path / CONFIG_FILE).is_file() and path != self.folder
+            )
+            if len(found) > 1:
                 raise AdapterError(
-                    f"{self.folder} holds {key} ({kind}): only LoRA on linear layers can be edited exactly. Merge this "
-                    "adapter into its base with PEFT and pass the merged folder."
+                    f"{self.folder} was initialised with {init!r}, and any of {', '.join(p.name for p in found)} in "
+                    f"{place} could be its initial adapter; leave the right one there."
+                )
+            if found:
+                initial = read_json(found[0] / CONFIG_FILE, "a PEFT configuration")
+                kind = initial.get("init_lora_weights")
+                if isinstance(kind, str) and kind.lower().startswith(_CHANGES_BASE):
+                    raise AdapterError(
+                        f"{found[0] / CONFIG_FILE} has init_lora_weights {kind!r}; expected true, as PEFT's guide "
+                        "saves an initial adapter (its factors are to be taken as they are)."
+                    )
+                return LoraAdapter(found[0])
+        raise AdapterError(f"{self.folder} was initialised with {init!r}, {adapter_kind('pissa').sentence}")
+
+    def _pair(self) -> None:
+        """Sort the file's tensors into factors of linear layers, dense updates and whole tensors."""
+        factors: dict[str, dict[str, TensorEntry]] = {}
+        for key, entry in self._file.entries.items():
+            name = strip_peft_prefix(key)
+            part = _PART.match(name)
+            if part is not None:
+                which = part.lastgroup
+                role = part[which] if which in ("factor", "embedding") else str(which)
+                role = f"embedding_{role}" if which == "embedding" else role
+                factors.setdefault(part["module"], {})[role] = entry
+                self.parts[key] = (part["module"], _TAILS[role])
+            elif ".lora_" in name or "token_adapter" in name:
+                raise AdapterError(
+                    f"{self.folder} holds {key}, which is no part of a LoRA that is handled: only lora_A and lora_B of "
+                    "linear layers, convolutions and embeddings, DoRA's magnitudes and trainable tokens are. Merge "
+                    "this adapter into its base with PEFT and pass the merged folder."
                 )
             else:
+                name = name.replace(".modules_to_save.default.", ".modules_to_save.")
                 # A trained bias of an adapted layer sits in that layer's base_layer.
                 plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-                saved[plain] = entry
+                self.saved[plain] = entry
+                module, _, last = plain.rpartition(".")
+                self.parts[key] = (module, f"base_layer.{last}" if ".base_layer." in name else last)
                 if ".modules_to_save." not in name and not self._is_module_to_save(plain):
                     self.base_parameters.add(plain)
-        if not factors:
+        names, where = sorted(factors), str(self.folder / CONFIG_FILE)
+        try_patterns(self.config, names, where=where)
+        self._own = {
+            key: values_by_module(self.config.get(key) or {}, names, where=f"{where}: {key}")
+            for key in ("rank_pattern", "alpha_pattern")
+        }
+        for name, roles in sorted(factors.items()):
+            if set(roles) <= {"A", "B"} and self._initial is None and not _is_convolution(roles):
+                self.modules[name] = self._entry(name, roles)
+            else:
+                self.dense[name] = self._dense(name, roles)
+        if not self.modules and not self.dense:
             raise AdapterError(f"{self.folder} holds no LoRA factors (lora_A, lora_B); there is nothing to edit.")
         for file in self._extra:
             for key, entry in file.entries.items():
                 # Its tool loads it into the base's own parameters, over what the adapter's file says.
                 name = strip_peft_prefix(key)
-                saved[name] = entry
+                self.saved[name] = entry
                 self.base_parameters.add(name)
-        modules = {name: self._entry(name, pair) for name, pair in sorted(factors.items())}
-        return modules, saved
+
+    def _dense(self, name: str, roles: Mapping[str, TensorEntry]) -> DenseUpdate:
+        parts = {role: Part(self._file, entry) for role, entry in roles.items()}
+        if set(roles) == {"tokens"}:
+            return DenseUpdate(module=name, kind="tokens", parts=parts, indices=self._token_indices(name))
+        embedding = any(role.startswith("embedding_") for role in roles)
+        wanted = {"embedding_A", "embedding_B"} if embedding else {"A", "B"}
+        if not wanted <= set(roles) or set(roles) - wanted - {"magnitude"}:
+            raise AdapterError(
+                f"{self.folder}: {name} has {', '.join(sorted(roles))} only; both factors are needed, of one kind."
+            )
+        first, second = (roles[role] for role in sorted(wanted))
+        rank, alpha = self.rank_and_alpha(name)
+        if first.shape[0] != rank or len(second.shape) < 2 or second.shape[1] != rank:
+            raise AdapterError(
+                f"{self.folder}: {name} has A {first.shape} and B {second.shape}, but the configuration gives it rank "
+                f"{rank}."
+            )
+        for entry in roles.values():
+            if entry.dtype not in EDITABLE_DTYPES:
+                raise AdapterError(f"{self.folder}: {entry.name} is {entry.dtype}; expected a floating type.")
+        scaling = self._scaling(rank, alpha)
+        if self._initial is not None:
+            before = self._initial.modules.get(name)
+            if before is None or (before.a.shape, before.b.shape) != (first.shape, second.shape):
+                raise AdapterError(
+                    f"{self._initial.folder} is not what {self.folder} began with: it has no factors of "
+                    f"{name} with A {first.shape} and B {second.shape}."
+                )
+            parts |= {
+                "initial_A": Part(self._initial._file, before.a),
+                "initial_B": Part(self._initial._file, before.b),
+            }
+        kind: DenseKind = "embedding" if embedding else "conv" if _is_convolution(roles) else "linear"
+        return DenseUpdate(
+            module=name,
+            kind=kind,
+            parts=parts,
+            scaling=scaling,
+            transposed=bool(self.config.get("fan_in_fan_out")) and kind == "linear",
+        )
+
+    def _token_indices(self, module: str) -> tuple[int, ...]:
+        """Rows of an embedding that `trainable_token_indices` names: a list, or a list by module."""
+        given = self.config.get("trainable_token_indices")
+        if isinstance(given, Mapping):
+            given = next((rows for end, rows in given.items() if f".{module}".endswith(f".{end}")), None)
+        if not isinstance(given, list) or not all(isinstance(row, int) and row >= 0 for row in given):
+            raise AdapterError(
+                f"{self.folder / CONFIG_FILE}: trainable_token_indices is {given!r} for {module}; expected token ids."
+            )
+        return tuple(given)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the input embedding or head that it holds whole, or None."""
+        rows = [entry.shape[0] for name, entry in self.saved.items() if normalised(name) in (EMBEDDING, HEAD)]
+        return rows[0] if rows else None
 
     def _is_module_to_save(self, name: str) -> bool:
         """Whether PEFT gives the module of this tensor a copy of its own (PEFT: _set_trainable)."""
@@ -174,38 +309,46 @@ class LoraAdapter:
 
     def changes_one_end(self, name: str) -> bool:
         """Whether the change of `name`, a saved tensor or a LoRA module, spares what a tied base shares it with."""
-        return not self.ties and (name in self.modules or name not in self.base_parameters)
+        if name in self.dense and self.dense[name].kind == "tokens":
+            return False  # PEFT gives the other end the same rows
+        return not self.ties and (name in self.modules or name in self.dense or name not in self.base_parameters)
 
     def weight_names(self) -> list[tuple[str, str]]:
         """(name in `saved` or `modules`, name of the tensor that it changes), of all."""
-        return [*((name, name) for name in self.saved), *((module, f"{module}.weight") for module in self.modules)]
+        modules = (*self.modules, *self.dense)
+        return [*((name, name) for name in self.saved), *((module, f"{module}.weight") for module in modules)]
 
     def _entry(self, name: str, pair: Mapping[str, TensorEntry]) -> LoraEntry:
         if len(pair) != 2:
-            raise AdapterError(f"{self.folder}: {name} has lora_{next(iter(pair)).upper()} only; both are needed.")
-        a, b = pair["a"], pair["b"]
+            raise AdapterError(f"{self.folder}: {name} has lora_{next(iter(pair))} only; both are needed.")
+        a, b = pair["A"], pair["B"]
         for factor in (a, b):
             if factor.dtype not in EDITABLE_DTYPES:
                 raise AdapterError(f"{self.folder}: {factor.name} is {factor.dtype}; expected a floating type.")
         if len(a.shape) != 2 or len(b.shape) != 2:
             raise AdapterError(
-                f"{self.folder}: the factors of {name} are {a.shape} and {b.shape}; only linear layers are handled."
+                f"{self.folder}: the factors of {name} are {a.shape} and {b.shape}; expected two matrices, or two "
+                "kernels of a convolution."
             )
-        rank = self._option("rank_pattern", name, "r")
+        rank, alpha = self.rank_and_alpha(name)
         if a.shape[0] != b.shape[1] or a.shape[0] != rank:
             raise AdapterError(
                 f"{self.folder}: {name} has A {a.shape} and B {b.shape}, but the configuration gives it rank {rank}."
             )
-        alpha = self._option("alpha_pattern", name, "lora_alpha")
-        scaling = alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
-        return LoraEntry(name, a, b, a.shape[0], float(scaling), bool(self.config.get("fan_in_fan_out")))
+        scaling = self._scaling(rank, alpha)
+        return LoraEntry(name, a, b, a.shape[0], scaling, bool(self.config.get("fan_in_fan_out")))
+
+    def rank_and_alpha(self, module: str) -> tuple[float, float]:
+        """What the configuration gives a module."""
+        return self._option("rank_pattern", module, "r"), self._option("alpha_pattern", module, "lora_alpha")
+
+    def _scaling(self, rank: float, alpha: float) -> float:
+        return float(alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank)
 
     def _option(self, patterns: str, module: str, default: str) -> float:
         """A module's own value: of the first pattern that matches the end of its name (PEFT: get_pattern_key)."""
-        for pattern, value in (self.config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return self.config[default]
+        value: float = self._own[patterns].get(module, self.config[default])
+        return value
 
     def _match_scales(self) -> dict[str, TensorEntry]:
         if self._scales is None:
@@ -234,6 +377,18 @@ class LoraAdapter:
                 raise AdapterError(f"{self.folder}: {part.name} holds NaN or inf; the training that made it diverged.")
             factors.append(factor if part.dtype == "F64" else factor.float())
         return factors[0], factors[1]
+
+    def apply_dense(self, module: str, weight: Tensor) -> Tensor:
+        """A module's weight under its dense update, in fp32 or wider.
+
+        weight: the base's (r, c), or a convolution's (out, in, height, width). Returns: of the same shape.
+
+        Raises: AdapterError: NaN or inf, or factors for another shape.
+        """
+        try:
+            return self.dense[module].apply(weight)
+        except ValueError as error:
+            raise AdapterError(f"{self.folder}: {error}") from error
 
     def read_scale(self, module: str) -> Tensor | None:
         """The input-scaling vector (c,) of a module, fp32, or None."""
@@ -276,8 +431,12 @@ class LoraAdapter:
     def meaning(self) -> dict[str, Any]:
         """What beside the factors decides the update (for the fingerprint): scaling by module, and input scales."""
         found: dict[str, Any] = {name: [e.rank, e.scaling, e.transposed] for name, e in self.modules.items()}
+        found |= {name: update.meaning() for name, update in self.dense.items()}
         if self.ties:
             found["ensure_weight_tying"] = True
+        if self._initial is not None:
+            with self._initial._file.path.open("rb") as opened:
+                found["initial adapter"] = hashlib.file_digest(opened, "sha256").hexdigest()
         if self._scales is not None:
             digest = hashlib.sha256()
             for name, entry in sorted(self.input_scale.items()):
@@ -291,7 +450,16 @@ class LoraAdapter:
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that hold tensors."""
-        return tuple(file.path for file in (self._file, self._scales, *self._extra) if file is not None)
+        initial = None if self._initial is None else self._initial._file
+        files = (self._file, self._scales, *self._extra, initial)
+        return tuple(file.path for file in files if file is not None)
+
+    def why_not_factors(self) -> str | None:
+        """Why this adapter's file alone, edited, would not serve as an adapter; None where it would."""
+        if self._initial is not None:
+            init = self.config.get("init_lora_weights")
+            return f"it was initialised with {init!r} and means something with its initial adapter only"
+        return None
 
     @property
     def extra_files(self) -> tuple[Path, ...]:
@@ -299,13 +467,14 @@ class LoraAdapter:
         return tuple(file.path for file in self._extra)
 
     def match(self, base: NameIndex) -> dict[str, str]:
-        """module -> key of its weight in the base; every module and saved tensor must have one.
+        """Module, dense ones too -> key of its weight in the base; every module and saved tensor must have one.
 
         Raises: AdapterError: a module that the base does not have.
         """
         for name in self.saved:
             self.key_of_saved(name, base)
-        return {module: base.require(f"{module}.weight", error=AdapterError) for module in self.modules}
+        modules = (*self.modules, *self.dense)
+        return {module: base.require(f"{module}.weight", error=AdapterError) for module in modules}
 
     def key_of_saved(self, name: str, base: NameIndex) -> str:
         """The key in the base of a whole tensor. Raises AdapterError, naming the file where it is not the adapter's."""
@@ -327,6 +496,12 @@ class LoraAdapter:
         self._file.close()
         if self._scales is not None:
             self._scales.close()
+        if self._initial is not None:
+            self._initial.close()
+
+
+def _is_convolution(roles: Mapping[str, TensorEntry]) -> bool:
+    return {"A", "B"} <= set(roles) and len(roles["A"].shape) > 2 and len(roles["B"].shape) == len(roles["A"].shape)
 
 
 def is_adapter(folder: Path | str) -> bool:
@@ -334,17 +509,22 @@ def is_adapter(folder: Path | str) -> bool:
     return kind_of(folder) == "adapter"
 
 
+def is_one_adapter(source: str | Path) -> bool:
+    """Whether a source names one adapter that can be edited as one: LoRA factors on linear layers."""
+    value = as_checkpoint(source)
+    if value.adapters or not is_adapter(value.base):
+        return False
+    adapter = LoraAdapter(value.base)
+    try:
+        return bool(adapter.modules) and adapter.why_not_factors() is None
+    finally:
+        adapter.close()
+
+
 def _refuse_unusual(folder: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(
-            f"{folder} is a {kind!r} adapter; only LORA can be edited exactly. Merge it into its base and pass that."
-        )
-    if config.get("use_dora"):
-        raise AdapterError(
-            f"{folder} uses DoRA, whose update is not s*B*A. Merge it into its base with PEFT (`merge_and_unload`) and "
-            "pass the merged folder as AFTER."
-        )
+        raise AdapterError(f"{folder} is a {kind!r} adapter; {adapter_kind('other').sentence}")
     unusual = sorted(
         key for key, value in config.items() if key not in _HARMLESS and value not in (None, False, {}, [])
     )
@@ -354,25 +534,22 @@ def _refuse_unusual(folder: Path, config: Mapping[str, Any]) -> None:
             "Merge the adapter into its base with PEFT and pass the merged folder."
         )
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(_CHANGES_BASE):
-        raise AdapterError(
-            f"{folder} was initialised with {init!r}, which changes the base weights in memory; it does not belong to "
-            "the base on disk. Convert it with PEFT's `path_initial_model_for_weight_conversion`, or merge it."
-        )
+    if isinstance(init, str) and init.lower().startswith("loftq"):
+        raise AdapterError(f"{folder} was initialised with {init!r}, {adapter_kind('loftq').sentence}")
     values = [(key, config.get(key)) for key in ("r", "lora_alpha")]
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(name) or {}
         if not isinstance(patterns, Mapping):
             raise AdapterError(f"{folder / CONFIG_FILE}: {name} is {patterns!r}; expected {{module pattern: number}}.")
-        for pattern, value in patterns.items():
-            try:
-                re.compile(rf"(.*\.)?({pattern})$")
-            except re.error as error:
-                raise AdapterError(
-                    f"{folder / CONFIG_FILE}: {name} has {pattern!r}, which is no regular expression ({error}); "
-                    "expected the end of a module's name."
-                ) from error
-            values.append((f"{name}[{pattern!r}]", value))
+        values += [(f"{name}[{pattern!r:.80}]", value) for pattern, value in patterns.items()]
     for key, value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise AdapterError(f"{folder / CONFIG_FILE}: {key} is {value!r}; expected a positive number.")
+        whole = key == "r" or key.startswith("rank_pattern")
+        kinds = int if whole else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= _LARGEST:
+            raise AdapterError(
+                f"{folder / CONFIG_FILE}: {key} is {value!r:.40}; expected a positive number{', whole' * whole} and at "
+                f"most {_LARGEST}."
+            )
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise AdapterError(f"{folder / CONFIG_FILE}: modules_to_save is {saved!r:.80}; expected a list of names.")

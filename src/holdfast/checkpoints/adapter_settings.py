@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoints.reader import read_json
+from holdfast.errors import CheckpointError
+from holdfast.files import parse_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -23,6 +25,7 @@ _VOCABULARIES = (
 _TOKENIZER = (*_VOCABULARIES, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _TEMPLATES = (TEMPLATE_FILE, "chat_template.json", "additional_chat_templates")
 PROCESSOR_CONFIG, IMAGE_CONFIG = "processor_config.json", "preprocessor_config.json"
+GENERATION_CONFIG = "generation_config.json"
 _PROCESSOR = (PROCESSOR_CONFIG, IMAGE_CONFIG, "video_preprocessor_config.json")
 
 # A file or folder to be copied, or the content of a file.
@@ -51,6 +54,45 @@ def overlay(contents: Mapping[str, Content], adapters: Iterable[Path]) -> dict[s
             # The processor's template comes from this file; from a tokenizer's configuration only where it has none.
             found[TEMPLATE_FILE] = template.encode()
     return found
+
+
+def fill_missing(contents: Mapping[str, Content], lent: Mapping[str, Content]) -> dict[str, Content]:
+    """`contents` of a model's folder with the tokenizer, template and processor of `lent` where it has none.
+
+    People save the weights of a tuned model alone. A tokenizer counts as there when its vocabulary is.
+    """
+    found = dict(contents)
+    for _, files in _missing_parts(contents, lent):
+        found |= {name: content for name, content in lent.items() if name in files and name not in contents}
+    return found
+
+
+def describe_missing(
+    contents: Mapping[str, Content], lent: Mapping[str, Content], whose: str, lender: str
+) -> list[str]:
+    """A sentence that says what of the settings `whose` folder lacks and gets from `lender`."""
+    parts = [what for what, _ in _missing_parts(contents, lent)]
+    return [f"{', '.join(parts)}: {whose} has none, so {lender} is used"] if parts else []
+
+
+def lacks_settings(contents: Mapping[str, Content]) -> bool:
+    """Whether a model's folder has no vocabulary, or no processor's configuration."""
+    return not any(name in contents for name in _VOCABULARIES) or not any(
+        name in contents for name in (PROCESSOR_CONFIG, IMAGE_CONFIG)
+    )
+
+
+def _missing_parts(contents: Mapping[str, Content], lent: Mapping[str, Content]) -> list[tuple[str, tuple[str, ...]]]:
+    """(what, its files) of each part that `contents` lacks and `lent` has."""
+    files = {name: content for name, content in contents.items() if isinstance(content, Path)}
+    has_template = any(name in contents for name in _TEMPLATES) or _inner_template(files) is not None
+    lacking = (
+        ("tokenizer", _TOKENIZER, not any(name in contents for name in _VOCABULARIES)),
+        ("chat template", _TEMPLATES, not has_template),
+        ("processor", _PROCESSOR, not any(name in contents for name in (PROCESSOR_CONFIG, IMAGE_CONFIG))),
+        ("generation settings", (GENERATION_CONFIG,), GENERATION_CONFIG not in contents),
+    )
+    return [(what, names) for what, names, lacks in lacking if lacks and any(name in lent for name in names)]
 
 
 def has_settings(folder: Path) -> bool:
@@ -92,7 +134,9 @@ def _without_images(content: Content) -> bytes:
 def _read(content: Content) -> dict[str, Any]:
     if isinstance(content, Path):
         return read_json(content, "settings of a tokenizer or processor")
-    found: dict[str, Any] = json.loads(content)
+    found = parse_json(content, "settings of a tokenizer or processor", error=CheckpointError)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"Settings of a tokenizer or processor are a {type(found).__name__}; expected an object.")
     return found
 
 
@@ -104,4 +148,12 @@ def _bytes(content: Content) -> bytes:
     return content.read_bytes()
 
 
-__all__ = ["Content", "describe_overlay", "has_settings", "overlay"]
+__all__ = [
+    "Content",
+    "describe_missing",
+    "describe_overlay",
+    "fill_missing",
+    "has_settings",
+    "lacks_settings",
+    "overlay",
+]

@@ -51,11 +51,11 @@ def cast_checkpoint(
             floating = entry.dtype in EDITABLE_DTYPES
             size = entry.numel * dtype.itemsize if floating else entry.nbytes
             tensors.append(OutputTensor(key, name if floating else entry.dtype, entry.shape, size))
-            read = Input(checkpoint.base, entry)
+            read = tuple(Input(checkpoint.base, stored) for stored in checkpoint.stored(key))
             if floating and (entry.dtype != name or not checkpoint.is_plain(key)):
-                recipe[key] = Compute((read,), _to(checkpoint, key, dtype))
+                recipe[key] = Compute(read, _to(checkpoint, key, dtype))
             else:
-                recipe[key] = Copy(read)
+                recipe[key] = Copy(read[0])
         shards = plan_shards(tensors, shard_bytes=shard_bytes)
         prints = [fingerprint(checkpoint.base), *(fingerprint(adapter) for adapter in checkpoint.adapters)]
         adapters = [adapter.folder for adapter in checkpoint.adapters]
@@ -79,8 +79,8 @@ def cast_checkpoint(
 
 
 def _to(checkpoint: Any, key: str, dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, None]]:
-    def cast(weight: Tensor) -> tuple[Tensor, None]:
-        wide = weight if checkpoint.is_plain(key) else checkpoint.merge(key, weight)
+    def cast(*stored: Tensor) -> tuple[Tensor, None]:
+        wide = stored[0] if checkpoint.is_plain(key) else checkpoint.value(key, *stored)
         return wide.to(dtype), None
 
     return cast

@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from holdfast.errors import CalibrationError
-from holdfast.files import atomic_path
+from holdfast.checkpoints.tensor_file import TensorFile
+from holdfast.errors import CalibrationError, CheckpointError
+from holdfast.files import atomic_path, parse_json
 
 FORMAT_VERSION = 1
 SETS = ("safety", "task")
@@ -147,17 +148,18 @@ class Curvature:
         if not path.is_file():
             raise CalibrationError(f"No calibration at {path}. Make one with `holdfast calibrate MODEL --out {path}`.")
         try:
+            TensorFile(path).close()  # its header, within bounds
+        except CheckpointError as error:
+            raise CalibrationError(f"{path} is not a readable safetensors file ({error}); calibrate again.") from error
+        try:
             with safe_open(path, framework="pt") as file:
                 encoded = (file.metadata() or {}).get(_METADATA_KEY)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except SafetensorError as error:
+        except (SafetensorError, OSError, KeyError) as error:
             raise CalibrationError(f"{path} is not a readable safetensors file ({error}); calibrate again.") from error
         if encoded is None:
             raise CalibrationError(f"{path} is no calibration: it lacks the metadata that `holdfast calibrate` writes.")
-        try:
-            meta = json.loads(encoded)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"{path} holds metadata that cannot be read ({error}); calibrate again.") from error
+        meta = parse_json(encoded, f"{path} holds metadata that cannot be read: it", error=CalibrationError)
         if not isinstance(meta, dict):
             raise CalibrationError(f"{path} holds metadata that is no JSON object; calibrate again.")
         version = meta.get("format_version")

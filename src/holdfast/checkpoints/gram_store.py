@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from holdfast.errors import CalibrationError
-from holdfast.files import atomic_path, write_json
+from holdfast.files import atomic_path, parse_json, read_json, sha256, write_json
 from holdfast.functional.factorize import ieee_matmul
 
 if TYPE_CHECKING:
@@ -349,9 +349,10 @@ def _lower(store: GramStore, module: str) -> Tensor:
 def _read(path: Path, *, tensor: bool = True) -> tuple[Tensor, Mapping[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
+            text = (file.metadata() or {}).get(_METADATA_KEY, "null")
+            record = parse_json(text, f"The metadata of {path}", error=CalibrationError)
             lower = file.get_tensor("lower") if tensor else torch.empty(0)
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, OSError) as error:
         raise CalibrationError(f"{path} is no readable Gram matrix ({error}); calibrate again.") from error
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
         raise CalibrationError(f"{path} is no Gram matrix of this version; calibrate again.")
@@ -360,8 +361,8 @@ def _read(path: Path, *, tensor: bool = True) -> tuple[Tensor, Mapping[str, Any]
 
 def _read_json(path: Path) -> Any:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        data = read_json(path, "the record of Gram matrices", error=CalibrationError)
+    except (OSError, CalibrationError) as error:
         raise CalibrationError(f"{path} cannot be read ({error}); calibrate again.") from error
     if not isinstance(data, dict):
         raise CalibrationError(f"{path} holds no JSON object; calibrate again.")
@@ -369,8 +370,8 @@ def _read_json(path: Path) -> Any:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest: str = sha256(path).hexdigest()
+    return digest
 
 
 __all__ = ["FORMAT_VERSION", "GramInput", "GramStore", "GramWriter", "pack", "require_same", "running_mean", "unpack"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,20 @@ from torch import Tensor
 
 from holdfast.checkpoints.adapter import LoraAdapter, LoraEntry
 from holdfast.checkpoints.contents import require_model_folder
+from holdfast.checkpoints.dense_update import DenseUpdate
 from holdfast.checkpoints.naming import NameIndex, normalised
+from holdfast.checkpoints.quantised import dequantised_config, find_quantised
 from holdfast.checkpoints.reader import CheckpointReader
 from holdfast.checkpoints.tensor_file import EDITABLE_DTYPES, TensorEntry
-from holdfast.checkpoints.tied import EMBEDDING, HEAD, Tied, find_tied, untied_config
+from holdfast.checkpoints.tied import (
+    EMBEDDING,
+    HEAD,
+    Tied,
+    find_tied,
+    is_resized,
+    resized_config,
+    untied_config,
+)
 from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
 from holdfast.errors import AdapterError, CheckpointError
 
@@ -32,8 +44,11 @@ CheckpointLike = Checkpoint
 class MergedCheckpoint:
     """A base checkpoint under zero or more LoRA adapters, applied in order.
 
-    `entries` are the base's (keys, types, shapes). `replaced[key]` names the last adapter that replaces a whole tensor
-    (`modules_to_save`); `updates[key]` lists the adapters that change a weight after that, in order.
+    `entries` say what each key reads as (type, shape): the base's, but for what is dequantised, resized by an adapter,
+    or the other end of a tied pair. `stored(key)` is what has to be read for it, `value(key, ...)` what that makes.
+    `read_as[key]` is a type that a value is rounded to before anything is computed with it. `replaced[key]` names the
+    last adapter that replaces a whole tensor (`modules_to_save`); `updates[key]` lists the adapters that change a
+    weight after that, in order.
 
     Where the base ties its head to its input embedding and an adapter changes one end only, `untied` is True: `entries`
     then has both ends (the one that no file stores starts as the other), and `config()` says that they are two.
@@ -44,10 +59,14 @@ class MergedCheckpoint:
     def __init__(self, base: CheckpointReader, adapters: Sequence[LoraAdapter] = ()) -> None:
         self.base = base
         self.adapters = tuple(adapters)
-        self.updates: dict[str, list[tuple[LoraAdapter, LoraEntry]]] = {}
+        self.updates: dict[str, list[tuple[LoraAdapter, LoraEntry | DenseUpdate]]] = {}
         self.replaced: dict[str, tuple[LoraAdapter, str]] = {}
-        self.entries: dict[str, TensorEntry] = base.entries
-        self.names: NameIndex = base.names
+        self.read_as: dict[str, torch.dtype] = {}
+        what = f"checkpoint {base.folder}"
+        config = base.config() if (base.folder / "config.json").is_file() else {}
+        self.entries, self.quantised = find_quantised(base.entries, config, what=what)
+        self.names: NameIndex = base.names if not self.quantised else NameIndex(self.entries, what=what)
+        self._recorded = "quantization_config" in config
         self.untied = False
         self._tied = self._find_tied()
         for adapter in self.adapters:
@@ -58,7 +77,7 @@ class MergedCheckpoint:
         touched = {normalised(weight) for adapter in self.adapters for _, weight in adapter.weight_names()}
         if not touched & {EMBEDDING, HEAD}:
             return None
-        tied = find_tied(self.base.entries, self.base.config())
+        tied = find_tied(self.entries, self.base.config())
         if tied is not None:
             self.untied = any(
                 normalised(weight) in (EMBEDDING, HEAD) and adapter.changes_one_end(name)
@@ -66,8 +85,8 @@ class MergedCheckpoint:
                 for name, weight in adapter.weight_names()
             )
             if tied.missing is not None and self.untied:
-                stored = self.base.entries[tied.embedding if tied.missing == tied.head else tied.head]
-                self.entries = {**self.base.entries, tied.missing: stored}
+                stored = self.entries[tied.embedding if tied.missing == tied.head else tied.head]
+                self.entries = {**self.entries, tied.missing: stored}
                 self.names = NameIndex(self.entries, what=f"checkpoint {self.base.folder}")
         return tied
 
@@ -84,8 +103,8 @@ class MergedCheckpoint:
         )
 
     def keys_of(self, adapter: LoraAdapter) -> dict[str, str]:
-        """module of one of the adapters -> the key of the weight that it updates."""
-        return {module: self._key(adapter, f"{module}.weight") for module in adapter.modules}
+        """Module of one of the adapters, dense ones too -> the key of the weight that it updates."""
+        return {module: self._key(adapter, f"{module}.weight") for module in (*adapter.modules, *adapter.dense)}
 
     def _add(self, adapter: LoraAdapter) -> None:
         replaced = {name: self._key(adapter, name) for name in adapter.saved}
@@ -93,10 +112,11 @@ class MergedCheckpoint:
         done: set[str] = set()
         for name, key in replaced.items():
             saved, entry = adapter.saved[name], self.entries[key]
-            if saved.shape != entry.shape:
+            if saved.shape != entry.shape and not is_resized(key, saved.shape, entry.shape):
                 raise AdapterError(
                     f"{adapter.folder}: {name} is {saved.shape} in the adapter and {entry.shape} in "
-                    f"{self.base.folder}; resized tensors are not handled. Merge the adapter with PEFT first."
+                    f"{self.base.folder}; only an embedding or a head may have another number of rows. The adapter was "
+                    "trained on another model."
                 )
             if key in updated.values() and name not in adapter.base_parameters:
                 raise AdapterError(f"{adapter.folder} both replaces and updates {name}; merge it with PEFT first.")
@@ -106,8 +126,12 @@ class MergedCheckpoint:
                 # What earlier adapters made of it is replaced too: this one was trained on top of them.
                 self.updates.pop(end, None)
                 self.replaced[end] = (adapter, name)
+                if saved.shape != entry.shape:
+                    self.entries = {**self.entries, end: self._resized(end, saved.shape)}
+        if any(self.entries[key].shape != self.base.entries[self.entries[key].name].shape for key in replaced.values()):
+            self._require_equal_rows(adapter)
         for module, key in updated.items():
-            lora = adapter.modules[module]
+            lora = adapter.modules[module] if module in adapter.modules else adapter.dense[module]
             _check_fit(adapter, lora, self.entries[key])
             for end in self._ends(adapter, module, key, updated.values()):
                 if end in done:
@@ -122,10 +146,42 @@ class MergedCheckpoint:
             return [key]
         return [key, other]
 
+    def _resized(self, key: str, shape: tuple[int, ...]) -> TensorEntry:
+        entry = self.entries[key]
+        return replace(entry, shape=shape, nbytes=math.prod(shape) * entry.itemsize)
+
+    def _require_equal_rows(self, adapter: LoraAdapter) -> None:
+        """Both ends have one vocabulary: raise where an adapter resizes one of them and leaves the other."""
+        ends = {normalised(key): key for key in self.entries if normalised(key) in (EMBEDDING, HEAD)}
+        rows = {key: self.entries[key].shape[0] for key in ends.values()}
+        if len(set(rows.values())) > 1:
+            listed = ", ".join(f"{key} {count}" for key, count in rows.items())
+            raise AdapterError(
+                f"{adapter.folder} resizes one end of the vocabulary only ({listed} rows). Save the adapter with both "
+                "(`save_embedding_layers=True`), or merge it into its base with the tool that trained it."
+            )
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the input embedding, where an adapter resized it; else None."""
+        for key in self.entries:
+            stored = self.base.entries.get(self.entries[key].name)
+            if normalised(key) == EMBEDDING and stored is not None and stored.shape != self.entries[key].shape:
+                return self.entries[key].shape[0]
+        return None
+
     def config(self) -> dict[str, Any]:
-        """`config.json` of the merged model: the base's, untied where the two ends differ."""
+        """`config.json` of the merged model: the base's, untied where the two ends differ, with its vocabulary."""
         config = self.base.config()
-        return untied_config(config) if self.untied else config
+        config = untied_config(config) if self.untied else config
+        # A record that outlived its weights goes as well: loaders would go by it.
+        config = dequantised_config(config) if "quantization_config" in config else config
+        return config if self.vocabulary is None else resized_config(config, self.vocabulary)
+
+    @property
+    def has_own_config(self) -> bool:
+        """Whether `config()` says something else than the base's file."""
+        return self.untied or self._recorded or self.vocabulary is not None
 
     @property
     def folder(self) -> Path:
@@ -144,7 +200,28 @@ class MergedCheckpoint:
 
     def is_plain(self, key: str) -> bool:
         """Whether the tensor is the base's own, bytes and all."""
-        return key not in self.updates and key not in self.replaced
+        return not any(key in found for found in (self.updates, self.replaced, self.quantised, self.read_as))
+
+    def stored(self, key: str) -> tuple[TensorEntry, ...]:
+        """The entries of the base's files that `value` takes, in its order."""
+        quantised = self.quantised.get(key)
+        if quantised is not None:
+            return (quantised.stored, quantised.scale)
+        return (self.base.entries[self.entries[key].name],)
+
+    def value(self, key: str, *stored: Tensor, out: Tensor | None = None) -> Tensor:
+        """One tensor, dequantised, merged and rounded to `read_as`, from what lies on disk.
+
+        stored: the tensors of `stored(key)`, of any shape. out: of the shape of `entries[key]`: the result is cast once
+        into it; without, it is fp32 or wider.
+        """
+        quantised = self.quantised.get(key)
+        weight = stored[0] if quantised is None else quantised.read(*stored)
+        rounded = self.read_as.get(key)
+        if rounded is None:
+            return self.merge(key, weight, out=out)
+        value = self.merge(key, weight).to(rounded)
+        return value.to(torch.promote_types(rounded, torch.float32)) if out is None else out.copy_(value)
 
     def merge(self, key: str, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """The merged value of `weight`, the base's tensor under `key`; `out` may be `weight` itself.
@@ -155,21 +232,21 @@ class MergedCheckpoint:
         """
         if key in self.replaced:
             adapter, name = self.replaced[key]
-            weight = adapter.read_saved(name)
+            weight = adapter.read_saved(name).to(weight.device)
         if out is None:
             out = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
-        return (
-            add_updates(
-                weight,
-                [
-                    (*adapter.read_factors(e.module), e, adapter.read_scale(e.module))
-                    for adapter, e in self.updates[key]
-                ],
-                out,
-            )
-            if key in self.updates
-            else out.copy_(weight)
-        )
+        pending: list[tuple[Tensor, Tensor, LoraEntry, Tensor | None]] = []
+        for adapter, update in self.updates.get(key, ()):
+            if isinstance(update, LoraEntry):
+                pending.append((*adapter.read_factors(update.module), update, adapter.read_scale(update.module)))
+                continue
+            # What is no sum comes after all that is below it, in fp32 or wider.
+            if pending:
+                wide = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+                weight = add_updates(weight, pending, wide)
+                pending = []
+            weight = adapter.apply_dense(update.module, weight)
+        return add_updates(weight, pending, out) if pending else out.copy_(weight)
 
     def read_float(self, key: str) -> Tensor:
         """One tensor, merged, in fp32 or wider: what an edit computes with.
@@ -184,7 +261,7 @@ class MergedCheckpoint:
             raise CheckpointError(
                 f"{key} in {self.folder} is stored as {entry.dtype}; expected F16, BF16 or F32. Dequantise it first."
             )
-        return self.merge(key, self.base.read(entry.name))
+        return self.value(key, *self._read_stored(key))
 
     def read(self, key: str) -> Tensor:
         """One tensor, merged, cast once to its stored type.
@@ -192,8 +269,16 @@ class MergedCheckpoint:
         Of the stored shape, (out, in) for a linear.
         """
         key = self.names.require(key)
-        weight = self.base.read(self.entries[key].name)
-        return weight if self.is_plain(key) else self.merge(key, weight, out=weight)
+        stored = self._read_stored(key)
+        entry = self.entries[key]
+        if self.is_plain(key):
+            return stored[0]
+        fits = stored[0].dtype == entry.torch_dtype and tuple(stored[0].shape) == entry.shape
+        out = stored[0] if fits else torch.empty(entry.shape, dtype=entry.torch_dtype)
+        return self.value(key, *stored, out=out)
+
+    def _read_stored(self, key: str) -> list[Tensor]:
+        return [self.base.read(entry.name) for entry in self.stored(key)]
 
     def close(self) -> None:
         """Close base and adapters."""
@@ -289,12 +374,19 @@ def open_checkpoint(source: Source) -> MergedCheckpoint:
         raise
 
 
-def _check_fit(adapter: LoraAdapter, lora: LoraEntry, base: TensorEntry) -> None:
-    expected = lora.shape[::-1] if lora.transposed else lora.shape
-    if base.shape != expected:
+def _check_fit(adapter: LoraAdapter, update: LoraEntry | DenseUpdate, base: TensorEntry) -> None:
+    expected: tuple[int, ...]
+    if isinstance(update, LoraEntry):
+        expected = update.shape[::-1] if update.transposed else update.shape
+        fits = base.shape == expected
+    else:
+        expected, fits = update.shape, update.fits(base.shape)
+    if not fits:
+        groups = isinstance(update, DenseUpdate) and update.kind == "conv"
         raise AdapterError(
-            f"{adapter.folder} updates {lora.module} as {expected}, but {base.name} is {base.shape} in the base; the "
-            "adapter was trained on another model."
+            f"{adapter.folder} updates {update.module} as {expected}, but {base.name} is {base.shape} in the base; "
+            "the adapter was trained on another model"
+            + (", or on a convolution with groups, which is not handled." if groups else ".")
         )
     if base.dtype not in EDITABLE_DTYPES:
         raise AdapterError(

@@ -26,10 +26,15 @@ def strip_peft_prefix(key: str) -> str:
     What FSDP, activation checkpointing, torch.compile and data parallelism put into names goes too: a file that was
     saved from within them names the same modules.
     """
+    return strip_wrappers(key).removeprefix(_PEFT_PREFIX)
+
+
+def strip_wrappers(key: str) -> str:
+    """`key` without the components that FSDP, activation checkpointing, torch.compile and data parallelism add."""
     parts = [part for part in key.split(".") if part not in _PARALLEL]
-    while parts[:1] == ["module"]:
+    while parts[:1] == ["module"] and len(parts) > 1:
         parts = parts[1:]
-    return ".".join(parts).removeprefix(_PEFT_PREFIX)
+    return ".".join(parts)
 
 
 def normalised(name: str) -> tuple[str, ...]:

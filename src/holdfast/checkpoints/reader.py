@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from torch import Tensor
 
+from holdfast import files
 from holdfast.checkpoints.contents import INDEX_FILE, PICKLED_ADAPTER, PICKLED_MODELS, SINGLE_FILE
-from holdfast.checkpoints.naming import NameIndex
+from holdfast.checkpoints.naming import NameIndex, strip_wrappers
 from holdfast.checkpoints.tensor_file import TensorEntry, TensorFile
 from holdfast.errors import CheckpointError
 
@@ -20,24 +21,33 @@ _PICKLES = (*PICKLED_MODELS, PICKLED_ADAPTER)
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from a file.
 
-    Raises: CheckpointError: no such file, not JSON, or not an object.
+    Raises: CheckpointError: no such file, no ordinary one, not JSON, a key that stands twice, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = files.read_json(path, what, error=CheckpointError, unique=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; expected {what}.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); expected {what}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; expected {what}, a JSON object.")
     return value
 
 
+def has_wrapped_names(folder: Path) -> bool:
+    """Whether a folder's weights have a wrapper's names in them; False where they cannot be read."""
+    try:
+        with CheckpointReader(folder) as reader:
+            return reader.wrapped
+    except CheckpointError:
+        return False  # whoever loads it says what is wrong
+
+
 class CheckpointReader:
     """A folder of model weights, read tensor by tensor; opening reads headers only.
 
-    `entries` maps on-disk keys to their place, in the order in which they lie on disk. Every shard that the index
-    names is opened and checked at once, so a truncated or missing shard is found before anything is written.
+    `entries` maps on-disk keys to their place, in the order in which they lie on disk. Names of wrappers (`_orig_mod`,
+    `_fsdp_wrapped_module`, `module.`, ...) are left out of the keys, and `wrapped` says that there were some. Every
+    shard that the index names is opened and checked at once, so a truncated or missing shard is found before anything
+    is written.
 
     Raises: CheckpointError: no folder, no safetensors, a shard missing or truncated, an index that disagrees with the
         shards.
@@ -89,6 +99,7 @@ class CheckpointReader:
                 if entry is None:
                     raise CheckpointError(f"{index} says that {name} holds {key}, but its header does not.")
                 entries[key] = entry
+            entries |= self._unlisted(index, entries)
         else:
             pickled = [name for name in _PICKLES if (self.folder / name).exists()]
             hint = (
@@ -97,7 +108,44 @@ class CheckpointReader:
                 else "Pass the folder of a model saved with `save_pretrained`."
             )
             raise CheckpointError(f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}. {hint}")
+        entries = self._unwrapped(entries)
         return dict(sorted(entries.items(), key=lambda item: (item[1].path.name, item[1].offset)))
+
+    def _unwrapped(self, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+        """The entries without what FSDP, torch.compile and data parallelism put into names.
+
+        A file that was saved from within such a wrapper names the same model; nobody else could load it.
+        """
+        plain = {key: strip_wrappers(key) for key in entries}
+        self.wrapped = any(key != name for key, name in plain.items())
+        if not self.wrapped:
+            return entries
+        if len(set(plain.values())) < len(plain):
+            names = list(plain.values())
+            twice = next(key for key, name in plain.items() if names.count(name) > 1 and key != name)
+            raise CheckpointError(
+                f"{self.folder} holds {plain[twice]} twice, once as {twice}: with and without a wrapper's name in it. "
+                "Save the model again, unwrapped."
+            )
+        return {plain[key]: replace(entry, name=plain[key]) for key, entry in entries.items()}
+
+    def _unlisted(self, index: Path, listed: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+        """Tensors of the shards that the index leaves out: transformers loads whole files, so they are the model's.
+
+        Raises: CheckpointError: two shards hold one of them, and the index does not say which counts.
+        """
+        found: dict[str, TensorEntry] = {}
+        for file in self._files.values():
+            for key, entry in file.entries.items():
+                if key in listed:
+                    continue
+                if key in found:
+                    raise CheckpointError(
+                        f"{found[key].path.name} and {file.path.name} both hold {key}, and {index} does not say which "
+                        "counts. Name the right one there."
+                    )
+                found[key] = entry
+        return found
 
     def _file(self, path: Path) -> TensorFile:
         if path not in self._files:

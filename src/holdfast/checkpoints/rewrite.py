@@ -351,8 +351,16 @@ def copy_side_files(source: Path, target: Path, adapters: Sequence[Path] = ()) -
 
     Raises: StorageError: the target cannot be written.
     """
+    return copy_contents(side_contents(source, adapters), target)
+
+
+def copy_contents(contents: Mapping[str, Content], target: Path) -> list[str]:
+    """Write files and contents by their names into a folder; returns the names, sorted.
+
+    Raises: StorageError: the target cannot be written.
+    """
     names = []
-    for name, content in sorted(side_contents(source, adapters).items()):
+    for name, content in sorted(contents.items()):
         if isinstance(content, bytes):
             _copy(lambda c=content, n=name: (target / n).write_bytes(c), target)  # type: ignore[misc]
             names.append(name)
@@ -367,8 +375,13 @@ def copy_side_files(source: Path, target: Path, adapters: Sequence[Path] = ()) -
 
 def hash_side_files(source: Path, adapters: Sequence[Path] = ()) -> dict[str, str]:
     """sha256 of each file that `copy_side_files` would copy, by its path within the folder."""
+    return hash_contents(side_contents(source, adapters))
+
+
+def hash_contents(contents: Mapping[str, Content]) -> dict[str, str]:
+    """sha256 of each file of `contents`, by its path within the folder."""
     found = {}
-    for name, content in sorted(side_contents(source, adapters).items()):
+    for name, content in sorted(contents.items()):
         if isinstance(content, bytes):
             found[name] = hashlib.sha256(content).hexdigest()
             continue

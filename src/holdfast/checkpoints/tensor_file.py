@@ -7,16 +7,18 @@ a fresh tensor per read at a fifth of it.
 
 from __future__ import annotations
 
-import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from holdfast.errors import CheckpointError
+from holdfast.errors import CheckpointError, HoldfastError
+from holdfast.files import open_regular, parse_json
+from holdfast.text import one_line
 
 # https://github.com/huggingface/safetensors: names of element types in a header.
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -38,6 +40,8 @@ EDITABLE_DTYPES = ("F16", "BF16", "F32", "F64")
 
 # A header holds names and numbers only; the safetensors library refuses more than this too.
 _MAX_HEADER_BYTES = 100_000_000
+# The largest published checkpoints have 200,000 tensors in all their files together.
+MAX_TENSORS = 250_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,25 @@ class TensorEntry:
         return self.nbytes // self.numel if self.numel else 1
 
 
+class _HeaderError(HoldfastError):
+    """A header that is no usable JSON."""
+
+
+def _require_seamless(entries: Iterable[TensorEntry], start: int) -> None:
+    """Raise ValueError where two tensors share bytes, or some bytes belong to none. entries: by their offset."""
+    at, last = start, "the header"
+    for entry in entries:
+        if entry.offset < at and entry.nbytes:
+            raise ValueError(f"{entry.name} and {last} share bytes")
+        if entry.offset > at:
+            raise ValueError(f"{entry.offset - at} bytes between {last} and {entry.name} belong to no tensor")
+        at, last = max(at, entry.offset + entry.nbytes), entry.name
+
+
 class TensorFile:
     """A safetensors file opened for reading; the header is checked against the file's real size at once.
+
+    As the format asks, tensors lie one after another, without a gap or an overlap, and no name stands twice.
 
     Raises: CheckpointError: missing, no safetensors file, or truncated.
     """
@@ -82,7 +103,7 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._handle: int | None = os.open(path, os.O_RDONLY)
+            self._handle: int | None = open_regular(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist; download or copy the checkpoint again.") from None
         except OSError as error:
@@ -104,22 +125,34 @@ class TensorFile:
         if size < 8 + length:
             raise self._truncated(8 + length, size)
         try:
-            header = json.loads(os.pread(self._handle, length, 8))
+            raw = os.pread(self._handle, length, 8)
+            if raw.count(b"data_offsets") > MAX_TENSORS:
+                raise ValueError(f"it describes more than {MAX_TENSORS} tensors")
+            header = parse_json(raw, "it", error=_HeaderError, unique=True)
             metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
             entries = {name: self._entry(name, item, 8 + length) for name, item in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{self.path} has a damaged safetensors header ({error}).") from error
+            entries = dict(sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+            _require_seamless(entries.values(), 8 + length)
+        except (ValueError, KeyError, TypeError, AttributeError, _HeaderError) as error:
+            raise CheckpointError(
+                f"{self.path} has a damaged safetensors header: {one_line(str(error), 300)}. Copy or download it again."
+            ) from error
         end = max((e.offset + e.nbytes for e in entries.values()), default=8 + length)
         if size != end:
             raise self._truncated(end, size)
-        return dict(sorted(entries.items(), key=lambda item: item[1].offset)), metadata, 8 + length
+        return entries, metadata, 8 + length
 
     def _entry(self, name: str, item: dict, data_start: int) -> TensorEntry:
-        start, stop = item["data_offsets"]
-        entry = TensorEntry(name, item["dtype"], tuple(item["shape"]), self.path, data_start + start, stop - start)
+        kind, shape, (start, stop) = item["dtype"], item["shape"], item["data_offsets"]
+        shown = f"{name} of {kind!r:.40} {shape!r:.80}"
+        if not isinstance(kind, str) or not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
+            raise ValueError(f"{shown} has no element type and whole sizes")
+        if type(start) is not int or type(stop) is not int or not 0 <= start <= stop:
+            raise ValueError(f"{shown} cannot take bytes {start!r:.40} to {stop!r:.40}")
+        entry = TensorEntry(name, kind, tuple(shape), self.path, data_start + start, stop - start)
         dtype = TORCH_DTYPES.get(entry.dtype)
-        if start < 0 or stop < start or (dtype is not None and entry.numel * dtype.itemsize != entry.nbytes):
-            raise ValueError(f"{name} of {entry.dtype} {list(entry.shape)} cannot take bytes {start} to {stop}")
+        if dtype is not None and entry.numel * dtype.itemsize != entry.nbytes:
+            raise ValueError(f"{shown} cannot take bytes {start} to {stop}")
         return entry
 
     def _truncated(self, expected: int, size: int) -> CheckpointError:

@@ -7,7 +7,7 @@ loaded into the base (PEFT's `save_embedding_layers`) changes both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from holdfast.checkpoints.tensor_file import TensorEntry
 
 EMBEDDING, HEAD = ("embed_tokens", "weight"), ("lm_head", "weight")
 _FLAG = "tie_word_embeddings"
+_VOCABULARY = "vocab_size"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,22 @@ def is_tied_by_config(config: Mapping[str, Any]) -> bool:
     return bool(text.get(_FLAG)) if isinstance(text, Mapping) else False
 
 
+def is_resized(key: str, new: Sequence[int], old: Sequence[int]) -> bool:
+    """Whether `key` is an end of the vocabulary whose tensors differ in their rows alone: tokens were added or cut."""
+    return normalised(key) in (EMBEDDING, HEAD) and tuple(new[1:]) == tuple(old[1:]) and len(new) == len(old) == 2
+
+
+def resized_config(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """`config` of a model with `rows` tokens: `vocab_size` of the text decoder, and at the top where it is there."""
+    found = dict(config)
+    inside = [name for name in ("text_config", "llm_config") if isinstance(found.get(name), Mapping)]
+    for name in inside:
+        found[name] = {**found[name], _VOCABULARY: rows}
+    if _VOCABULARY in found or not inside:
+        found[_VOCABULARY] = rows
+    return found
+
+
 def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` of a model whose two ends differ: the flag is off at every level that has one, and at the top."""
 
@@ -80,6 +97,13 @@ def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def set_vocabulary(config: Any, rows: int | None) -> None:
+    """`rows` tokens in a configuration object of transformers; None leaves it as it is."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        if rows is not None and hasattr(part, _VOCABULARY):
+            setattr(part, _VOCABULARY, rows)
+
+
 def untie_in_memory(config: Any) -> None:
     """Switch tying off in a configuration object of transformers and in its parts, so that no later call ties again."""
     parts = [
@@ -92,4 +116,15 @@ def untie_in_memory(config: Any) -> None:
             setattr(part, _FLAG, False)
 
 
-__all__ = ["EMBEDDING", "HEAD", "Tied", "find_tied", "is_tied_by_config", "untie_in_memory", "untied_config"]
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "Tied",
+    "find_tied",
+    "is_resized",
+    "is_tied_by_config",
+    "resized_config",
+    "set_vocabulary",
+    "untie_in_memory",
+    "untied_config",
+]

@@ -7,7 +7,6 @@ to OUT. Started again with the same plan and input files, finished shards are ke
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,8 +21,8 @@ from torch import Tensor
 
 from holdfast.checkpoints.reader import read_json
 from holdfast.checkpoints.tensor_file import TORCH_DTYPES
-from holdfast.errors import CheckpointError, StorageError
-from holdfast.files import fsync_folder, storage_error, write_json
+from holdfast.errors import CheckpointError, HoldfastError, StorageError
+from holdfast.files import Lock, fsync, fsync_folder, storage_error, write_json
 
 DEFAULT_SHARD_BYTES = 256 << 20
 PROVENANCE_FILE = "holdfast.json"
@@ -151,7 +150,7 @@ class ShardWriter:
             self.discard()
             raise CheckpointError(f"{self._path}: wrote {self._written} bytes where {self._expected} were planned.")
         try:
-            os.fsync(self._handle)
+            fsync(self._handle)
             os.close(self._handle)
             self._handle = None
             self._temporary.replace(self._path)
@@ -188,7 +187,7 @@ class Staging:
         self.root = out.parent / f".{out.name}.partial"
         self.folder = self.root / "folder"
         self._marks = self.root / "marks"
-        self._lock: int | None = None
+        self._lock: Lock | None = None
         self.already_published = self._check_out(plan)
         if not self.already_published:
             self._open(plan)
@@ -228,11 +227,8 @@ class Staging:
     def _open(self, plan: Mapping[str, Any]) -> None:
         try:
             self._marks.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StorageError(f"Another process is writing {self.out} (it holds {self.root / 'lock'}).") from None
+            lock = self.root / "lock"
+            self._lock = Lock(lock, busy=f"Another process is writing {self.out} (it holds {lock}).")
             # A process killed within an atomic write leaves its temporary file, which would be published.
             for left_over in (*self.root.glob("*.tmp"), *self.root.glob("*/*.tmp")):
                 left_over.unlink()
@@ -293,7 +289,7 @@ class Staging:
                     fsync_folder(path)
                     continue
                 with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                    fsync(file.fileno())
             self.folder.rename(self.out)
             fsync_folder(self.out.parent)
         except OSError as error:
@@ -304,13 +300,25 @@ class Staging:
     def release(self) -> None:
         """Give up the lock; what is finished stays for the next run."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
+
+    @property
+    def kept(self) -> str:
+        """A sentence about what a failure leaves behind."""
+        done = sum(1 for _ in self._marks.glob("*.json")) if self._marks.is_dir() else 0
+        if not done:
+            return "Nothing was kept."
+        return f"{done} finished file(s) are kept in {self.root}, and the same command goes on from there."
 
     def __enter__(self) -> Staging:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        held = self._lock is not None
+        if held and isinstance(error, HoldfastError) and not any(self._marks.glob("*.json")):
+            # Nothing in it can be gone on from: it would only be in the way, and take space.
+            shutil.rmtree(self.root, ignore_errors=True)
         self.release()
 
 

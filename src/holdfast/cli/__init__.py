@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 
 import typer
 
+from holdfast.cli import boundary
 from holdfast.cli.panels import PanelledCommand
 from holdfast.cli.root import root
-from holdfast.errors import HoldfastError
 
 # verb -> module. A verb's module must be cheap to import: torch and transformers are imported inside its `command`.
 VERBS: dict[str, str] = {
     "demo": "holdfast.cli.demo",
     "init": "holdfast.cli.init",
     "run": "holdfast.cli.run",
+    "sweep": "holdfast.cli.sweep",
     "list": "holdfast.cli.list",
     "new": "holdfast.cli.new",
     "doctor": "holdfast.cli.doctor",
@@ -59,11 +58,5 @@ _register()
 
 
 def main() -> None:
-    """Entry point: an error that a user can act on is printed as a sentence, never as a traceback."""
-    try:
-        app()
-    except HoldfastError as error:
-        if os.environ.get("HOLDFAST_DEBUG"):
-            raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point: every verb ends as `holdfast.cli.boundary` says, with a sentence and never with a traceback."""
+    boundary.run(app)

@@ -19,7 +19,8 @@ def command(
     task: Annotated[Path, typer.Option(help="Samples of the task: prompts with answers, or LLaVA conversations.")],
     out: Annotated[Path, typer.Option(help="Calibration file to write, *.safetensors.")],
     after: Annotated[
-        str | None, typer.Option(help="The model AFTER the task, or its adapter; by default MODEL serves for both.")
+        str | None,
+        typer.Option(help="The model AFTER the task, or its adapter (several: A+B); by default MODEL serves for both."),
     ] = None,
     safety_images: Annotated[Path | None, typer.Option(help="Where image paths of --safety start from.")] = None,
     task_images: Annotated[Path | None, typer.Option(help="Where image paths of --task start from.")] = None,
@@ -67,13 +68,13 @@ def command(
     from accelerate import PartialState
 
     from holdfast.calibration.curvature import CalibrationConfig, collect_curvature
-    from holdfast.checkpoints.adapter import is_adapter
+    from holdfast.checkpoints.value import as_checkpoint
     from holdfast.cli.progress import bars
     from holdfast.cli.samples import read_calibration_sets
     from holdfast.config import decode
     from holdfast.data.images import PictureConfig, pictures
+    from holdfast.editing.pair import tuned_checkpoint
     from holdfast.files import require_writable
-    from holdfast.stream.protocol import Checkpoint
 
     require_writable(out, overwrite=overwrite)
     config = decode(
@@ -93,10 +94,8 @@ def command(
     safety_samples, task_samples = read_calibration_sets(
         safety, task, safety_images=safety_images, task_images=task_images
     )
-    before = Checkpoint(base=model)
-    tuned = before if after is None else Checkpoint(base=after)
-    if after is not None and is_adapter(after):
-        tuned = Checkpoint(base=model, adapters=(after,))
+    before = as_checkpoint(model)
+    tuned = before if after is None else tuned_checkpoint(model, after)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     state = PartialState(cpu=device == "cpu") if several else None
     chief = state is None or state.is_main_process

@@ -12,7 +12,7 @@ from holdfast.cli.choices import DtypeName, TokensName
 
 def command(
     model: Annotated[str, typer.Argument(help="The aligned model BEFORE the task: folder or hub id.")],
-    after: Annotated[str, typer.Option(help="The model AFTER the task, or its adapter.")],
+    after: Annotated[str, typer.Option(help="The model AFTER the task, or its adapter (several: A+B).")],
     safety: Annotated[Path, typer.Option(help="MODEL's own safe answers (`holdfast calibrate-data`).")],
     task: Annotated[Path, typer.Option(help="Samples of the task: prompts with answers.")],
     out: Annotated[Path, typer.Option(help="Folder to make, with a store of Gram matrices for each set.")],
@@ -35,14 +35,13 @@ def command(
     """
     from holdfast.calibration.curvature import adapted_layers
     from holdfast.calibration.gram_sets import GramSets, collect_grams
-    from holdfast.checkpoints.adapter import is_adapter
+    from holdfast.checkpoints.value import as_checkpoint
     from holdfast.cli.progress import bars
     from holdfast.cli.samples import read_calibration_sets, read_samples
     from holdfast.cli.units import parse_bytes
-    from holdfast.stream.protocol import Checkpoint
+    from holdfast.editing.pair import tuned_checkpoint
 
-    before = Checkpoint(base=model)
-    tuned = Checkpoint(base=model, adapters=(after,)) if is_adapter(after) else Checkpoint(base=after)
+    before, tuned = as_checkpoint(model), tuned_checkpoint(model, after)
     safe, learned = read_calibration_sets(safety, task, safety_images=images, task_images=images)
     sets = {"safety": (before, safe), "task": (tuned, learned[:limit])}
     if benign is not None:

@@ -35,10 +35,10 @@ def run_bars(methods: list[str], tasks: int) -> Iterator[Callable[..., None]]:
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description:<24}"),
+        TextColumn("{task.description:<24}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[doing]:<34}"),
+        TextColumn("{task.fields[doing]:<34}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -91,12 +91,13 @@ def run_bars(methods: list[str], tasks: int) -> Iterator[Callable[..., None]]:
 def summary_table(summary: Mapping[str, Any]) -> Any:
     """The last word on every method, as a rich table in percent."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     theta_0 = summary["theta_0"]
     title = f"{summary['name']}, seed {summary['seed']}: after {len(summary['tasks'])} tasks, in %"
     # Seven columns, so that no figure is folded at 80 columns; the report has the rest.
-    table = Table(title=title, box=box.SQUARE, caption_justify="left")
+    table = Table(title=escape(title), box=box.SQUARE, caption_justify="left")
     table.add_column("method", overflow="fold")
     for head in ("AP", "BWT", "not\nrefused", "complied", "over-\nrefusal", "min"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -113,7 +114,7 @@ def summary_table(summary: Mapping[str, Any]) -> Any:
     for name, row in summary["methods"].items():
         intervals = row["intervals"]
         table.add_row(
-            name if row["complete"] else f"{name} ({row['steps']} tasks)",
+            escape(name if row["complete"] else f"{name} ({row['steps']} tasks)"),
             _with(row["ap"], intervals["ap"]),
             _with(row["bwt"], intervals["bwt"]),
             *_safety(row),
@@ -126,7 +127,7 @@ def summary_table(summary: Mapping[str, Any]) -> Any:
     )
     for name, row in [(_START, theta_0), *summary["methods"].items()]:
         if worst := _worst_case(row):
-            table.caption += f"\n{name}, whatever the unscored replies are: {worst}"
+            table.caption += f"\n{escape(name)}, whatever the unscored replies are: {worst}"
     return table
 
 

@@ -61,6 +61,7 @@ def command(
         raise ConfigError(f"--screen asks a run's model, and {stream} names none; pass a run file (model, methods).")
     _examine_encoding(str(model) if model is not None else None, config, diagnosis)
     memory = _memory(model, diagnosis, batch_size) if model is not None else {}
+    _examine_memory(model, config, memory, diagnosis)
     screened = None
     if screen and diagnosis.ok:
         from holdfast.cli.progress import bars
@@ -191,6 +192,48 @@ def _memory(folder: Path, diagnosis: Any, batch_size: int) -> dict[str, Any]:
     return found
 
 
+def _examine_memory(model: Path | None, config: Any, memory: dict[str, Any], diagnosis: Any) -> None:
+    """What the machine, a control group or `ulimit` leaves this process, against the weights and the estimates."""
+    from holdfast.errors import DataError
+    from holdfast.models.estimate import read_shape
+    from holdfast.models.load import default_device
+    from holdfast.models.memory import free_memory_bytes, quotas
+
+    folder = model if model is not None else Path(config.model) if config is not None else None
+    if folder is None or not folder.is_dir():
+        return
+    for name, left in quotas().items():
+        diagnosis.add("info", "memory", f"this process may take {_bytes(left)} more ({name})")
+    if default_device().type != "cpu":
+        return
+    free = free_memory_bytes()
+    limit = min(quotas().items(), key=lambda item: item[1], default=("", free + 1))
+    of = limit[0] if limit[1] <= free else "this machine"
+    try:
+        weights = read_shape(folder).weight_bytes
+    except DataError:
+        return  # told with the model
+    if weights > free:
+        diagnosis.add(
+            "error",
+            "memory",
+            f"the weights of {folder.name} are {_bytes(weights)}, and {of} leaves {_bytes(free)}: the run would be "
+            "killed while it loads them",
+            "Give it more memory, or a smaller model.",
+        )
+        return
+    for where, estimate in memory.items():
+        needed = estimate.checkpointed_bytes if where.endswith(", train") else estimate.weight_bytes
+        needed = max(needed, estimate.weight_bytes + estimate.cache_bytes + estimate.logit_bytes)
+        if needed > free:
+            diagnosis.add(
+                "warning",
+                where,
+                f"about {_bytes(needed)} are needed by the estimate, and {of} leaves {_bytes(free)}",
+                "Use a smaller micro_batch_size or max_pixels, or give it more memory.",
+            )
+
+
 def _sizes(sizes: Any) -> dict[str, Any]:
     if not sizes:
         return {}
@@ -200,9 +243,10 @@ def _sizes(sizes: Any) -> dict[str, Any]:
 
 def _show(diagnosis: Any, memory: dict[str, Any], batch_size: int) -> None:
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from holdfast.cli.terminal import Console
 
     console = Console()
     console.print(f"[bold]{escape(diagnosis.stream)}[/bold]  {escape(diagnosis.root)}", soft_wrap=True)
@@ -259,10 +303,10 @@ def _screen_json(rows: Any) -> dict[str, Any]:
 def _show_screen(rows: Any) -> None:
     """A row per task, the whole below where there is more than one, and every refused sample's id."""
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from holdfast.cli.terminal import Console
     from holdfast.experiment.screen_run import agreement
 
     console = Console()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def command(
     context: typer.Context,
     before: Annotated[str, typer.Argument(help="The model that the tuning started from: folder or hub id.")],
-    after: Annotated[str, typer.Argument(help="The tuned model, or the folder of a LoRA adapter trained on BEFORE.")],
+    after: Annotated[str, typer.Argument(help="The tuned model, or an adapter on BEFORE; several as A+B.")],
     out: Annotated[Path, typer.Option(help="Folder to make; it appears whole or not at all.")],
     calibration: Annotated[Path | None, typer.Option(help="What `holdfast calibrate` wrote.")] = None,
     safety: Annotated[Path | None, typer.Option(help="Instead of --calibration: the model's own safe answers.")] = None,
@@ -176,17 +176,16 @@ def _own_calibration(
 ) -> Curvature:
     """Calibrate, and keep the result beside OUT: an edit that fails, or is repeated, does not cost it again."""
     from holdfast.calibration.curvature import CalibrationConfig, collect_curvature, is_calibration_of
-    from holdfast.checkpoints.adapter import is_adapter
     from holdfast.checkpoints.curvature_file import Curvature
+    from holdfast.checkpoints.value import as_checkpoint
     from holdfast.cli.progress import bars
     from holdfast.cli.samples import read_calibration_sets
     from holdfast.cli.units import parse_bytes
     from holdfast.editing.editor import require_room
-    from holdfast.stream.protocol import Checkpoint
+    from holdfast.editing.pair import tuned_checkpoint
 
     memory_bytes = parse_bytes(memory) if memory else None
-    base = Checkpoint(base=before)
-    tuned = Checkpoint(base=before, adapters=(after,)) if is_adapter(after) else Checkpoint(base=after)
+    base, tuned = as_checkpoint(before), tuned_checkpoint(before, after)
     sets = read_calibration_sets(safety, task)
     config = CalibrationConfig()
     kept = out.parent / f".{out.name}.calibration.safetensors"

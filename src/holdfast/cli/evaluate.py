@@ -53,6 +53,7 @@ def command(
 
     from holdfast import judges as judge_room
     from holdfast import scorers
+    from holdfast.checkpoints.value import as_checkpoint
     from holdfast.cli.progress import bars
     from holdfast.config import decode, encode
     from holdfast.data.images import PictureConfig, pictures
@@ -61,7 +62,6 @@ def command(
     from holdfast.errors import ConfigError
     from holdfast.evaluation.evaluation_config import EvaluationConfig
     from holdfast.registry import origins
-    from holdfast.stream.protocol import Checkpoint
 
     if tasks is None and safety is None:
         raise ConfigError("Nothing to ask: give --tasks STREAM.yaml, --safety STREAM.yaml, or both.")
@@ -71,7 +71,9 @@ def command(
     judges = {"judges": [_judge(text) for text in judge]} if judge else {}
     opened = PictureConfig(images=image_mode, max_pixels=max_pixels)
     config = decode(EvaluationConfig, {**options, "backend": backend, **judges})
-    checkpoint = Checkpoint(base=model, adapters=tuple(adapter or ()))
+    checkpoint = as_checkpoint(model)
+    for folder in adapter or ():
+        checkpoint = checkpoint.under(folder)
     task_spec = read_spec(tasks) if tasks is not None else None
     safety_specs, safety_root = _safety_specs(safety) if safety is not None else ((), Path())
     chosen: tuple[Task, ...] = ()
@@ -133,14 +135,10 @@ def _share() -> tuple[Any, Any]:
 
 def _judge(text: str) -> dict[str, Any]:
     """A judge of the command line: a name, or a YAML mapping with `name` and its options."""
-    import yaml
-
     from holdfast.errors import ConfigError
+    from holdfast.files import parse_yaml
 
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--judge {text!r} is no YAML: {error}.") from None
+    value = parse_yaml(text, f"--judge {text!r:.80}")
     if isinstance(value, str):
         return {"name": value}
     if not isinstance(value, dict) or not isinstance(value.get("judge", value.get("name")), str):
@@ -175,9 +173,10 @@ def _safety_specs(path: Path) -> tuple[tuple[Any, ...], Path]:
 
 
 def _show(result: dict[str, Any], out: Path) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from holdfast.cli.terminal import Console
 
     console = Console()
     if result["scores"]:

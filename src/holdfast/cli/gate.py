@@ -37,13 +37,14 @@ def command(
 ) -> None:
     """Ask a model and hold its figures against bounds. Exit status 0: all hold; 3: one is broken; 2: not asked."""
     import json
+    from dataclasses import replace
 
+    from holdfast.checkpoints.value import as_checkpoint
     from holdfast.cli.samples import read_samples
     from holdfast.cli.units import parse_rate
     from holdfast.restore.gate import gate
     from holdfast.restore.measure import Probe, make_judge, make_scorer
     from holdfast.restore.search import Budget
-    from holdfast.stream.protocol import Checkpoint
 
     def bound(text: str | None, option: str) -> float | None:
         return None if text is None else parse_rate(text, option)
@@ -66,11 +67,12 @@ def command(
         task_tokens=max_new_tokens,
         batch_size=batch_size,
     )
+    asked = as_checkpoint(model)
     verdict = gate(
-        Checkpoint(base=model, adapters=tuple(str(path) for path in adapter or ())),
+        replace(asked, adapters=(*asked.adapters, *(str(path) for path in adapter or ()))),
         probe,
         budget,
-        reference=None if reference is None else Checkpoint(base=reference),
+        reference=None if reference is None else as_checkpoint(reference),
         reference_task=bound(reference_task, "--reference-task"),
         dtype=dtype,
         device=device,

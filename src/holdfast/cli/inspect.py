@@ -30,10 +30,10 @@ def command(
 
 def show(out: Path, report: EditReport, *, by_layer: bool = False) -> None:
     """Print a report for people."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from holdfast.cli.terminal import Console
     from holdfast.editing.account import grouped, mean_text, shown_figures
 
     console = Console(soft_wrap=True)

@@ -173,9 +173,10 @@ def _show(run: Path, draw: Draw) -> dict[str, Any]:
 
 
 def _print_correction(correction: Correction) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from holdfast.cli.terminal import Console
 
     labels = correction.labels
     console = Console()

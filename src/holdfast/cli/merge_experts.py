@@ -26,9 +26,8 @@ def command(
     import dataclasses
     import tempfile
 
-    from rich.console import Console
-
     from holdfast.cli.samples import read_samples
+    from holdfast.cli.terminal import Console
     from holdfast.errors import ConfigError
     from holdfast.tuners.cram.folder import base_of, open_folder
     from holdfast.tuners.cram.merge import drift, export_merged, mean_mass
@@ -56,14 +55,14 @@ def command(
             "requests are answered by the merged model; measure it with `holdfast gate`, or serve the folder itself."
         )
     for name, weight in mass.items():
-        console.print(f"{name}: weight {weight:.4f}")
+        console.print(f"{name}: weight {weight:.4f}", markup=False)
     if found is not None:
         console.print(
             f"drift over {found.requests} requests, first answer token: KL {found.kl:.3g} nats, same token in "
             f"{found.agreement:.1%}"
         )
     else:
-        console.print(f"exact for every request that is routed to {expert} alone")
+        console.print(f"exact for every request that is routed to {expert} alone", markup=False)
     return {"out": str(out), "export": export, **record}
 
 

@@ -34,7 +34,9 @@ PANELS: dict[str, tuple[str, ...]] = {
         "measured_safety", "model_card", "names_only", "out", "overwrite", "private", "report", "report_to", "shard",
         "title", "verify",
     ),
-    "Machine": ("backend", "batch_size", "device", "dtype", "environment", "jobs", "max_new_tokens", "memory"),
+    "Machine": (
+        "backend", "batch_size", "device", "dtype", "environment", "jobs", "max_new_tokens", "memory", "retries",
+    ),
     "Checks to leave out": ("allow_other_base", "allow_other_calibration", "allow_problems", "allow_short"),
 }  # fmt: skip
 _PANEL_OF = {option: panel for panel, options in PANELS.items() for option in options}

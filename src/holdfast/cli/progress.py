@@ -14,8 +14,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import ProgressColumn
+
+    from holdfast.cli.terminal import Console
 
 LINE_EVERY_S = 60.0  # in a log: a line of what is going on, so often
 
@@ -51,11 +52,17 @@ class Shown:
     _works: dict[str, _Work] = field(default_factory=dict)
 
     def __enter__(self) -> Shown:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        from holdfast.cli.terminal import Console
+
         self.console = self.console or Console(stderr=True)
-        usual = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        usual = (
+            TextColumn("{task.description:<14}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         self._lines = not self.quiet and not self.console.is_terminal
         self._bars = Progress(
             *(self.columns or usual),

@@ -18,9 +18,9 @@ def command(
     as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
 ) -> dict[str, Any]:
     """Make report.html (one self-contained file), PNGs, table.md and table.tex from finished runs."""
-    from rich.console import Console
     from rich.markup import escape
 
+    from holdfast.cli.terminal import Console
     from holdfast.reports.card import write_card
     from holdfast.reports.read_runs import load_run
     from holdfast.reports.write import write_report

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def command(
     before: Annotated[str, typer.Argument(help="The aligned model that the tuning started from: folder or hub id.")],
-    after: Annotated[str, typer.Argument(help="The tuned model, or the folder of a LoRA adapter trained on BEFORE.")],
+    after: Annotated[str, typer.Argument(help="The tuned model, or an adapter on BEFORE; several as A+B.")],
     safety: Annotated[Path, typer.Option(help="Requests that BEFORE refuses, JSON or JSON lines.")],
     out: Annotated[Path, typer.Option(help="Folder to make; it appears whole or not at all.")],
     benign: Annotated[
@@ -204,9 +204,9 @@ def _show(record: object, page: Path) -> None:
     """The verdict, the curve as a table that fits 80 columns, and where the page is."""
     from typing import Any, cast
 
-    from rich.console import Console
     from rich.table import Table
 
+    from holdfast.cli.terminal import Console
     from holdfast.reports.restore_page import verdict
 
     found = cast(dict[str, Any], record)
@@ -227,7 +227,7 @@ def _show(record: object, page: Path) -> None:
         table.add_row("as written", *cells, style="bold")
     console.print(table)
     for warning in found["warnings"]:
-        console.print(f"Note: {warning}")
+        console.print(f"Note: {warning}", markup=False)
     console.print("seconds: " + ", ".join(f"{phase} {spent:g}" for phase, spent in found["seconds"].items()))
     print(f"page: {page}")
 

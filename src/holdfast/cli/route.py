@@ -45,8 +45,9 @@ def _print_json(rows: list[dict]) -> None:
 
 
 def _print_table(rows: list[dict]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from holdfast.cli.terminal import Console
 
     guarded = any("guard_score" in row for row in rows)
     table = Table()

@@ -88,9 +88,8 @@ def _of_file(path: Path) -> dict[str, Any]:
 
 
 def _of_pairs(pairs: Sequence[str]) -> dict[str, Any]:
-    import yaml
-
     from holdfast.errors import ConfigError
+    from holdfast.files import parse_yaml
     from holdfast.methods import lay_over
 
     found: dict[str, Any] = {}
@@ -98,10 +97,7 @@ def _of_pairs(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {pair}: expected KEY=VALUE, such as --set factor=0.5 or --set edit.alpha=1.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {pair}: {text!r} is no value of YAML: {error}") from None
+        value = parse_yaml(text, f"--set {key.strip()}: {text!r:.80}")
         for part in reversed(key.strip().split(".")):
             value = {part: value}
         found = lay_over(found, value)

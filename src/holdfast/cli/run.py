@@ -68,11 +68,11 @@ def command(
 
 def finish(config: object, out: Path, *, jobs: int, report: bool) -> dict[str, Any]:
     """Run, show, report: what `run` and `demo` have in common. Returns the summary (summary.json)."""
-    from rich.console import Console
     from rich.markup import escape
 
     from holdfast import experiment
     from holdfast.cli.console import run_bars, summary_table
+    from holdfast.cli.terminal import Console
 
     assert isinstance(config, experiment.RunConfig)
     tasks = len(config.tasks or config.stream.tasks)

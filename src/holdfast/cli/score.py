@@ -70,26 +70,23 @@ def command(
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:
-    import yaml
-
     from holdfast.errors import ConfigError
+    from holdfast.files import parse_yaml
 
     options = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
         if not sign or not key.isidentifier():
             raise ConfigError(f"--option {pair!r}: expected key=value, such as rule=sefe.")
-        try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--option {pair!r}: the value cannot be read: {error}.") from None
+        options[key] = parse_yaml(value, f"--option {key}: {value!r:.80}")
     return options
 
 
 def _show(outcome: Any, path: Path) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from holdfast.cli.terminal import Console
 
     console = Console()
     table = Table(

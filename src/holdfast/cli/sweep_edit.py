@@ -13,7 +13,7 @@ from holdfast.cli.choices import CriterionName, CurvatureFormName
 
 def command(
     before: Annotated[str, typer.Argument(help="The model that the tuning started from: folder or hub id.")],
-    after: Annotated[str, typer.Argument(help="The tuned model, or the folder of a LoRA adapter trained on BEFORE.")],
+    after: Annotated[str, typer.Argument(help="The tuned model, or an adapter on BEFORE; several as A+B.")],
     calibration: Annotated[Path, typer.Option(help="What `holdfast calibrate` wrote.")],
     keep: Annotated[
         list[str] | None, typer.Option(help="Percent of columns that go back, last..first block; repeat it for a grid.")
@@ -48,11 +48,11 @@ def command(
     from dataclasses import asdict
 
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from holdfast.checkpoints.curvature_file import Curvature
     from holdfast.cli.progress import bars
+    from holdfast.cli.terminal import Console
     from holdfast.cli.units import format_bounds, parse_bounds
     from holdfast.editing.measure import measure_pair
     from holdfast.files import write_json

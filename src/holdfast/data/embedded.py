@@ -17,6 +17,7 @@ from urllib.parse import unquote_to_bytes
 
 from holdfast.data.source_files import inside, missing
 from holdfast.errors import DataError
+from holdfast.text import one_line
 
 _SIGNATURES = (
     (b"\x89PNG\r\n\x1a\n", ".png"),
@@ -118,6 +119,8 @@ def parquet_rows(paths: Sequence[Path], *, needed: Sequence[str] = ()) -> Iterat
     for path in paths:
         if not path.exists():
             raise DataError(missing(path))
+        if not path.is_file():
+            raise DataError(f"{path} is no file; expected a Parquet file.")
         try:
             file = pq.ParquetFile(path)
         except (pa.ArrowInvalid, OSError) as error:
@@ -128,8 +131,15 @@ def parquet_rows(paths: Sequence[Path], *, needed: Sequence[str] = ()) -> Iterat
             if lacking:
                 raise DataError(f"{path} has no column {', '.join(map(repr, lacking))}; it has {', '.join(columns)}.")
             number = 0
-            for batch in file.iter_batches(batch_size=64):
-                for row in batch.to_pylist():
+            batches = file.iter_batches(batch_size=64)
+            while True:
+                try:
+                    rows = next(batches).to_pylist()
+                except StopIteration:
+                    break
+                except (pa.ArrowException, OSError, ValueError) as error:
+                    raise DataError(f"{path}, row {number} and on: damaged: {one_line(str(error))}.") from None
+                for row in rows:
                     yield path, number, row
                     number += 1
 

@@ -5,8 +5,11 @@ How they are opened is one setting of a process (`pictures`), because every part
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import os
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,12 +24,19 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from holdfast.data.embedded import embedded_text, is_embedded
 from holdfast.data.source_files import inside, is_plain_path, missing, plain_start
 from holdfast.errors import ConfigError, DataError
+from holdfast.files import NotAFileError, open_regular
+from holdfast.text import one_line
 
-# Above this Pillow itself refuses (a decompression bomb); documents of real benchmarks stay far below.
-MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
+# 8192 x 8192: 200 MB as RGB, and as much again while it is converted. Documents of real benchmarks stay far below.
+MAX_PIXELS = 2**26
+# Channels of 16 bits and opacity take several copies while they are converted.
+MAX_DEEP_PIXELS = MAX_PIXELS // 2
+# Drawn by another program (Ghostscript), drawn anew at any size, or mere stubs: no pictures to be trusted.
+_NOT_OPENED = frozenset({"EPS", "WMF", "EMF", "HDF5", "GRIB", "BUFR", "MPEG", "FITS"})
 # Modes that hold more than 8 bits a channel.
 _DEEP = ("I", "F")
 _EXIF_ORIENTATION = 0x0112
+_ROWS = 256
 _TIFF_PHOTOMETRIC = 262
 
 ImageMode = Literal["upright", "published"]
@@ -146,18 +156,65 @@ def open_image(path: Path, config: PictureConfig | None = None) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns on odd metadata and on large pictures below its hard limit; neither is the user's business.
             warnings.simplefilter("ignore")
-            with Image.open(path) as raw:
+            with _opened(path) as raw:
                 return _rgb(raw, upright=config.images == "upright")
     except FileNotFoundError:
         raise DataError(
             f"Image {missing(path)} Run `holdfast doctor` on the stream to list all that is missing."
         ) from None
+    except NotAFileError as error:
+        raise DataError(f"Image {path} cannot be opened: {error.strerror}. Name the file of a picture.") from None
+    except _TooLargeError as error:
+        raise DataError(f"{path} ({_size(path)}) {error}. Shrink it; no model looks at so many.") from None
     except UnidentifiedImageError:
         raise DataError(f"{path} is not an image that can be read ({_size(path)}). Fetch it again.") from None
     except _NoWhiteError as error:
         raise DataError(f"{path}: {error}. Convert it to an 8-bit or 16-bit picture.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be decoded ({_size(path)}): {error}. Fetch it again.") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path} ({_size(path)}): {error} At most {MAX_PIXELS} are opened. Shrink it.") from None
+    except _DECODING as error:
+        raise DataError(f"{path} cannot be decoded ({_size(path)}): {_said(error)}. Fetch it again.") from error
+
+
+# What Pillow's decoders raise for damaged files.
+_DECODING = (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, struct.error)
+
+
+class _TooLargeError(Exception):
+    """More pixels than are decoded."""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An ordinary file as a picture whose pixels are not read yet, and are few enough to be.
+
+    Raises: OSError, NotAFileError, UnidentifiedImageError, DecompressionBombError, what decoders raise; _TooLargeError.
+    """
+    with os.fdopen(open_regular(path), "rb") as file, Image.open(file, formats=_formats()) as image:
+        pixels = image.width * image.height
+        most = MAX_DEEP_PIXELS if image.mode.startswith(_DEEP) or _has_transparency(image) else MAX_PIXELS
+        if pixels > most:
+            raise _TooLargeError(
+                f"has {image.width} x {image.height} = {pixels} pixels ({image.mode}); at most {most} are decoded"
+            )
+        yield image
+
+
+def _formats() -> tuple[str, ...]:
+    Image.init()  # once; a plug-in for another format may be registered later
+    return tuple(name for name in Image.ID if name not in _NOT_OPENED)
+
+
+def thumbnail_uri(path: Path | str, side: int) -> str:
+    """A small PNG of a picture as a data URI, or "" where it cannot be opened: a page is no place to fail for that."""
+    try:
+        small = open_image(Path(path))
+    except DataError:
+        return ""
+    small.thumbnail((side, side))
+    out = io.BytesIO()
+    small.save(out, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 
 def shrunk(image: Image.Image, max_pixels: int) -> Image.Image:
@@ -173,10 +230,13 @@ def shrunk(image: Image.Image, max_pixels: int) -> Image.Image:
 
 
 def opening_differs(path: Path) -> tuple[str, ...]:
-    """What "upright" and "published" make of a picture's header: () for alike, else "turned" and/or "transparent"."""
+    """What "upright" and "published" make of a picture's header: () for alike, else "turned" and/or "transparent".
+
+    The file was opened before: what is wrong with it is told there.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(path) as image:
+        with _opened(path) as image:
             turned = image.getexif().get(_EXIF_ORIENTATION, 1) in range(2, 9)
             return ("turned",) * turned + ("transparent",) * _has_transparency(image)
 
@@ -186,7 +246,10 @@ class _NoWhiteError(Exception):
 
 
 def _rgb(raw: Image.Image, *, upright: bool) -> Image.Image:
-    image = ImageOps.exif_transpose(raw) if upright else raw
+    raw.load()
+    # Only where there is something to turn: it makes a copy otherwise, of a picture that may be large.
+    turned = upright and raw.getexif().get(_EXIF_ORIENTATION, 1) in range(2, 9)
+    image = ImageOps.exif_transpose(raw) if turned else raw
     if image.mode.startswith(_DEEP):
         return _from_deep(image, raw, upright=upright)
     if image.mode == "LAB":
@@ -214,24 +277,30 @@ def _from_deep(image: Image.Image, raw: Image.Image, *, upright: bool) -> Image.
     say it; the smallest of the usual whites (255, 65535, 2^31 - 1; for floating numbers 1, 255, 65535) that holds the
     brightest pixel is taken. Pillow's own conversion clips at 255, which turns nearly all of such a picture white.
     """
-    values = np.asarray(image).astype(np.float64)
-    low, high = float(values.min(initial=0.0)), float(values.max(initial=0.0))
+    values = np.asarray(image)
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    inverted = False
     if image.mode.startswith("I;16"):
         white = 65535.0
-        if raw.format == "TIFF" and getattr(raw, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == 0:
-            values = white - values  # "white is zero", which Pillow heeds in 8-bit pictures alone
+        # "White is zero", which Pillow heeds in 8-bit pictures alone.
+        inverted = raw.format == "TIFF" and getattr(raw, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == 0
     elif image.mode == "I" and raw.format in ("PNG", "PPM"):
         white = 65535.0  # what these readers scale to
     else:
         whites = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0, 2.0**31 - 1)
         fitting = [white for white in whites if high <= white]
-        if not np.isfinite(values).all() or low < 0 or not fitting:
+        # NaN is handed on by both extremes.
+        if not (math.isfinite(low) and math.isfinite(high)) or low < 0 or not fitting:
             raise _NoWhiteError(
                 f"its pixels are {'floating' if image.mode == 'F' else '32-bit'} numbers from {low:g} to {high:g}; "
                 f"expected numbers from 0 to {', '.join(f'{white:g}' for white in whites[:-1])} or {whites[-1]:g}"
             )
         white = fitting[0]
-    grey = Image.fromarray(np.rint(values * (255.0 / white)).clip(0, 255).astype(np.uint8)).convert("RGB")
+    eight = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), _ROWS):  # in float64, eight times the picture, so not all at once
+        rows = values[start : start + _ROWS].astype(np.float64)
+        eight[start : start + _ROWS] = np.rint((white - rows if inverted else rows) * (255.0 / white)).clip(0, 255)
+    grey = Image.fromarray(eight).convert("RGB")
     transparent = image.info.get("transparency")
     if upright and isinstance(transparent, int):
         grey.paste((255, 255, 255), mask=Image.fromarray(((values == transparent) * 255).astype(np.uint8)))
@@ -243,12 +312,14 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with _opened(path) as image:
                 return image.size
     except FileNotFoundError:
         raise DataError(f"Image {missing(path)}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is not an image that can be read ({_size(path)}): {error}.") from error
+    except _TooLargeError as error:
+        raise DataError(f"{path} ({_size(path)}) {error}. Shrink it; no model looks at so many.") from None
+    except (*_DECODING, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} is not an image that can be read ({_size(path)}): {_said(error)}.") from error
 
 
 def choose_image_root(root: Path, folders: Sequence[str], relative: str | None) -> Path:
@@ -342,6 +413,11 @@ class ImageIndex:
                 f"{found[0]}, {found[1]}. Restore the published layout."
             )
         return found[0] if found else direct
+
+
+def _said(error: BaseException) -> str:
+    found = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return one_line(found).rstrip(".")
 
 
 def _size(path: Path) -> str:

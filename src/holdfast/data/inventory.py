@@ -5,13 +5,13 @@ Size and time are compared first; a picture whose time changed is hashed, where 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from holdfast.data.source_files import read_json, write_text
 from holdfast.errors import RunError
+from holdfast.files import sha256
 
 # Pictures of more bytes than this are not read for their hashes: size and time must do.
 HASHED_BYTES = 256 * 2**20
@@ -82,8 +82,8 @@ def check_models(file: Path, models: Mapping[str, str]) -> None:
 
 
 def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    digest: str = sha256(path).hexdigest()
+    return digest[:32]
 
 
 def _named(names: list[str]) -> str:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 
 from holdfast.errors import ConfigError
 
+_LONGEST = 120
+
 
 def slug(name: str) -> str:
-    """The file name of a task or a safety set: letters, digits, `.`, `_` and `-` only."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "task"
+    """The file name of a task or a safety set: letters, digits, `.`, `_` and `-` only, and no more than 120 of them."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "task"
+    if len(plain) <= _LONGEST:
+        return plain
+    # Long names often differ at their end; a file system allows 255 bytes, prefixes and suffixes included.
+    return f"{plain[: _LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def refuse_shared_names(kind: str, names: Sequence[str], where: str) -> None:

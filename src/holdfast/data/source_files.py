@@ -11,7 +11,6 @@ import codecs
 import csv
 import gzip
 import io
-import json
 import os
 import re
 import tempfile
@@ -21,7 +20,9 @@ from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from holdfast import files
 from holdfast.errors import DataError, StorageError, nearest
+from holdfast.text import one_line
 
 # UTF-32 first: its little-endian mark begins with UTF-16's.
 _MARKS = (
@@ -33,19 +34,30 @@ _MARKS = (
 )
 
 
+# A data file of the field has some hundred MB; a bomb of some kB has more.
+MAX_UNPACKED_BYTES = 4 * 2**30
+
+
+_LONGEST_CELL = 2**28
+
+
 def read_text(path: Path) -> str:
     """The whole text of `path`. Raises DataError: missing, unreadable, or not UTF-8 (nor UTF-16/32 with a mark)."""
     try:
-        raw = path.read_bytes()
+        raw = files.read_bytes(path, error=DataError, what="a data file")
     except FileNotFoundError:
         raise DataError(missing(path)) from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
     if path.suffix == ".gz":
         try:
-            raw = gzip.decompress(raw)
+            with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+                raw = file.read(MAX_UNPACKED_BYTES + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path} is not a whole gzip file: {error}. Fetch it again.") from None
+        if len(raw) > MAX_UNPACKED_BYTES:
+            raise DataError(
+                f"{path} unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB. Where that is right, unpack it and name "
+                "the unpacked file."
+            )
     encoding = next((name for mark, name in _MARKS if raw.startswith(mark)), "utf-8")
     try:
         return raw.decode(encoding)
@@ -60,22 +72,15 @@ def read_text(path: Path) -> str:
 def parse_json(text: str, where: Path | str) -> Any:
     """JSON value of `text`; a fault is named with its line and column. NaN, as pandas writes null, is read as null.
 
-    Raises: DataError: no JSON, nested too deeply, or an infinite number.
+    Raises: DataError: no JSON, nested too deeply, a number that is infinite or of hundreds of digits, or half of a
+        character.
     """
 
     def constant(word: str) -> None:
         if word != "NaN":
             raise DataError(f"{where} holds the number {word}, which is no JSON; write a finite number or null.")
 
-    try:
-        return json.loads(text, parse_constant=constant)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}. "
-            "A truncated download is the usual cause; fetch the file again."
-        ) from None
-    except RecursionError:
-        raise DataError(f"{where} is not usable JSON: nested too deeply.") from None
+    return files.parse_json(text, where, error=DataError, nan=False, constant=constant)
 
 
 def read_json(path: Path) -> Any:
@@ -121,12 +126,17 @@ def read_records(path: Path, *, keys: Sequence[str] = ()) -> list[dict[str, Any]
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file with a header line, as dicts. Raises DataError: a row with more fields than the header."""
+    # A cell may hold a picture as text; the module's own bound is 128 kB.
+    csv.field_size_limit(_LONGEST_CELL)
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     rows = []
-    for row in reader:
-        if None in row:
-            raise DataError(f"{path}, line {reader.line_num}: more fields than the header ({reader.fieldnames}).")
-        rows.append({key: value or "" for key, value in row.items()})
+    try:
+        for row in reader:
+            if None in row:
+                raise DataError(f"{path}, line {reader.line_num}: more fields than the header ({reader.fieldnames}).")
+            rows.append({key: value or "" for key, value in row.items()})
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: no CSV that can be read: {error}.") from None
     return rows
 
 
@@ -180,13 +190,31 @@ def inside(root: Path, relative: str, *, start: Path | None = None, what: str = 
     return joined
 
 
+_BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
+# Shards of one release number some hundred.
+MAX_NAMES = 10_000
+
+
 def expand_braces(pattern: str) -> list[str]:
-    """`a/{x,y}.json` as `a/x.json`, `a/y.json`, in that order; several groups multiply, the first varying slowest."""
-    group = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
+    """`a/{x,y}.json` as `a/x.json`, `a/y.json`, in that order; several groups multiply, the first varying slowest.
+
+    Raises: DataError: more than MAX_NAMES names.
+    """
+    names = [pattern]
+    while any(_BRACES.search(name) for name in names):
+        names = [one for name in names for one in _first_group(name)]
+        if len(names) > MAX_NAMES:
+            raise DataError(
+                f"{one_line(pattern, 120)!r} stands for more than {MAX_NAMES} names; list the files instead."
+            )
+    return names
+
+
+def _first_group(name: str) -> list[str]:
+    group = _BRACES.search(name)
     if group is None:
-        return [pattern]
-    head, tail = pattern[: group.start()], pattern[group.end() :]
-    return [name for choice in group.group(1).split(",") for name in expand_braces(f"{head}{choice}{tail}")]
+        return [name]
+    return [f"{name[: group.start()]}{choice}{name[group.end() :]}" for choice in group.group(1).split(",")]
 
 
 def find(root: Path, aliases: Sequence[str], *, what: str, obtain: str = "") -> Path:
@@ -231,7 +259,7 @@ def write_text(path: Path, text: str) -> None:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            files.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from error

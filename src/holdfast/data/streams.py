@@ -31,8 +31,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from holdfast.config import decode
 from holdfast.data.items import refuse_duplicates, rename_duplicates
 from holdfast.data.names import refuse_shared_names
@@ -40,6 +38,7 @@ from holdfast.data.readers import Source, Split, safety_reader, task_reader
 from holdfast.data.source_files import expand_braces, missing, read_text
 from holdfast.data.types import SafetySet, Sample, Stream, Task
 from holdfast.errors import ConfigError, DataError, HoldfastError, unknown_name
+from holdfast.files import parse_yaml
 from holdfast.registry import load_plugins
 
 Files = str | tuple[str, ...]
@@ -225,10 +224,7 @@ def read_yaml(path: Path) -> Any:
     """The value of a YAML file. Raises DataError (missing, wrong encoding) or ConfigError (syntax, with the line)."""
     if not path.exists():
         raise DataError(missing(path))
-    try:
-        return yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {str(error).replace(chr(10), ' ')}.") from None
+    return parse_yaml(read_text(path), path)
 
 
 def read_spec(path: Path | str) -> StreamSpec:

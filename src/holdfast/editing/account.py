@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -97,8 +96,10 @@ class EditReport:
 
         Raises: CheckpointError: no such file, damaged, or of another format version.
         """
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist: {path.parent} is no result of `holdfast edit`.")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path, "the report of an edit")
             version = data.pop("format_version")
             if version != FORMAT_VERSION:
                 raise CheckpointError(f"{path} has report format {version}, this version reads {FORMAT_VERSION}.")
@@ -106,9 +107,7 @@ class EditReport:
             if data.get("verification") is None and beside.is_file():
                 data["verification"] = read_json(beside, "the record of a reload check")
             return cls(**data)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} does not exist: {path.parent} is no result of `holdfast edit`.") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{path} is no edit report that can be read ({error}).") from error
 
     def with_seconds(self, seconds: Mapping[str, float]) -> EditReport:

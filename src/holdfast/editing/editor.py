@@ -11,11 +11,17 @@ from typing import Any, Literal, get_args
 
 from safetensors.torch import save_file
 
-from holdfast.checkpoints.adapter import INPUT_SCALE_FILE, WEIGHTS_FILE
-from holdfast.checkpoints.adapter_settings import describe_overlay
+from holdfast.checkpoints.adapter import CONFIG_FILE, INPUT_SCALE_FILE, WEIGHTS_FILE
+from holdfast.checkpoints.adapter_settings import (
+    Content,
+    describe_missing,
+    describe_overlay,
+    fill_missing,
+    overlay,
+)
 from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.reader import INDEX_FILE, SINGLE_FILE
-from holdfast.checkpoints.rewrite import RewriteResult, copy_side_files, hash_side_files, rewrite, side_contents
+from holdfast.checkpoints.rewrite import RewriteResult, copy_contents, hash_contents, rewrite, side_contents
 from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
 from holdfast.checkpoints.writer import (
     DEFAULT_SHARD_BYTES,
@@ -26,8 +32,9 @@ from holdfast.checkpoints.writer import (
     shard_index,
 )
 from holdfast.editing.account import REPORT_FILE, VERIFICATION_FILE, EditReport, check_safety, model_card, versions
-from holdfast.editing.descent import describe_no_change
-from holdfast.editing.pair import Pair, open_pair
+from holdfast.editing.adapter_names import PresentNames, present_names
+from holdfast.editing.descent import describe_moved_further, describe_no_change
+from holdfast.editing.pair import Pair, open_pair, tuned_checkpoint
 from holdfast.editing.plan import (
     Blocks,
     LoraTarget,
@@ -40,6 +47,7 @@ from holdfast.editing.plan import (
     lora_targets,
 )
 from holdfast.editing.recipes import (
+    DIFFERS_FIELD,
     SCALE_FIELD,
     CoefficientChoice,
     Recipe,
@@ -119,11 +127,18 @@ def edit_checkpoint(
             layers = curvature
         else:
             layers = Blocks(*blocks) if blocks is not None else decoder_layers(pair.before.folder)
+        targets = find_targets(pair, layers, seed=seed)
+        names = None
+        if export == "adapter" and pair.lora is not None:
+            known = [target.layer.name for target in targets]
+            names = present_names(pair.lora, pair.before.folder, known)
         edit = _Edit(
             before=as_checkpoint(before),
-            after=as_checkpoint(after),
+            after=tuned_checkpoint(before, after),
+            after_name=str(as_checkpoint(after)),
             pair=pair,
-            targets=find_targets(pair, layers, seed=seed),
+            targets=targets,
+            names=names,
             rule=rule,
             curvature=curvature,
             export=export,
@@ -136,7 +151,10 @@ def edit_checkpoint(
         with Staging(Path(out), plan, inputs=pair.stamps()) as staging:
             if staging.already_published:
                 return edit.published(Path(out), verify=verify)
-            result = rewrite(staging, output.shards, output.recipe, progress=edit.layers_only(progress))
+            try:
+                result = rewrite(staging, output.shards, output.recipe, progress=edit.layers_only(progress))
+            except StorageError as error:
+                raise StorageError(f"{error} {staging.kept}") from error
             clock.lap("edit")
             report = edit.report(result, staging.plan_hash, output.unprotected)
             _write_small_files(staging, edit, report, result, plan, output.shards)
@@ -165,8 +183,10 @@ class _Edit:
 
     before: Checkpoint
     after: Checkpoint
+    after_name: str
     pair: Pair
     targets: list[Target]
+    names: PresentNames | None
     rule: EditRule
     curvature: Curvature | None
     export: Export
@@ -174,15 +194,18 @@ class _Edit:
     safety: Mapping[str, Any] | None
 
     def adapter_output(self) -> _Output:
-        recipe, unprotected = adapter_recipe(self.pair, self.targets, self.rule, self.coefficient)
-        tensors = output_tensors(self.pair.lora.entries if self.pair.lora is not None else {})
+        keys = {} if self.names is None else self.names.keys
+        recipe, unprotected = adapter_recipe(self.pair, self.targets, self.rule, self.coefficient, keys)
+        entries = self.pair.lora.entries if self.pair.lora is not None else {}
+        tensors = output_tensors({keys[name]: entry for name, entry in entries.items()})
         # PEFT reads one file; its size is bounded by the rank.
         whole = max(1, sum(tensor.nbytes for tensor in tensors))
         return _Output(recipe, plan_shards(tensors, shard_bytes=whole, stem=_stem(WEIGHTS_FILE)), unprotected)
 
     def dense_output(self, shard_bytes: int, allow_other_base: bool) -> _Output:
         recipe, unprotected = dense_recipe(self.pair, self.targets, self.rule, allow_other_base=allow_other_base)
-        tensors = output_tensors(self.pair.after.entries)
+        lost = {key: self.pair.before.entries[key] for key in self.pair.only_before}
+        tensors = output_tensors({**self.pair.after.entries, **lost})
         return _Output(recipe, plan_shards(tensors, shard_bytes=shard_bytes, stem=_stem(SINGLE_FILE)), unprotected)
 
     def plan(self, *, seed: int, shard_bytes: int) -> dict[str, Any]:
@@ -195,7 +218,7 @@ class _Edit:
             **({} if is_builtin(type(self.rule)) else {"rule_code": origin_of(type(self.rule))}),
             "coefficient": self.coefficient if self.export == "adapter" else None,
             "fingerprints": self.pair.fingerprints(),
-            "side_files": hash_side_files(self.side_folder(), self.settings_folders()),
+            "side_files": hash_contents(self.contents()),
             "calibration": self.curvature.digest() if self.curvature is not None else None,
             "layers": [[t.layer.name, t.layer.block, t.key] for t in self.targets],
             "block_count": self.targets[0].layer.block_count,
@@ -203,6 +226,9 @@ class _Edit:
             "shard_bytes": shard_bytes if self.export == "dense" else None,
             "safety": dict(self.safety) if self.safety else None,
             "versions": {name: versions()[name] for name in ("holdfast", "torch")},
+            # Only where there is something to say: the plans of other edits stay as they were.
+            **({"renamed": self.names.renamed} if self.names is not None and self.names.renamed else {}),
+            **({"only_before": self.pair.only_before} if self.pair.only_before else {}),
         }
 
     def report(self, result: RewriteResult, plan_hash: str, unprotected: list[str]) -> EditReport:
@@ -216,11 +242,20 @@ class _Edit:
             inputs=self._inputs(),
             plan_hash=plan_hash,
             warnings=[
-                *_warnings([*unprotected, *result.changed], self.pair, rows, self.curvature),
+                *_warnings([*unprotected, *_changed(result)], self.pair, rows, self.curvature),
                 *describe_overlay(side_contents(self.side_folder()), self.settings_folders()),
+                *describe_missing(side_contents(self.side_folder()), self.lent_settings(), "AFTER", "BEFORE's"),
+                *self._renamed(),
             ],
             versions=versions(),
         )
+
+    def _renamed(self) -> list[str]:
+        renamed = {} if self.names is None else self.names.renamed
+        if not renamed:
+            return []
+        old, new = next(iter(renamed.items()))
+        return [f"{len(renamed)} tensor(s) of the adapter are written under their present names: {old} is {new}"]
 
     def published(self, out: Path, *, verify: bool) -> EditReport:
         """The report of a finished OUT; checked now, where it was never checked."""
@@ -269,7 +304,9 @@ class _Edit:
 
     def _written_key(self, target: Target) -> str:
         """The output tensor that a target's edit is in."""
-        return target.lora.a.name if self.export == "adapter" and isinstance(target, LoraTarget) else target.key
+        if self.export != "adapter" or not isinstance(target, LoraTarget) or self.names is None:
+            return target.key
+        return self.names.keys[target.lora.a.name]
 
     def _rows(self, result: RewriteResult) -> list[dict[str, Any]]:
         rows = []
@@ -283,7 +320,7 @@ class _Edit:
         found = self.pair.fingerprints()
         inputs: dict[str, Any] = {
             "before": {"source": str(self.before), "fingerprint": found["before"]},
-            "after": {"source": str(self.after), "fingerprint": found["after"]},
+            "after": {"source": self.after_name, "fingerprint": found["after"]},
         }
         if self.curvature is not None:
             inputs["calibration"] = _calibration_input(self.curvature)
@@ -292,6 +329,15 @@ class _Edit:
     def settings_folders(self) -> list[Path]:
         """Adapter folders whose tokenizer, template and processor a dense result gets over those of the base."""
         return [] if self.export == "adapter" else [adapter.folder for adapter in self.pair.after.adapters]
+
+    def lent_settings(self) -> dict[str, Content]:
+        """BEFORE's tokenizer, template and processor, which a dense result gets where AFTER's folder has none."""
+        return {} if self.export == "adapter" else side_contents(self.pair.before.folder)
+
+    def contents(self) -> dict[str, Content]:
+        """name -> file or content, of all that lies beside the weights of the result."""
+        found = fill_missing(side_contents(self.side_folder()), self.lent_settings())
+        return overlay(found, self.settings_folders())
 
     def side_folder(self) -> Path:
         """Whose configuration and tokenizer the result gets: the adapter's, or AFTER's (tuning may add tokens)."""
@@ -309,11 +355,16 @@ def _write_small_files(
 ) -> None:
     """All but the weights and the card: side files, scaling vectors, index, report, provenance."""
     folder = staging.folder
-    copy_side_files(edit.side_folder(), folder, edit.settings_folders())
-    if edit.export == "dense" and edit.pair.after.untied:
+    copy_contents(edit.contents(), folder)
+    if edit.export == "dense" and edit.pair.after.has_own_config:
         write_json(folder / "config.json", edit.pair.after.config())
-    if edit.export == "adapter":
-        rows = {target.lora.module: result.rows[target.lora.a.name] for target in lora_targets(edit.targets)}
+    if edit.names is not None:
+        if edit.names.config is not None:
+            write_json(folder / CONFIG_FILE, edit.names.config)
+        rows = {
+            edit.names.modules[target.lora.module]: result.rows[edit.names.keys[target.lora.a.name]]
+            for target in lora_targets(edit.targets)
+        }
         scales = {module: read_scale_field(row[SCALE_FIELD]) for module, row in rows.items() if SCALE_FIELD in row}
         if scales:
             with atomic_path(folder / INPUT_SCALE_FILE) as temporary:
@@ -382,8 +433,25 @@ def _warnings(unprotected: list[str], pair: Pair, rows: list[dict[str, Any]], cu
     sentences = describe_unprotected(unprotected) if unprotected else []
     if curvature is not None:
         sentences += describe_calibration(curvature, pair)
-    sentences = describe_no_change(rows) + sentences + _other_base(pair)
-    return sentences + [f"{key}: in AFTER only, copied" for key in pair.only_after]
+    sentences = describe_no_change(rows) + describe_moved_further(rows) + sentences + _other_base(pair)
+    sentences += [f"{key}: in AFTER only, copied" for key in pair.only_after]
+    if pair.only_before:
+        count = f"{pair.only_before[0]} ({len(pair.only_before)} tensor(s))"
+        sentences.append(f"{count}: in BEFORE only, where transformers never builds it; copied from there")
+    for key, (old, new) in pair.resized.items():
+        sentences.append(f"{key}: {old} rows before and {new} after (tokens were added or cut); AFTER's is copied")
+    if pair.retyped:
+        key, (before, after) = next(iter(pair.retyped.items()))
+        sentences.append(
+            f"{len(pair.retyped)} tensor(s) are {before} before and {after} after ({key}, ...): BEFORE's were rounded "
+            "to AFTER's type first, and the result has AFTER's types"
+        )
+    return sentences
+
+
+def _changed(result: RewriteResult) -> list[str]:
+    """Copied tensors that are not BEFORE's."""
+    return [*result.changed, *(name for name, row in result.rows.items() if row.get(DIFFERS_FIELD))]
 
 
 def _other_base(pair: Pair) -> list[str]:

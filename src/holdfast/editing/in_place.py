@@ -13,7 +13,7 @@ from holdfast.checkpoints.curvature_file import Curvature
 from holdfast.checkpoints.gram_store import GramStore
 from holdfast.checkpoints.naming import NameIndex, strip_peft_prefix
 from holdfast.editing.account import linear_name
-from holdfast.editing.descent import require_alike, require_descent
+from holdfast.editing.descent import require_alike, require_descent, require_shape
 from holdfast.errors import AdapterError, CalibrationError, CheckpointError, NumericalError
 from holdfast.functional.columns import measure_change
 from holdfast.rules.base import EditRule, Layer, LoraEditRule, layer_seed
@@ -112,7 +112,7 @@ class _DenseLayer:
 
     def edit(self) -> dict[str, Any]:
         new = self.module.weight.detach()
-        edited = self.rule.edit(self.layer, self.old.detach().to(new.device), new.clone())
+        edited = self.rule.edit(self.layer, _in_type_of(self.old, new), new.clone())
         with torch.no_grad():
             self.module.weight.copy_(edited.weight)
         return _row(self.layer, self.module, edited.row)
@@ -147,7 +147,7 @@ def _plan_dense(layer: Layer, module: Any, old: Tensor, rule: EditRule, allow_ot
     _check_dense(f"{layer.name}.weight", old, weight)
     _require_finite(layer, after=weight, before=old)
     if not allow_other_base:
-        change = measure_change(old.detach().to(weight.device), weight.detach())
+        change = measure_change(_in_type_of(old, weight), weight.detach())
         row = {"cosine": change.cosine(), "relative_change": change.relative()}
         models = {"before": "BEFORE", "after": "AFTER"}
         require_descent(f"{layer.name}.weight", row, **models, option="allow_other_base=True")
@@ -175,13 +175,21 @@ def _plan_lora(layer: Layer, module: Any, rule: EditRule) -> list[_LoraLayer]:
     return [_LoraLayer(layer, module, name, rule) for name in active]
 
 
+def _in_type_of(old: Tensor, new: Tensor) -> Tensor:
+    """BEFORE's weight as the tuning loaded it: in AFTER's type, where AFTER is."""
+    return old.detach().to(new.device, new.dtype)
+
+
 def _check_dense(key: str, old: Tensor, new: Tensor) -> None:
-    require_alike(
-        key,
-        before=(old.shape, old.dtype),
-        after=(new.shape, new.dtype),
-        remedy="Load both in the type that the tuning started from.",
-    )
+    if old.is_floating_point() and new.is_floating_point():
+        require_shape(key, before=old.shape, after=new.shape)
+    else:
+        require_alike(
+            key,
+            before=(old.shape, old.dtype),
+            after=(new.shape, new.dtype),
+            remedy="Load both dequantised, in the type that the tuning started from.",
+        )
     if old.device == new.device and old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr():
         raise CheckpointError(
             f"{key} of BEFORE is the memory of AFTER's: tuning changed both, and no difference is left. Keep copies "

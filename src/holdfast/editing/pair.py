@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from holdfast.checkpoints.adapter import LoraAdapter, is_adapter
@@ -9,8 +10,10 @@ from holdfast.checkpoints.fingerprint import file_stamps, fingerprint
 from holdfast.checkpoints.merged import MergedCheckpoint, locate, open_checkpoint
 from holdfast.checkpoints.naming import normalised
 from holdfast.checkpoints.reader import CheckpointReader
-from holdfast.checkpoints.value import Source, as_checkpoint
-from holdfast.editing.descent import require_alike
+from holdfast.checkpoints.tensor_file import EDITABLE_DTYPES
+from holdfast.checkpoints.tied import is_resized
+from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
+from holdfast.editing.descent import require_alike, require_shape
 from holdfast.errors import CheckpointError
 
 # What one save writes and another leaves out without a change of the model: a tied head, buffers that are recomputed.
@@ -22,7 +25,9 @@ class Pair:
     """Two open checkpoints of one architecture.
 
     lora: AFTER's own adapter when AFTER is BEFORE plus one LoRA; `after` then is BEFORE with it merged.
-    keys: key in `after` -> key in `before`, for every tensor that both have. only_after: optional tensors without one.
+    keys: key in `after` -> key in `before`, for every tensor that both have in one shape. only_after: those without
+    one, and only_before: those of `before` that the result gets; no model of transformers has them. resized: ends of
+    the vocabulary with another number of rows, (before, after). retyped: key in `after` -> (type before, after).
     """
 
     before: MergedCheckpoint
@@ -30,6 +35,9 @@ class Pair:
     lora: LoraAdapter | None
     keys: dict[str, str] = field(default_factory=dict)
     only_after: list[str] = field(default_factory=list)
+    only_before: list[str] = field(default_factory=list)
+    resized: dict[str, tuple[int, int]] = field(default_factory=dict)
+    retyped: dict[str, tuple[str, str]] = field(default_factory=dict)
     _fingerprints: dict[str, list[str]] = field(default_factory=dict)
 
     def fingerprints(self) -> dict[str, list[str]]:
@@ -57,22 +65,31 @@ class Pair:
         self.close()
 
 
+def tuned_checkpoint(before: Source, after: Source) -> Checkpoint:
+    """AFTER as a value: adapters alone go on BEFORE, and a model without a processor of its own gets BEFORE's.
+
+    Raises: CheckpointError: AFTER is a full model and an adapter in one folder.
+    """
+    below, above = as_checkpoint(before), as_checkpoint(after)
+    if is_adapter(above.base):
+        return Checkpoint(base=below.base, adapters=(*below.adapters, above.base, *above.adapters))
+    return above.lent(below.base)
+
+
 def open_pair(before: Source, after: Source) -> Pair:
-    """Open BEFORE and AFTER; AFTER may be a folder, a hub id, a checkpoint value, or an adapter folder on BEFORE.
+    """Open BEFORE and AFTER; AFTER may be a folder, a hub id, a checkpoint value, or adapter folders on BEFORE.
 
     Raises: CheckpointError: different models, shapes or types, BEFORE is an adapter, damaged files. AdapterError: an
         adapter that does not fit.
     """
-    below, above = as_checkpoint(before), as_checkpoint(after)
-    if not below.adapters and is_adapter(below.base):
+    below, above = as_checkpoint(before), tuned_checkpoint(before, after)
+    if is_adapter(below.base):
         raise CheckpointError(
             f"BEFORE ({before}) is an adapter; expected the full model that the update started from. Only AFTER may be "
             "an adapter."
         )
     opened = open_checkpoint(below)
     try:
-        if not above.adapters and is_adapter(above.base):
-            above = below.under(above.base)
         own = above.own_adapters(below) or ()
         if len(own) != 1:
             pair = Pair(opened, open_checkpoint(above), None)
@@ -103,31 +120,66 @@ def _match(pair: Pair) -> None:
             f"BEFORE ({before.folder}) is a {types[0]!r} model and AFTER ({after.folder}) a {types[1]!r} model; both "
             "must descend from one base model."
         )
+    met = set()
     for key, entry in after.entries.items():
         name = before.names.find(key)
         if name is None:
-            if not _optional(key):
-                raise CheckpointError(
-                    f"AFTER ({after.folder}) has {key} and BEFORE ({before.folder}) has not; both must descend from "
-                    "one base model. Pass as BEFORE the checkpoint this task was trained from."
-                )
             pair.only_after.append(key)
             continue
+        met.add(name)
         old = before.entries[name]
-        require_alike(
-            key,
-            before=(old.shape, old.dtype),
-            after=(entry.shape, entry.dtype),
-            remedy="Save both in one type (or pass the adapter itself as AFTER, which is exact).",
-        )
+        if old.shape != entry.shape and is_resized(key, entry.shape, old.shape):
+            pair.resized[key] = (old.shape[0], entry.shape[0])
+            continue
+        _require_comparable(pair, key, name)
         pair.keys[key] = name
-    missing = sorted(set(before.entries) - set(pair.keys.values()))
-    lost = [key for key in missing if not _optional(key)]
+    missing = sorted(set(before.entries) - met)
+    new, lost = ([key for key in found if not _optional(key)] for found in (pair.only_after, missing))
+    if new or lost:
+        built = _built(pair, [*new, *lost])
+        new, lost = ([key for key in found if key in built] for found in (new, lost))
+        pair.only_before = [key for key in missing if key not in built and not _optional(key)]
+    if new:
+        raise CheckpointError(
+            f"AFTER ({after.folder}) has {new[0]} and BEFORE ({before.folder}) has not; both must descend from "
+            "one base model. Pass as BEFORE the checkpoint this task was trained from."
+        )
     if lost:
         raise CheckpointError(
             f"BEFORE ({before.folder}) has {lost[0]} and AFTER ({after.folder}) has not ({len(lost)} such tensor(s)); "
             "both must descend from one base model."
         )
+
+
+def _require_comparable(pair: Pair, key: str, name: str) -> None:
+    """Hold one tensor of AFTER against BEFORE's; where their floating types differ, BEFORE's is read in AFTER's.
+
+    A tuning loads BEFORE in the type that it saves: only what comes after that rounding is its change.
+    """
+    entry, old = pair.after.entries[key], pair.before.entries[name]
+    if old.dtype == entry.dtype or not {old.dtype, entry.dtype} <= set(EDITABLE_DTYPES):
+        require_alike(
+            key,
+            before=(old.shape, old.dtype),
+            after=(entry.shape, entry.dtype),
+            remedy="Save both as floating-point weights (or pass the adapter itself as AFTER, which is exact).",
+        )
+        return
+    require_shape(key, before=old.shape, after=entry.shape)
+    pair.before.read_as[name] = entry.torch_dtype
+    pair.retyped[key] = (old.dtype, entry.dtype)
+
+
+def _built(pair: Pair, keys: Collection[str]) -> set[str]:
+    """Those of `keys` that belong to the model as transformers builds it; the rest nothing loads (`mtp.*`, ...)."""
+    from holdfast.models.built import built_keys
+
+    shapes = {**_shapes(pair.before), **_shapes(pair.after)}
+    return set(keys) & built_keys(pair.after.folder, shapes)
+
+
+def _shapes(checkpoint: MergedCheckpoint) -> dict[str, tuple[int, ...]]:
+    return {key: entry.shape for key, entry in checkpoint.entries.items()}
 
 
 def _optional(key: str) -> bool:

@@ -74,7 +74,7 @@ def find_targets(pair: Pair, layers: Curvature | Blocks, *, seed: int) -> list[T
             f"{pair.lora.folder} is the result of an edit already (it scales the base's input columns). Edit the "
             "adapter that was trained, or merge this one and go on from there."
         )
-    loras = _loras_by_key(pair)
+    modules = _modules_by_key(pair)
     targets = []
     for name in names:
         layer = Layer(
@@ -85,7 +85,7 @@ def find_targets(pair: Pair, layers: Curvature | Blocks, *, seed: int) -> list[T
             task=curvature.task[name] if curvature is not None else None,
             seed=layer_seed(seed, name),
         )
-        target = _find(pair, layer, curvature, loras)
+        target = _find(pair, layer, curvature, modules)
         if target is not None:
             targets.append(target)
     if not targets:
@@ -96,13 +96,14 @@ def find_targets(pair: Pair, layers: Curvature | Blocks, *, seed: int) -> list[T
     return targets
 
 
-def _loras_by_key(pair: Pair) -> dict[str, LoraEntry]:
+def _modules_by_key(pair: Pair) -> dict[str, str]:
+    """Key of a weight -> the module of AFTER's adapter that changes it."""
     if pair.lora is None:
         return {}
-    return {key: pair.lora.modules[module] for module, key in pair.after.keys_of(pair.lora).items()}
+    return {key: module for module, key in pair.after.keys_of(pair.lora).items()}
 
 
-def _find(pair: Pair, layer: Layer, curvature: Curvature | None, loras: Mapping[str, LoraEntry]) -> Target | None:
+def _find(pair: Pair, layer: Layer, curvature: Curvature | None, modules: Mapping[str, str]) -> Target | None:
     wanted = curvature.weight_keys(layer.name) if curvature is not None else (f"{layer.name}.weight",)
     if not wanted:
         raise CheckpointError(
@@ -133,9 +134,12 @@ def _find(pair: Pair, layer: Layer, curvature: Curvature | None, loras: Mapping[
         )
     if pair.lora is None:
         return DenseTarget(layer=layer, key=key, before_key=pair.keys[key])
-    lora = loras.get(key)
-    if lora is None:
+    module = modules.get(key)
+    if module is None:
         return None  # the adapter leaves this layer as it is
+    lora = pair.lora.modules.get(module)
+    if lora is None:
+        return DenseTarget(layer=layer, key=key, before_key=pair.keys[key])  # DoRA and its like: a weight, no factors
     if lora.transposed:
         raise AdapterError(f"{key} is stored transposed (fan_in_fan_out); such models cannot be edited.")
     return LoraTarget(layer=layer, key=key, before_key=pair.keys[key], adapter=pair.lora, lora=lora)

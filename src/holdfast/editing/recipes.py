@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from holdfast.checkpoints.merged import add_updates
+from holdfast.checkpoints.merged import MergedCheckpoint, add_updates
 from holdfast.checkpoints.rewrite import Compute, Copy, Input
 from holdfast.checkpoints.writer import OutputTensor
 from holdfast.editing.account import linear_name
@@ -23,6 +23,8 @@ Recipe = dict[str, Copy | Compute]
 CoefficientChoice = Literal["drop", "measure", "keep"]
 # Where a row carries its input-scaling vector until the editor writes the vectors to their own file.
 SCALE_FIELD = "_input_scale"
+# In the row of a tensor that is copied: whether it differs from BEFORE's, which has another type.
+DIFFERS_FIELD = "_differs"
 
 
 def output_tensors(entries: Mapping[str, Any]) -> list[OutputTensor]:
@@ -40,52 +42,92 @@ def dense_recipe(
     by_key = {target.key: target for target in targets}
     recipe: Recipe = {}
     unprotected = []
-    for key, entry in pair.after.entries.items():
-        source = Input(pair.after.base, entry)
+    for key in pair.after.entries:
+        sources = _inputs(pair.after, key)
         old_key = pair.keys.get(key)
         target = by_key.get(key)
         if target is not None:
             recipe[key] = (
                 _edit_sum(pair, target, rule)
                 if isinstance(target, LoraTarget)
-                else _edit_dense(pair, target, rule, source, allow_other_base)
+                else _edit_dense(pair, target, rule, allow_other_base)
             )
         elif not pair.after.is_plain(key):
-            recipe[key] = Compute((source,), _merge(pair, key))
-            unprotected.append(key)
+            merged = key in pair.after.updates or key in pair.after.replaced
+            if merged or old_key is None or pair.lora is not None:
+                recipe[key] = Compute(sources, _merge(pair, key))
+                unprotected += [key] if merged else []
+            else:
+                recipe[key] = _copy_and_compare(pair, key, old_key)
         elif pair.lora is not None or old_key is None:
-            recipe[key] = Copy(source)
+            recipe[key] = Copy(sources[0])
         elif pair.before.is_plain(old_key):
-            recipe[key] = Copy(source, compare=Input(pair.before.base, pair.before.entries[old_key]))
+            recipe[key] = Copy(sources[0], compare=Input(pair.before.base, pair.before.entries[old_key]))
+        elif old_key in pair.before.read_as:
+            recipe[key] = _copy_and_compare(pair, key, old_key)
         else:
-            recipe[key] = Copy(source)
+            recipe[key] = Copy(sources[0])
             unprotected.append(key)
+    recipe |= {key: Copy(_inputs(pair.before, key)[0]) for key in pair.only_before}
     return recipe, unprotected
 
 
-def _edit_dense(pair: Pair, target: DenseTarget, rule: EditRule, source: Input, allow_other_base: bool) -> Compute:
-    """The edited weight of a layer that both checkpoints store."""
+def _inputs(checkpoint: MergedCheckpoint, key: str) -> tuple[Input, ...]:
+    """What has to be read for a tensor of a checkpoint."""
+    return tuple(Input(checkpoint.base, entry) for entry in checkpoint.stored(key))
 
-    def edit(w_prev: Tensor, w_new: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        old = w_prev if pair.before.is_plain(target.before_key) else pair.before.merge(target.before_key, w_prev)
-        new = w_new if pair.after.is_plain(target.key) else pair.after.merge(target.key, w_new)
+
+def _value(checkpoint: MergedCheckpoint, key: str, stored: Sequence[Tensor]) -> Tensor:
+    """As stored where nothing is done to it, else the value in fp32 or wider."""
+    return stored[0] if checkpoint.is_plain(key) else checkpoint.value(key, *stored)
+
+
+def _copy_and_compare(pair: Pair, key: str, old_key: str) -> Compute:
+    """AFTER's value of a tensor, and whether it is BEFORE's, where their bytes cannot be compared."""
+    after, before = _inputs(pair.after, key), _inputs(pair.before, old_key)
+    read = _merge(pair, key)
+
+    def copy(*stored: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        old = _value(pair.before, old_key, stored[len(after) :])
+        new = stored[0] if pair.after.is_plain(key) else read(*stored[: len(after)])[0]
+        return new, {DIFFERS_FIELD: not torch.equal(new.to(old.dtype), old)}
+
+    return Compute((*after, *before), copy)
+
+
+def _edit_dense(pair: Pair, target: DenseTarget, rule: EditRule, allow_other_base: bool) -> Compute:
+    """The edited weight of a layer that both checkpoints store."""
+    before, after = _inputs(pair.before, target.before_key), _inputs(pair.after, target.key)
+    stored_type = pair.after.entries[target.key].torch_dtype
+
+    def edit(*stored: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        old = _value(pair.before, target.before_key, stored[: len(before)])
+        new = _value(pair.after, target.key, stored[len(before) :])
         edited = _named(target.layer, lambda: rule.edit(target.layer, old, new))
         if not allow_other_base:
             folders = {"before": pair.before.folder, "after": pair.after.folder}
             require_descent(target.key, edited.row, **folders, option="--allow-other-base")
-        return _store(edited.weight, w_new), _row(target.layer, old.shape, edited.row)
+        buffer = stored[len(before)]
+        fits = buffer.dtype == stored_type
+        weight = _store(edited.weight, buffer) if fits else edited.weight.to(stored_type)
+        return weight, _row(target.layer, old.shape, edited.row)
 
-    return Compute((_before(pair, target), source), edit)
+    return Compute((*before, *after), edit)
 
 
 def _edit_sum(pair: Pair, target: LoraTarget, rule: EditRule) -> Compute:
     """The edited weight of a layer that AFTER stores as BEFORE plus a LoRA update."""
     lora, entry = target.adapter, target.lora
 
-    def edit(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    before = _inputs(pair.before, target.before_key)
+    stored_type = pair.after.entries[target.key].torch_dtype
+
+    def edit(*stored: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        *weights, lora_a, lora_b = stored
         # BEFORE may carry adapters of its own; then the old weight is their sum, in fp32.
-        plain = pair.before.is_plain(target.before_key)
-        old = weight if plain else pair.before.merge(target.before_key, weight)
+        old = _value(pair.before, target.before_key, weights)
+        fits = weights[0].dtype == stored_type
+        weight = weights[0] if fits else torch.empty(old.shape, dtype=stored_type)
         a, b = _wide(lora_a), _wide(lora_b)
         if isinstance(rule, LoraEditRule):
             base = old if rule.reads_base else None
@@ -100,18 +142,19 @@ def _edit_sum(pair: Pair, target: LoraTarget, rule: EditRule) -> Compute:
         dense = _named(target.layer, lambda: rule.edit(target.layer, old, new))
         return _store(dense.weight, weight), _row(target.layer, old.shape, dense.row)
 
-    return Compute((_before(pair, target), Input(lora, entry.a), Input(lora, entry.b)), edit)
-
-
-def _before(pair: Pair, target: Target) -> Input:
-    return Input(pair.before.base, pair.before.entries[target.before_key])
+    return Compute((*before, Input(lora, entry.a), Input(lora, entry.b)), edit)
 
 
 def adapter_recipe(
-    pair: Pair, targets: Sequence[Target], rule: EditRule, coefficient: CoefficientChoice
+    pair: Pair,
+    targets: Sequence[Target],
+    rule: EditRule,
+    coefficient: CoefficientChoice,
+    keys: Mapping[str, str],
 ) -> tuple[Recipe, list[str]]:
     """Every tensor of the adapter: the edited A of each target; B and all else copied.
 
+    keys: key in AFTER's adapter -> key to be written.
     The keys of the second value are modules that the adapter changes and the edit does not protect.
 
     Raises: AdapterError: AFTER is no adapter, or the rule has no closed form for LoRA.
@@ -119,21 +162,29 @@ def adapter_recipe(
     lora = pair.lora
     if lora is None:
         raise AdapterError(
-            f"--export adapter needs AFTER to be a LoRA adapter on BEFORE; {pair.after.folder} is a full checkpoint. "
-            "Pass the adapter folder, or export dense."
+            f"--export adapter needs AFTER to be a LoRA adapter on BEFORE; it is "
+            f"{_several(pair) or f'{pair.after.folder}, a full checkpoint'}. Pass the adapter folder, or export dense."
         )
     if not isinstance(rule, LoraEditRule):
         raise AdapterError(f"The rule {rule.name!r} has no closed form for LoRA updates; use --export dense.")
-    recipe: Recipe = {name: Copy(Input(lora, entry)) for name, entry in lora.entries.items()}
     own = lora_targets(targets)
+    if len(own) < len(targets) or lora.why_not_factors() is not None:
+        why = lora.why_not_factors() or "it changes weights otherwise than by factors alone (DoRA or like it)"
+        raise AdapterError(f"{lora.folder} cannot be edited as an adapter: {why}. Use --export dense.")
+    recipe: Recipe = {keys[name]: Copy(Input(lora, entry)) for name, entry in lora.entries.items()}
     for target in own:
         inputs: tuple[Input, ...] = (Input(lora, target.lora.a), Input(lora, target.lora.b))
         if rule.reads_base and coefficient != "drop":
-            inputs += (_before(pair, target),)
-        recipe[target.lora.a.name] = Compute(inputs, _edit_adapter(pair, target, rule, coefficient))
+            inputs += _inputs(pair.before, target.before_key)
+        recipe[keys[target.lora.a.name]] = Compute(inputs, _edit_adapter(pair, target, rule, coefficient))
     edited = {target.lora.module for target in own}
-    unprotected = [f"{module}.weight" for module in lora.modules if module not in edited]
+    unprotected = [f"{module}.weight" for module in (*lora.modules, *lora.dense) if module not in edited]
     return recipe, [*unprotected, *lora.saved]
+
+
+def _several(pair: Pair) -> str | None:
+    own = len(pair.after.adapters) - len(pair.before.adapters)
+    return f"{own} adapters on top of each other" if own > 1 and pair.before.folder == pair.after.folder else None
 
 
 def _edit_adapter(
@@ -141,10 +192,8 @@ def _edit_adapter(
 ) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
     entry = target.lora
 
-    def edit(lora_a: Tensor, lora_b: Tensor, weight: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
-        old = weight
-        if weight is not None and not pair.before.is_plain(target.before_key):
-            old = pair.before.merge(target.before_key, weight)
+    def edit(lora_a: Tensor, lora_b: Tensor, *weight: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        old = _value(pair.before, target.before_key, weight) if weight else None
         a, b = _wide(lora_a), _wide(lora_b)
         edited = _named(target.layer, lambda: rule.edit_lora(target.layer, old, a, b, entry.scaling))
         row = _row(target.layer, entry.shape, edited.row)
@@ -164,9 +213,13 @@ def read_scale_field(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32)
 
 
-def _merge(pair: Pair, key: str) -> Callable[[Tensor], tuple[Tensor, None]]:
-    def merge(weight: Tensor) -> tuple[Tensor, None]:
-        return pair.after.merge(key, weight, out=weight), None
+def _merge(pair: Pair, key: str) -> Callable[..., tuple[Tensor, None]]:
+    entry = pair.after.entries[key]
+
+    def merge(*stored: Tensor) -> tuple[Tensor, None]:
+        fits = stored[0].dtype == entry.torch_dtype and tuple(stored[0].shape) == entry.shape
+        out = stored[0] if fits else torch.empty(entry.shape, dtype=entry.torch_dtype)
+        return pair.after.value(key, *stored, out=out), None
 
     return merge
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.data.types import Sample
+from holdfast.errors import RunError
+from holdfast.files import append, parse_json, storage_errors
 
 # (samples of one batch) -> their answers
 Answer = Callable[[list[Sample]], list[str]]
@@ -58,10 +60,13 @@ def collect(
     Batches are the same whether or not the work was interrupted, and however many processes share it, so the answers
     are too. on_batch: called with the number of samples of each batch, also of those found in files. A process that is
     not the chief gets the empty text for answers that it did not see.
+
+    Raises: StorageError: a batch cannot be kept; those before it are.
     """
     order = sorted(range(len(samples)), key=lambda i: (-_size(samples[i]), i))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     own = _file_of(path, share.rank)
     _cut_torn_end(own)
     done = _read_all(path)
@@ -71,17 +76,14 @@ def collect(
         if number in done and on_batch is not None:
             on_batch(len(batch))
     missing = [number for number in range(len(batches)) if number not in done]
-    with own.open("ab") as file:
-        for number in missing[share.rank :: share.world]:
-            batch = batches[number]
-            done[number] = answer([samples[i] for i in batch])
-            # One line per batch and one write per line: a torn line is a batch that was not finished.
-            line = json.dumps({"batch": number, "texts": done[number]}, ensure_ascii=False)
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-            if on_batch is not None:
-                on_batch(len(batch))
+    for number in missing[share.rank :: share.world]:
+        batch = batches[number]
+        done[number] = answer([samples[i] for i in batch])
+        # One line per batch and one write per line: a torn line is a batch that was not finished.
+        line = json.dumps({"batch": number, "texts": done[number]}, ensure_ascii=False)
+        append(own, line.encode("utf-8", "replace") + b"\n")
+        if on_batch is not None:
+            on_batch(len(batch))
     share.wait()
     if share.world > 1 and share.chief:
         done = _read_all(path)
@@ -112,7 +114,7 @@ def _read_all(path: Path) -> dict[int, list[str]]:
         if file.is_file():
             data = file.read_bytes()
             for line in data[: data.rfind(b"\n") + 1].splitlines():
-                row = json.loads(line)
+                row = parse_json(line, file, error=RunError)
                 done[row["batch"]] = row["texts"]
     return done
 

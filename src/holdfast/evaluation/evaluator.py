@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from holdfast.data.types import SafetySet, Sample, Stream, Task
 from holdfast.errors import RunError
 from holdfast.evaluation.answers import ALONE, Share, collect
 from holdfast.evaluation.evaluation_config import EvaluationConfig
-from holdfast.files import atomic_path
+from holdfast.files import atomic_path, read_jsonl
 from holdfast.judges.base import Side, Verdict
 from holdfast.metrics.agreement import agreement
 from holdfast.metrics.safety import set_figures
@@ -251,7 +252,7 @@ def _stored(path: Path, samples: Sequence[Sample], *, key: str, side: Side | Non
     """
     if not path.is_file():
         return None
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    rows = read_jsonl(path, "answers", error=RunError)
     rows = [row for row in rows if row.get("side") == side]
     if [row["id"] for row in rows] != [sample.id for sample in samples]:
         raise RunError(
@@ -273,5 +274,5 @@ def _publish(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for line in lines:
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-    for part in path.parent.glob(f"{path.name}*.part"):
+    for part in path.parent.glob(f"{glob.escape(path.name)}*.part"):
         part.unlink()

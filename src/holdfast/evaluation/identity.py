@@ -15,6 +15,7 @@ from holdfast.checkpoints.reader import INDEX_FILE, CheckpointReader
 from holdfast.checkpoints.value import Checkpoint
 from holdfast.data.images import open_image
 from holdfast.data.types import Sample, Stream
+from holdfast.files import sha256
 from holdfast.models.tuner import is_tuner_folder
 
 # Beside the weights: configuration, tokenizer, processor, chat template.
@@ -33,7 +34,9 @@ def checkpoint_digests(checkpoint: Checkpoint) -> dict[str, Any]:
     with CheckpointReader(folder) as reader:
         weights = fingerprint(reader)
     # The index is about shards, and the same weights in other shards are the same model.
-    settings = [path for pattern in _SETTINGS for path in folder.glob(pattern) if path.name != INDEX_FILE]
+    settings = [
+        path for pattern in _SETTINGS for path in folder.glob(pattern) if path.name != INDEX_FILE and path.is_file()
+    ]
     return {
         "weights": weights,
         "settings": _of_files(folder, settings),
@@ -44,7 +47,10 @@ def checkpoint_digests(checkpoint: Checkpoint) -> dict[str, Any]:
 def settings_digests(folder: Path) -> dict[str, str]:
     """File name -> digest of the small files beside the weights: configuration, tokenizer, processor, chat template."""
     found = {
-        path for pattern in _SETTINGS for path in folder.glob(pattern) if path.name not in (INDEX_FILE, "README.md")
+        path
+        for pattern in _SETTINGS
+        for path in folder.glob(pattern)
+        if path.name not in (INDEX_FILE, "README.md") and path.is_file()
     }
     prose = ("license", "notice", "requirements")
     return {p.name: _of_file(p)[:16] for p in sorted(found) if not p.name.lower().startswith(prose)}
@@ -82,7 +88,9 @@ def _of_adapter(folder: Path) -> str:
     if not is_tuner_folder(folder):
         require_safe_adapter(folder)
     find = folder.rglob if is_tuner_folder(folder) else folder.glob
-    return _of_files(folder, [path for pattern in ("*.safetensors", "*.bin", "*.json") for path in find(pattern)])
+    return _of_files(
+        folder, [path for pattern in ("*.safetensors", "*.bin", "*.json") for path in find(pattern) if path.is_file()]
+    )
 
 
 def _of_files(folder: Path, paths: Iterable[Path]) -> str:
@@ -101,5 +109,5 @@ def _of_picture(path: Path) -> str:
 
 
 def _of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest: str = sha256(path).hexdigest()
+    return digest

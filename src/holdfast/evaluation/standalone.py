@@ -7,7 +7,6 @@ OUT/evaluation.json      {"format", "asked", "scores", "ap", "safety", "masr", "
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from typing import Any
 from holdfast.checkpoints.value import Checkpoint
 from holdfast.data.names import slug
 from holdfast.data.types import Stream
+from holdfast.errors import RunError
 from holdfast.evaluation.answers import ALONE, Share
 from holdfast.evaluation.evaluation_config import EvaluationConfig
 from holdfast.evaluation.evaluator import CheckpointEvaluator
 from holdfast.evaluation.identity import checkpoint_digests, data_digests
-from holdfast.files import write_json
+from holdfast.files import Lock, read_jsonl, require_space, write_json
 from holdfast.metrics.intervals import Interval, bootstrap_mean, wilson
 from holdfast.stream.record import RunDirectory, claim, versions
 
@@ -41,12 +41,35 @@ def evaluate(
     asked: plain data that says what was asked for. Digests of the checkpoint and of the data are added to it, because
         a path may hold other weights or questions by now; `out` is refused when it holds answers to something else.
     share: this process's part of the answering; processes other than the chief get an empty result.
-    Raises: RunError: `out` belongs to another question. Otherwise what loading, asking and judging raise.
+    Raises: RunError: `out` belongs to another question, or another process is at work in it. Otherwise
+        what loading, asking and judging raise.
     """
+    if not share.chief:
+        return _evaluate(checkpoint, stream, config, out=out, asked=asked, progress=progress, share=share)
+    # Two processes would ask a judge for the same verdicts, and pay for them twice.
+    with Lock(
+        out / ".lock",
+        busy=f"{out} is in use by another holdfast process. Wait for it: what it has asked is then reused.",
+        error=RunError,
+    ):
+        return _evaluate(checkpoint, stream, config, out=out, asked=asked, progress=progress, share=share)
+
+
+def _evaluate(
+    checkpoint: Checkpoint,
+    stream: Stream,
+    config: EvaluationConfig,
+    *,
+    out: Path,
+    asked: Mapping[str, Any],
+    progress: Callable[..., None],
+    share: Share,
+) -> dict[str, Any]:
     if share.chief:
         digests = {"model_sha256": checkpoint_digests(checkpoint), "data_sha256": data_digests(stream, config.limit)}
         asked = {**asked, **digests}
         claim(RunDirectory(out), asked, {})
+        require_space(out, _answer_bytes(stream, config.limit), "All answers, as long as they may get,")
     share.wait()
     predictions = out / "predictions"
     evaluator = CheckpointEvaluator(config, share=share)
@@ -72,6 +95,14 @@ def evaluate(
     }
     write_json(out / "evaluation.json", result)
     return result
+
+
+def _answer_bytes(stream: Stream, limit: int | None) -> int:
+    """Bytes of all answers and their evidence on disk, twice: parts go when the whole is written. Five a token."""
+    sets = [(task.test[:limit], task.max_new_tokens) for task in stream.tasks]
+    for one in stream.safety:
+        sets += [(side[:limit], one.max_new_tokens) for side in (one.unsafe, one.benign)]
+    return 2 * sum(5 * (tokens or 0) + 4 * len(s.prompt) + 1000 for samples, tokens in sets for s in samples)
 
 
 def _score_interval(path: Path) -> dict[str, Any] | None:
@@ -100,4 +131,4 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return read_jsonl(path, "answers", error=RunError)

@@ -24,6 +24,7 @@ from holdfast.config import decode, encode
 from holdfast.errors import HoldfastError, RunError
 from holdfast.experiment.resolve import Experiment, Progress, resolve
 from holdfast.experiment.run_config import RunConfig
+from holdfast.failures import explain, keep, keep_traceback, report_bug
 
 
 def run_methods(experiment: Experiment, names: Sequence[str], *, jobs: int) -> None:
@@ -126,8 +127,12 @@ class _Worker:
     def _died(self) -> RunError:
         self._process.wait()
         self._said.seek(0)
-        tail = self._said.read()[-2000:].strip()
-        return RunError(f"A worker process ended with status {self._process.returncode}:\n{tail}")
+        said = self._said.read().strip()
+        last = said.splitlines()[-1:] or ["it said nothing"]
+        code = self._process.returncode
+        how = "was killed (by the system, where the memory is used up)" if code == -9 else f"ended with status {code}"
+        where = keep(said, "All it said", "nothing of it is kept") if "\n" in said else ""
+        return RunError(f"A worker process {how}: {last[0]:.300}. {where}".rstrip())
 
 
 def main() -> None:
@@ -162,6 +167,10 @@ def main() -> None:
     except HoldfastError as error:
         tell(error=type(error).__name__, message=str(error))
         os._exit(2)
+    except Exception as error:  # noqa: BLE001 (the worker's boundary: its parent shows the sentence)
+        said = explain(error)
+        tell(error="RunError", message=report_bug(error) if said is None else f"{said}\n{keep_traceback(error)}")
+        os._exit(1)
 
 
 def _prepare(job: dict[str, Any], progress: Progress) -> Experiment:

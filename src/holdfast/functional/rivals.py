@@ -1,4 +1,4 @@
-"""Other weight edits as pure functions: Safe Delta, Model Tailor, SafeLoRA, TIES, DARE.
+"""Other weight edits as pure functions: Safe Delta, Model Tailor, SafeLoRA, TIES, DARE, CGM.
 
 Weights are (r, c) = (out, in). Each function follows the method's description and its released code where there is
 one; where we differ, the docstring says so. The compensation sweep of SparseGPT (Frantar and Alistarh 2023) is shared.
@@ -7,7 +7,7 @@ one; where we differ, the docstring says so. The compensation sweep of SparseGPT
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,20 +89,23 @@ def model_tailor(
     inverse_factor: Float[Tensor, "c c"],
     *,
     tuned_share: float = 0.1,
+    change_weight: float = 0.8,
     block_columns: int = 128,
     compensation: Literal["sparsegpt", "released", "none"] = "sparsegpt",
 ) -> RivalEdit:
     """Model Tailor (Zhu et al., ICML 2024): keep the most important tuned entries, reset the rest, compensate.
 
-    In blocks of columns, the score of an entry is half the z-score of |D| plus half the z-score of W^2 / U_jj^2, each
-    within its row of the block; the top `tuned_share` of the block stays tuned, the rest returns to `w_prev`, and the
-    error goes into later columns.
+    In blocks of columns, the score of an entry is `change_weight` times the z-score of |D| plus the rest times the
+    z-score of W^2 / U_jj^2, each within its row of the block; the top `tuned_share` of the block stays tuned, the rest
+    returns to `w_prev`, and the error goes into later columns. (The released code keeps one entry of a block fewer.)
 
     Args:
         inverse_factor: upper U with U^T U = (H + lam I)^-1 of the TASK inputs.
+        change_weight: 0..1; 0.8 in the file that the released program imports, 0.5 in a copy that it does not.
         compensation: "sparsegpt" lowers the output error. "released": the sign in the published code, which raises it.
     """
     _check_share("tuned_share", tuned_share)
+    _check_share("change_weight", change_weight)
     directions = {"sparsegpt": 1.0, "released": -1.0, "none": 0.0}
     if compensation not in directions:
         raise ValueError(f"compensation={compensation!r}; expected one of {', '.join(directions)}.")
@@ -112,7 +115,7 @@ def model_tailor(
         stop = start + current.shape[0]
         moved = (w_new[:, start:stop].T.to(current) - target).abs_()
         sensitivity = current.square() / diagonal.square()[:, None]
-        score = (_z_score(moved) + _z_score(sensitivity)).flatten()
+        score = (change_weight * _z_score(moved) + (1 - change_weight) * _z_score(sensitivity)).flatten()
         keep = math.floor(tuned_share * score.numel() + 0.5)
         reset = torch.ones_like(score, dtype=torch.bool)
         reset[torch.sort(score, descending=True, stable=True).indices[:keep]] = False
@@ -174,19 +177,135 @@ def trim(delta: Float[Tensor, "r c"], density: float) -> Float[Tensor, "r c"]:
     return torch.where(size >= threshold, delta, torch.zeros_like(delta))
 
 
-def ties(deltas: Sequence[Float[Tensor, "r c"]], *, density: float = 0.2) -> Float[Tensor, "r c"]:
+def ties(
+    deltas: Sequence[Float[Tensor, "r c"]], *, density: float = 0.2, thresholds: Sequence[float] | None = None
+) -> Float[Tensor, "r c"]:
     """TIES (Yadav et al., NeurIPS 2023): trim each change, elect a sign per entry, average what agrees with it.
 
-    Returns: one change (r, c), to be added with a weight (1 in the paper). The threshold is per tensor.
+    Args:
+        density: share of each tensor's entries that survive, 0..1.
+        thresholds: one magnitude per change, instead: entries below it go. With `shared_threshold` of all tensors of a
+            change it is the original's trimming over all parameters together.
+    Returns: one change (r, c), to be added with a weight (1 in the paper). Where the signs of an entry are elected
+        evenly it stays as it was (the original takes the sign that most entries of the model have).
 
-    Raises: ValueError: no change to merge.
+    Raises: ValueError: no change to merge, or not one threshold per change.
     """
     if not deltas:
         raise ValueError("expected at least one change to merge.")
-    trimmed = torch.stack([trim(d.to(wide_dtype(*deltas)), density) for d in deltas])
+    if thresholds is not None and len(thresholds) != len(deltas):
+        raise ValueError(f"{len(thresholds)} thresholds for {len(deltas)} changes; expected one for each.")
+    wide = [d.to(wide_dtype(*deltas)) for d in deltas]
+    if thresholds is None:
+        trimmed = torch.stack([trim(d, density) for d in wide])
+    else:
+        trimmed = torch.stack([d * (d.abs() >= t) for d, t in zip(wide, thresholds, strict=True)])
     elected = trimmed.sum(0).sign()
     agrees = (trimmed.sign() == elected) & (trimmed != 0)
     return (trimmed * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+
+
+def cgm(
+    delta: Float[Tensor, "r c"],
+    importance: Float[Tensor, "r c"],
+    previous: Float[Tensor, "r c"],
+    *,
+    alpha: float = 1.0,
+    hard: bool = False,
+) -> Float[Tensor, "r c"]:
+    """CGM (arXiv 2606.24963, our reading): what is kept of a change, D F / (F + alpha F_prev) entry by entry.
+
+    Args:
+        importance, previous: mean squared gradients on the new task and on earlier ones, 0 or more.
+        hard: D where F > alpha F_prev, else 0. An entry that nobody needs (both 0) keeps its change either way.
+
+    Raises: ValueError: shapes, or an alpha below 0.
+    """
+    if not alpha >= 0:
+        raise ValueError(f"alpha={alpha}; expected 0 or more.")
+    if not delta.shape == importance.shape == previous.shape:
+        raise ValueError(
+            f"delta is {tuple(delta.shape)}, importance {tuple(importance.shape)} and previous "
+            f"{tuple(previous.shape)}; expected one shape."
+        )
+    against = alpha * previous
+    if hard:
+        return torch.where((importance > against) | (against == 0), delta, torch.zeros_like(delta))
+    # Where the sum underflows nobody needs the entry: 1, as with no earlier task at all.
+    total = importance + against
+    share = torch.where(total > 0, importance / torch.where(total > 0, total, 1), 1.0)
+    return delta * torch.where(against > 0, share, 1.0).to(delta)
+
+
+def least_squares_merge(
+    rows: Sequence[Float[Tensor, "k c"]], columns: Sequence[Float[Tensor, "r k"]], *, ridge: float = 1e-2
+) -> Float[Tensor, "r c"]:
+    """The update M that does for the rows of every A_t what B_t A_t did, in the least-squares sense.
+
+    M minimises sum over t of ||(M - B_t A_t) A_t^T||^2 + lam ||M||^2. Source: MAny's low-rank parameter merging (arXiv
+    2604.14016, our reading), which reaches the same minimum recursively. Only a matrix of all ranks together is solved.
+
+    Args:
+        rows, columns: A_t and B_t of each task, with any scaling in B_t; ranks may differ.
+        ridge: lam relative to the mean square of all rows' entries, times their number; above 0.
+
+    Raises: ValueError: no update, factors that do not belong together, or a ridge that is not above 0.
+    """
+    if not rows or len(rows) != len(columns):
+        raise ValueError(
+            f"{len(rows)} A and {len(columns)} B; expected one of each for every update, and one at least."
+        )
+    if not ridge > 0:
+        raise ValueError(f"ridge={ridge}; expected more than 0.")
+    for a, b in zip(rows, columns, strict=True):
+        check_lora(a, b, None)
+    a = torch.cat([r.double() for r in rows])
+    with ieee_matmul():
+        wanted = torch.cat(
+            [(b.double() @ r.double()) @ r.double().T for r, b in zip(rows, columns, strict=True)], dim=1
+        )
+        gram = a @ a.T
+        lam = ridge * float(gram.diagonal().mean())
+        if lam == 0:
+            return torch.zeros(wanted.shape[0], a.shape[1], dtype=rows[0].dtype, device=a.device)
+        gram.diagonal().add_(lam)
+        return (torch.linalg.solve(gram, wanted.T).T @ a).to(rows[0].dtype)
+
+
+def shared_threshold(tensors: Callable[[], Iterable[Tensor]], density: float) -> float:
+    """The magnitude that the largest `density` (0..1) of all entries of all tensors reach; exact in fp32.
+
+    tensors: gives them one by one, of any shape, each time that it is called: they are read three times and never held
+    together. inf for a density that keeps nothing.
+
+    Raises: ValueError: a density outside 0..1, or no entry at all.
+    """
+    _check_share("density", density)
+    total = sum(t.numel() for t in tensors())
+    if total == 0:
+        raise ValueError("expected at least one entry to trim.")
+    keep = math.floor(density * total + 0.5)
+    if keep == 0:
+        return math.inf
+    # The bits of floats that are not negative are ordered as these are: first the upper 16 of the one sought, then the
+    # rest.
+    upper = torch.zeros(1 << 16, dtype=torch.long)
+    for bits in map(_magnitude_bits, tensors()):
+        upper += torch.bincount(bits >> 16, minlength=1 << 16)
+    above = upper.flip(0).cumsum(0)
+    place = int((above < keep).sum())
+    head = (1 << 16) - 1 - place
+    left = keep - (int(above[place - 1]) if place else 0)
+    lower = torch.zeros(1 << 16, dtype=torch.long)
+    for bits in map(_magnitude_bits, tensors()):
+        lower += torch.bincount(bits[bits >> 16 == head] & 0xFFFF, minlength=1 << 16)
+    tail = (1 << 16) - 1 - int((lower.flip(0).cumsum(0) < left).sum())
+    return float(torch.tensor((head << 16) | tail, dtype=torch.int32).view(torch.float32))
+
+
+def _magnitude_bits(values: Tensor) -> Tensor:
+    """The bits of |x| in fp32 as non-negative integers, (n,) on the CPU."""
+    return values.detach().float().abs().cpu().flatten().view(torch.int32).long()
 
 
 def dare(

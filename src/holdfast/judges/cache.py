@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.data.types import Sample
-from holdfast.errors import JudgeError
+from holdfast.errors import JudgeError, StorageError
+from holdfast.files import append, parse_json, read_bytes, sha256
 
 
 def default_folder() -> Path:
@@ -62,29 +63,24 @@ class VerdictCache:
     def _append(self, path: Path, data: bytes) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab", buffering=0) as file:
-                file.write(data)
-                os.fsync(file.fileno())
-        except OSError as error:
+            append(path, data)
+        except (OSError, StorageError) as error:
             raise JudgeError(
-                f"The verdict cache {path} cannot be written: {error.strerror or error}. Choose another file with the "
+                f"The verdict cache {path} cannot be written: {error} Choose another file with the "
                 "judge's option `cache`, or set HOLDFAST_CACHE."
             ) from error
 
     def _read(self, path: Path) -> None:
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise JudgeError(f"The verdict cache {path} cannot be read: {error.strerror or error}.") from error
+        raw = read_bytes(path, error=JudgeError, what="the verdict cache")
         # A write that was cut off has no newline; the next one must not be glued to it.
         self._ends_in_newline = not raw or raw.endswith(b"\n")
         for line in raw.split(b"\n"):
             if not line.strip():
                 continue
             try:
-                entry = json.loads(line)
+                entry = parse_json(line, path, error=JudgeError)
                 key, text = entry["key"], entry["text"]
-            except (ValueError, KeyError, TypeError):
+            except (JudgeError, KeyError, TypeError):
                 self.torn += 1
                 continue
             self._answers[str(key)] = str(text)
@@ -114,7 +110,7 @@ class ContentKey:
             status = path.stat()
             key = (str(path), status.st_size, status.st_mtime_ns)
             if key not in self._files:
-                self._files[key] = hashlib.sha256(path.read_bytes()).hexdigest()
+                self._files[key] = sha256(path).hexdigest()
         except OSError:
             # Whoever opens the image says what is wrong with it; here it only must not equal another.
             return f"missing:{path}"

@@ -19,6 +19,7 @@ from typing import Any
 
 from holdfast.data.types import Sample
 from holdfast.errors import ConfigError, DataError, JudgeError
+from holdfast.files import read_bytes
 from holdfast.judges.base import Side, Verdict, check_pairs, unscored
 from holdfast.judges.cache import ContentKey, VerdictCache, open_cache
 from holdfast.judges.http import FilteredSample, JsonClient, RefusedSample, RetryPolicy, Unanswered
@@ -45,6 +46,9 @@ UNREACHED_IN_A_ROW = 3
 UNREAD_AT_LEAST = 3
 # A server that is there may fail on some samples (a few that always time out must not stop a resumed run for ever).
 UNUSABLE_IN_A_ROW = 20
+
+# A picture is sent whole, as text; services take 20 MB or so.
+_LARGEST_PICTURE = 256 * 2**20
 
 
 class EndpointJudge:
@@ -288,8 +292,8 @@ def _content(answer: Any) -> str:
 
 def _data_url(path: Path) -> str:
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"Image {path} cannot be read: {error.strerror or error}.") from error
+        data = read_bytes(path, error=DataError, most=_LARGEST_PICTURE, what="a picture")
+    except FileNotFoundError as error:
+        raise DataError(f"Image {path} cannot be read: {error.strerror}.") from error
     kind = mimetypes.guess_type(path.name)[0] or "image/png"
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -133,7 +133,7 @@ class JsonClient:
             raw = response.read(_BODY_LIMIT)
         try:
             return json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"not JSON: {raw[:80]!r}") from None
 
     def _after_status(self, error: urllib.error.HTTPError, wait: float) -> tuple[str, float]:

@@ -261,10 +261,7 @@ def _config(directory: RunDirectory) -> dict[str, Any]:
             f"{directory.root} is no run directory (no config.json). Give the folder that `holdfast run` or "
             "`holdfast demo` wrote with --out."
         )
-    config = read_json(directory.config_path)
-    if not isinstance(config, dict) or not isinstance(config.get("methods"), dict):
-        raise RunError(f"{directory.config_path} was not written by this version of holdfast.")
-    return config
+    return directory.read_config()
 
 
 def _theta_0(directory: RunDirectory) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -16,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image, UnidentifiedImageError
 
+from holdfast.data.images import thumbnail_uri
 from holdfast.files import atomic_path
 from holdfast.labels.draw import Draw
 from holdfast.labels.store import check_annotator
+from holdfast.text import visible as visible
 
 # label -> (key, name, what it means); one wording for the form and the terminal.
 CHOICES: dict[str, tuple[str, str, str]] = {
@@ -48,7 +48,7 @@ def write_form(
             "item": item.number,
             "request": str(row.get("prompt", "")),
             "reply": str(row.get("reply", "")),
-            "images": [uri for uri in map(_data_uri, row.get("images") or []) if uri],
+            "images": [uri for path in row.get("images") or [] if (uri := thumbnail_uri(path, _SIDE_PIXELS))],
         }
         for item, row in zip(draw.items, rows, strict=True)
         if wanted is None or item.number in wanted
@@ -72,28 +72,6 @@ def write_form(
     return path
 
 
-def visible(text: str) -> str:
-    """`text` for a terminal: line breaks and tabs stay, every other control is written out instead of obeyed.
-
-    Escape sequences could repaint the screen or the question, direction marks could turn a word round.
-    """
-    return "".join(c if not _acts(c) else f"\\x{ord(c):02x}" if ord(c) < 0x100 else f"\\u{ord(c):04x}" for c in text)
-
-
-def _acts(c: str) -> bool:
-    code = ord(c)
-    if c in "\n\t":
-        return False
-    return (
-        code < 0x20
-        or 0x7F <= code <= 0x9F
-        or 0xD800 <= code <= 0xDFFF
-        or code in (0x200E, 0x200F, 0x061C, 0x2028, 0x2029)
-        or 0x202A <= code <= 0x202E
-        or 0x2066 <= code <= 0x2069
-    )
-
-
 def _script_json(data: Any) -> str:
     # ASCII JSON, and no "<", ">" or "&": neither "</script>" nor "<!--" can occur.
     text = json.dumps(data, ensure_ascii=True)
@@ -102,16 +80,3 @@ def _script_json(data: Any) -> str:
 
 def _template(name: str) -> str:
     return resources.files("holdfast.labels").joinpath(f"templates/{name}").read_text(encoding="utf-8")
-
-
-def _data_uri(path: str) -> str:
-    """The picture as PNG, or nothing when the file has gone since."""
-    try:
-        with Image.open(path) as image:
-            small = image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
-        return ""
-    small.thumbnail((_SIDE_PIXELS, _SIDE_PIXELS))
-    out = io.BytesIO()
-    small.save(out, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")

@@ -12,7 +12,7 @@ from typing import Any
 
 from holdfast.data.source_files import read_text
 from holdfast.errors import ConfigError, DataError, unknown_name
-from holdfast.files import atomic_path
+from holdfast.files import atomic_path, parse_json
 from holdfast.labels.draw import Draw
 from holdfast.metrics.agreement import Agreement, agreement
 
@@ -185,10 +185,7 @@ def _parse(path: Path, draw: Draw) -> dict[str, dict[int, str]]:
 
 
 def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}).") from None
+    row = parse_json(line, where, error=DataError)
     keys = ("draw", "item", "label", "annotator")
     missing: Sequence[str] = [k for k in keys if not isinstance(row, dict) or k not in row]
     if missing:

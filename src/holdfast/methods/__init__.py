@@ -48,6 +48,21 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "o_lora": ("holdfast.methods.o_lora:OLora", {}),
     "reg_lora": ("holdfast.methods.reg_lora:RegLora", {}),
     "replay": ("holdfast.methods.replay:Replay", {}),
+    "safety_replay": ("holdfast.methods.safety_replay:SafetyReplay", {}),
+    "one_shot": ("holdfast.methods.one_shot:OneShot", {}),
+    "resta": ("holdfast.methods.resta:Resta", {}),
+    "sppft": ("holdfast.methods.sppft:Sppft", {}),
+    "cgm": ("holdfast.methods.cgm:Cgm", {}),
+    "cgm_hard": ("holdfast.methods.cgm:Cgm", {"hard": True}),
+    "safe_anchor": ("holdfast.methods.safe_anchor:SafeAnchor", {}),
+    "many": ("holdfast.methods.many:Many", {}),
+    "guardspace": ("holdfast.methods.guardspace:GuardSpace", {}),
+    # From PEFT.
+    "osf": ("holdfast.methods.osf:Osf", {}),
+    "intruders": ("holdfast.methods.intruders:Intruders", {}),
+    # Bounds: nothing learned, and everything at once.
+    "frozen": ("holdfast.methods.frozen:Frozen", {}),
+    "joint": ("holdfast.methods.joint:Joint", {}),
     "cram": ("holdfast.methods.cram:Cram", {}),
     # Both of them: the edit on finished experts.
     "cram_hpa": ("holdfast.methods.cram_hpa:CramHpa", {"edit": {"projection": "none"}}),
@@ -62,7 +77,7 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "cram_fixed_rank": ("holdfast.methods.cram:Cram", {"cram": {"rank": {"fixed": True}}}),
     "cram_no_reuse": ("holdfast.methods.cram:Cram", {"cram": {"reuse": False}}),
     "cram_no_abstention": ("holdfast.methods.cram:Cram", {"cram": {"abstain": "off"}}),
-    # Thresholds and choices of the released code (`CramConfig.official`).
+    # The released recipe (`CramConfig.official`).
     "cram_official": (
         "holdfast.methods.cram:Cram",
         {
@@ -70,9 +85,17 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
                 "rank": {"tau_alloc": 0.08, "alloc": "absolute", "novelty": "absolute", "cap_first": True},
                 "join_floor": -1.0,
                 "sigma": 2.0,
-                "released": {"double_scale": True, "learn_centroid": True, "penalty_space": "input"},
+                "released": {
+                    "forward_factor": 2.0,
+                    "double_scale": True,
+                    "learn_centroid": True,
+                    "centroid_per_block": True,
+                    "penalty_space": "input",
+                    "max_groups": 10,
+                },
                 "abstain": "off",
                 "held_out": 0.0,
+                "encoder": "openai/clip-vit-large-patch14-336",
             }
         },
     ),

@@ -15,12 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import ConfigError
-from holdfast.functional.distill import squared_gradients
 from holdfast.methods._glue.lora_layers import Remembered, carried, carry
+from holdfast.methods._glue.squared_gradients import mean_squared_gradients
 from holdfast.methods.seqft import SeqFT, SeqFTConfig, draw, step_seed
-from holdfast.models.encode import encode_training
-from holdfast.models.families import editable_linears
-from holdfast.models.held import load
 from holdfast.stream.protocol import Checkpoint, TaskContext
 
 _FILE = "fisher.safetensors"
@@ -67,24 +64,9 @@ class Ewc(SeqFT):
         return merged
 
     def _fisher(self, ctx: TaskContext, merged: Checkpoint) -> dict[str, Tensor]:
-        loaded = load(merged, dtype="float32")
-        weights = {name: linear.weight for name, linear in editable_linears(loaded.model).items()}
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        total = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
         samples = draw(self.learned(ctx), self.config.fisher_samples, step_seed(ctx))
-        for number, sample in enumerate(samples, 1):
-            inputs = {k: v.to(loaded.device) for k, v in encode_training(loaded, [sample]).items()}
-            loaded.model.zero_grad()
-            loaded.model(**inputs).loss.backward()
-            for name, square in squared_gradients(weights).items():
-                total[name] += square
-            ctx.progress("calibrate", done=number, total=len(samples))
-        loaded.model.requires_grad_(False)
-        loaded.model.zero_grad(set_to_none=True)
         before = carried(ctx, _FILE)
-        found = {}
-        for name, summed in total.items():
-            mean = summed.cpu() / len(samples)
-            found[name] = mean + self.config.decay * before[name] if name in before else mean
-        return found
+        return {
+            name: mean + self.config.decay * before[name] if name in before else mean
+            for name, mean in mean_squared_gradients(ctx, merged, samples).items()
+        }

@@ -1,11 +1,12 @@
 """RegLoRA (SEFE, Chen et al., ICML 2025): protect the few entries in which an earlier task's knowledge sits.
 
 After a task the top share of the entries of |B A| is marked per layer; later updates pay for changing marked entries.
+As in the released code, the penalty is on B A as the factors stand, without LoRA's alpha / r: its weight then means the
+same at any alpha; and an entry that two tasks marked counts twice in its layer's mean.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ _FILE = "marked.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class RegLoraConfig(SeqFTConfig):
-    """share: of a layer's entries marked after each task. weight: of the penalty on changing them."""
+    """share: of a layer's entries marked after each task, 0..1. weight: of the penalty on changing them."""
 
     share: float = 0.02
     weight: float = 2.5e3
@@ -47,7 +48,7 @@ class RegLora(SeqFT):
             total = outputs.logits.new_zeros((), dtype=torch.float32)
             layers = 0
             for factors, entries in marked.layers(model):
-                total = total + factors.update().flatten()[entries].abs().float().mean()
+                total = total + (factors.b @ factors.a).flatten()[entries].abs().float().mean()
                 layers += 1
             return self.config.weight * total / max(1, layers)
 
@@ -60,9 +61,9 @@ class RegLora(SeqFT):
         def marked() -> dict[str, Tensor]:
             found = {}
             for factors in read_adapter(trained.adapters[-1]):
-                size = factors.update().abs().flatten()
-                top = size.topk(math.ceil(self.config.share * size.numel()), sorted=False).indices
-                found[factors.name] = torch.cat([top, before[factors.name]]).unique() if factors.name in before else top
+                size = (factors.b @ factors.a).abs().flatten()
+                top = size.topk(max(1, int(self.config.share * size.numel())), sorted=False).indices
+                found[factors.name] = torch.cat([top, before[factors.name]]) if factors.name in before else top
             return found
 
         carry(ctx, _FILE, marked)

@@ -131,7 +131,7 @@ class SeqFT:
         result = train(
             load(ctx.previous, dtype=self.config.train_dtype),
             samples,
-            self.config.training,
+            self.training_config(ctx),
             work_dir=ctx.scratch_dir,
             seed=step_seed(ctx),
             progress=ctx.progress,
@@ -176,6 +176,10 @@ class SeqFT:
     def learned(self, ctx: TaskContext) -> Sequence[Sample]:
         """What the task is learned from: `samples`, without those that `training.screen: drop` leaves out."""
         return training_samples(ctx, self.config, self.samples(ctx))
+
+    def training_config(self, ctx: TaskContext) -> TrainingConfig:
+        """How the step's task is learned."""
+        return self.config.training
 
     def training_options(self, ctx: TaskContext) -> dict[str, Any]:
         """Further arguments of `training.supervised.train`: a penalty, an adapter."""

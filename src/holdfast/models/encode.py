@@ -10,14 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from holdfast.bounds import GIB, bounded
 from holdfast.data.images import current_pictures, open_image, shrunk
 from holdfast.data.types import Sample, Turn
-from holdfast.errors import DataError, ModelError
+from holdfast.errors import DataError, HoldfastError, ModelError
 from holdfast.models.load import quiet_transformers
 from holdfast.models.loaded import LoadedModel
 
 IMAGE_MARK = "<image>"
 IGNORED_LABEL = -100
+# Rendering takes a millisecond, and a conversation has some kB.
+_TEMPLATE_SECONDS, _TEMPLATE_BYTES = 5.0, 2 * GIB
 # What a position of a batch holds, for calibration on a part of the tokens.
 PADDING, TEXT, IMAGE, ANSWER = range(4)
 
@@ -117,7 +120,13 @@ def _render(loaded: LoadedModel, sample: Sample, turns: Sequence[Turn], *, ask: 
         raise DataError(f"Sample {sample.id!r} has no turn to show to the model.")
     messages = conversation(sample, turns)
     try:
-        return loaded.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        # A template is a program of whoever made the checkpoint.
+        with bounded(
+            f"The chat template of {loaded.name}", seconds=_TEMPLATE_SECONDS, memory=_TEMPLATE_BYTES, error=ModelError
+        ):
+            return loaded.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    except ModelError:
+        raise
     except Exception as error:
         raise DataError(f"Sample {sample.id!r}: the chat template of {loaded.name} refuses it: {error}") from error
 
@@ -145,7 +154,9 @@ def _process(
                 add_special_tokens=_adds_special_tokens(loaded, texts[0]),
                 **extra,
             )
-    except (ValueError, TypeError, IndexError, AttributeError) as error:
+    except (HoldfastError, MemoryError):
+        raise
+    except Exception as error:
         ids = ", ".join(repr(s.id) for s in samples[:3])
         raise DataError(
             f"The processor of {loaded.name} refuses sample(s) {ids}{', ...' if len(samples) > 3 else ''}: {error}"

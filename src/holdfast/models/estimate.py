@@ -66,6 +66,13 @@ class Estimate:
 
 def read_shape(folder: Path) -> ModelShape:
     """The shape of the model in `folder` (config.json, preprocessor files, sizes of weights). Raises DataError."""
+    try:
+        return _read_shape(folder)
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError, OverflowError) as error:
+        raise DataError(f"{folder / 'config.json'}: the memory estimate cannot use it: {error}.") from error
+
+
+def _read_shape(folder: Path) -> ModelShape:
     config = read_json(folder / "config.json")
     if not isinstance(config, Mapping):
         raise DataError(f"{folder / 'config.json'} is no object.")

@@ -160,7 +160,10 @@ class _Kept:
             self.tuner = None
         # The trainer turns the cache on when it is done, whatever it was.
         for config, cached in self.state.caches:
-            config.use_cache = cached
+            if cached is not None:
+                config.use_cache = cached
+            elif hasattr(config, "use_cache"):
+                del config.use_cache
         # What a forward pass noted on a module (Qwen-VL's last position deltas) is not there in a fresh model.
         for module, noted in self.state.notes:
             for name, value in list(vars(module).items()):
@@ -187,7 +190,8 @@ def _state(model: Any) -> _State:
     configs = [model.config, *(getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", {}))]
     configs = [config for config in configs if config is not None]
     hooks = sum(
-        len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in module.__dict__)
+        sum(map(_is_foreign, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
+        + ("forward" in module.__dict__)
         for module in model.modules()
     )
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -196,7 +200,7 @@ def _state(model: Any) -> _State:
         tuple(name for name, _ in model.named_modules()),
         hooks,
         model.training,
-        bool(getattr(model, "is_gradient_checkpointing", False)),
+        any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         tuple(getattr(config, "_attn_implementation", None) for config in configs),
         repr(model.generation_config),
     )
@@ -204,7 +208,12 @@ def _state(model: Any) -> _State:
         (module, {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)})
         for module in model.modules()
     )
-    return _State(tuple((c, c.use_cache) for c in configs if hasattr(c, "use_cache")), notes, facts)
+    return _State(tuple((c, getattr(c, "use_cache", None)) for c in configs), notes, facts)
+
+
+def _is_foreign(hook: Any) -> bool:
+    """Whether a hook is not transformers' own: a first forward pass leaves some that collect outputs when asked."""
+    return not str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("transformers.")
 
 
 def _split(value: Checkpoint) -> tuple[Checkpoint, str | None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import resource
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
@@ -12,13 +14,28 @@ from holdfast.errors import ConfigError
 # Of what is free: the rest is for fragments, caches and whoever else is there.
 _SHARE = {"cpu": 0.7, "cuda": 0.85}
 _CGROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def free_memory_bytes() -> int:
-    """Main memory that is free: as the kernel estimates it, and within the limit of the process's control group."""
-    free = int(psutil.virtual_memory().available)
-    limited = _left_in_cgroup(_CGROUPS)
-    return free if limited is None else min(free, limited)
+    """Main memory that is free: as the kernel estimates it, and within every limit on this process (`quotas`)."""
+    return min([int(psutil.virtual_memory().available), *quotas().values()])
+
+
+def quotas() -> dict[str, int]:
+    """Limits on this process's memory -> bytes that each leaves it now; empty where only the machine limits it.
+
+    Control groups (containers, Slurm, systemd) of either version, the process's own and every one above it; and the
+    address space (`ulimit -v`).
+    """
+    found: dict[str, int] = {}
+    for name, left in _left_in_groups(_CGROUPS, _OWN_GROUPS):
+        if name not in found or left < found[name]:
+            found[name] = left
+    space = _left_of_address_space()
+    if space is not None:
+        found["ulimit -v"] = space
+    return found
 
 
 def find_device(name: torch.device | str) -> torch.device:
@@ -42,15 +59,50 @@ def usable_bytes(device: torch.device) -> int:
     return int(_SHARE["cpu"] * free_memory_bytes())
 
 
-def _left_in_cgroup(root: Path) -> int | None:
-    """Bytes below `memory.max` (cgroup v2; a container sees its own group as the root), or None without a limit."""
+# Version 1 says "no limit" with the largest number of pages.
+_UNLIMITED = 2**60
+
+
+def _left_in_groups(root: Path, own: Path) -> Iterator[tuple[str, int]]:
+    """(what limits, bytes left) of each group that this process is in. own: its list of them, /proc/self/cgroup."""
     try:
-        limit = (root / "memory.max").read_text().strip()
-        if limit == "max":
+        lines = [line.split(":", 2) for line in own.read_text().splitlines() if line.count(":") >= 2]
+    except OSError:
+        lines = []
+    # A container sees its own group as the root, whatever the path says.
+    places = {(root, "/", "memory.max", "memory.current"): None}
+    for _, controllers, path in lines:
+        names = ("memory.max", "memory.current")
+        base = root
+        if "memory" in controllers.split(","):
+            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        elif controllers:
+            continue
+        for part in (PurePosixPath(path), *PurePosixPath(path).parents):
+            places[base, str(part), *names] = None
+    for base, path, limit, used in places:
+        left = _left_in_group(base / path.lstrip("/"), limit, used)
+        if left is not None:
+            yield "control group (container, Slurm or systemd)", left
+
+
+def _left_in_group(folder: Path, limit: str, used: str) -> int | None:
+    """Bytes below a group's limit, or None without one."""
+    try:
+        most = (folder / limit).read_text().strip()
+        if most == "max" or int(most) >= _UNLIMITED:
             return None
-        used = int((root / "memory.current").read_text())
-        statistics = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        taken = int((folder / used).read_text())
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        # Pages of files that nobody uses now are given back before anything is refused.
+        idle = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+        return max(0, int(most) - taken + idle)
     except (OSError, ValueError):
         return None
-    # Pages of files that nobody uses now are given back before anything is refused.
-    return max(0, int(limit) - used + int(statistics.get("inactive_file", 0)))
+
+
+def _left_of_address_space() -> int | None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY:
+        return None
+    return max(0, soft - int(psutil.Process().memory_info().vms))

@@ -42,7 +42,7 @@ def read_without_weights(base: str) -> LoadedModel:
         processor = read_processor(base, config)
         try:
             generation = GenerationConfig.from_pretrained(base)
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
             generation = GenerationConfig.from_model_config(config)
     shell: Any = SimpleNamespace(
         config=config, generation_config=generation, dtype=torch.float32, device=torch.device("cpu")

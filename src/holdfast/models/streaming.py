@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from holdfast.checkpoints.merged import MergedCheckpoint, open_checkpoint
-from holdfast.checkpoints.tied import untie_in_memory
+from holdfast.checkpoints.tied import set_vocabulary, untie_in_memory
 from holdfast.checkpoints.value import Source, as_checkpoint
 from holdfast.errors import ModelError
 from holdfast.models.families import decoder_blocks, family_of
@@ -67,8 +67,11 @@ def load_streamed(
     checkpoint = open_checkpoint(value)
     if checkpoint.untied:
         untie_in_memory(config)
+    set_vocabulary(config, checkpoint.vocabulary)
+    if checkpoint.quantised:
+        del config.quantization_config
     with quiet_transformers():
-        processor = read_processor(base, config, value.adapters)
+        processor = read_processor(base, config, value.adapters, settings=value.settings)
         # Buffers (rotary frequencies) are computed, not stored: they stay real.
         with init_empty_weights(include_buffers=False):
             model = AutoModelForImageTextToText.from_config(config, dtype=weight_dtype, trust_remote_code=False)

@@ -7,10 +7,10 @@ names any by its place.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from holdfast.errors import AdapterError
+from holdfast.files import read_json
 from holdfast.models.loaded import LoadedModel, Tuner
 from holdfast.registry import Registry
 
@@ -36,8 +36,8 @@ def attach_tuner(loaded: LoadedModel, folder: str | Path) -> Tuner:
     """
     path = Path(folder) / MARKER
     try:
-        name = json.loads(path.read_text(encoding="utf-8"))["tuner"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        name = read_json(path, "the record of a tuner", error=AdapterError)["tuner"]
+    except (OSError, AdapterError, KeyError, TypeError) as error:
         raise AdapterError(f'{path} cannot be read; expected {{"tuner": NAME}}: {error!r}') from error
     attach = REGISTRY.load(str(name), kind=f"tuner (in {path})", code_by_path=False)
     return attach(loaded, Path(folder))

@@ -27,6 +27,7 @@ def accuracy_matrices(matrices: Mapping[str, Matrix], tasks: Sequence[str]) -> F
     columns = min(3, max(1, len(matrices)))
     rows = math.ceil(len(matrices) / columns)
     side = 1.3 + 0.46 * len(tasks)
+    matrices, tasks = theme.labelled(matrices), theme.labels(tasks)
     with theme.drawing():
         fig = theme.figure(max(3.6, columns * (side + 0.7)), rows * (side + 0.5))
         axes = fig.subplots(rows, columns, squeeze=False)
@@ -65,6 +66,7 @@ def along_stream(
     series: Mapping[str, Sequence[float | None]], steps: Sequence[str], ylabel: str, *, reference: float | None = None
 ) -> Figure:
     """A line per method over the steps of the stream; `reference` is theta_0's value, before any task."""
+    series, steps = theme.labelled(series), theme.labels(steps)
     with theme.drawing():
         fig = theme.figure(max(WIDTH, 1.6 + 0.42 * len(steps)), 3.0 + _legend_inches(len(series) + 1))
         ax = fig.subplots()
@@ -117,7 +119,10 @@ def _legend_inches(entries: int, columns: int = 2) -> float:
 
 def bars(groups: Mapping[str, Mapping[str, Interval]]) -> Figure:
     """Horizontal bars with intervals: one panel per metric, one bar per method, each panel with its own scale."""
-    methods = list(dict.fromkeys(name for values in groups.values() for name in values))
+    names = list(dict.fromkeys(name for values in groups.values() for name in values))
+    shown = dict(zip(names, theme.labels(names), strict=True))
+    groups = {metric: {shown[name]: v for name, v in values.items()} for metric, values in groups.items()}
+    methods = list(shown.values())
     columns = min(2, len(groups))
     lines = math.ceil(len(groups) / columns)
     with theme.drawing():
@@ -167,6 +172,7 @@ def price(points: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: str
 
 def behaviour(shares: Mapping[str, Mapping[str, float]]) -> Figure:
     """What replies to forbidden requests did: one stacked bar per row name, parts as `theme.BEHAVIOUR`."""
+    shares = theme.labelled(shares)
     with theme.drawing():
         fig = theme.figure(WIDTH, 1.25 + 0.3 * len(shares))
         ax = fig.subplots()
@@ -275,6 +281,7 @@ def edit_map(rows: Sequence[Mapping[str, object]], only: Sequence[str] | None = 
 
 def routing_map(shares: Matrix, tasks: Sequence[str], experts: Sequence[str]) -> Figure:
     """Which expert answered which task: rows = task of the request, columns = expert, mean routing mass."""
+    tasks, experts = theme.labels(tasks), theme.labels(experts)
     with theme.drawing():
         fig = theme.figure(2.2 + 0.52 * len(experts), 1.4 + 0.4 * len(tasks))
         ax = fig.subplots()
@@ -307,6 +314,9 @@ def trade_off(
     strengths: tick labels, weakest first. series: rates 0..1, one per strength, None where not measured.
     chosen: index of the strength that was taken. bounds: series -> its bound.
     """
+    shown = dict(zip(series, theme.labels(series), strict=True))
+    series, bounds = theme.labelled(series), {shown.get(name, name): v for name, v in (bounds or {}).items()}
+    strengths = theme.labels(strengths)
     with theme.drawing():
         fig = theme.figure(max(WIDTH, 1.2 + 0.31 * len(strengths)), 3.9)
         ax = fig.subplots()

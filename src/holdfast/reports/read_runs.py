@@ -5,7 +5,6 @@ Every figure is the summary's, made anew from the records, so a report never sho
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from typing import Any
 
 from holdfast.data.names import slug
 from holdfast.errors import RunError
+from holdfast.files import read_jsonl
 from holdfast.metrics.intervals import Interval
 from holdfast.reports.titles import title_of
-from holdfast.stream.record import Record, RunDirectory
+from holdfast.stream.record import Record, RunDirectory, read_json
 from holdfast.stream.summary import summarize_run
 
 Rows = list[dict[str, Any]]
@@ -113,7 +113,13 @@ def load_run(path: Path | str) -> RunView:
     Raises:
         RunError: no run there, or no finished step yet.
     """
-    path = Path(path)
+    try:
+        return _load_run(Path(path))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise RunError(f"{path}: a record in it is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _load_run(path: Path) -> RunView:
     directory = RunDirectory(path)
     if not directory.config_path.is_file():
         raise RunError(
@@ -148,7 +154,7 @@ def load_run(path: Path | str) -> RunView:
         theta_0=theta_0,
         start=summary["theta_0"],
         methods=views,
-        config=json.loads(directory.config_path.read_text(encoding="utf-8")),
+        config=directory.read_config(),
         versions=dict(theta_0.versions),
     )
 
@@ -166,19 +172,7 @@ def read_rows(path: Path) -> Rows:
     """
     if not path.is_file():
         return []
-    rows: Rows = []
-    # Not splitlines(): it also breaks at U+2028 and others, which are legal inside a JSON string.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise RunError(f"{path}, line {number}: not JSON ({error}).") from None
-    return rows
+    return read_jsonl(path, "answers", error=RunError, torn_end=True)
 
 
 def task_rows(folder: Path, task: str) -> Rows:
@@ -218,8 +212,10 @@ def behaviour(record: Record) -> dict[str, float]:
 def _edit_rows(path: Path) -> Rows:
     if not path.is_file():
         return []
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_json(path)
     rows = data.get("layers", data.get("rows", [])) if isinstance(data, Mapping) else data
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise RunError(f"{path} holds no rows of layers. Restore it, or move it away to have a report without it.")
     return [_named(row) for row in rows]
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
+from holdfast.data.images import thumbnail_uri
 from holdfast.reports.read_runs import MethodView, Rows, RunView, safety_rows, step_folder, task_rows
 
 _SIDE_PIXELS = 288
@@ -47,7 +44,7 @@ def _last(view: MethodView) -> Path:
 
 
 def _choose(tables: Mapping[str, Rows], key: str) -> dict[str, Any] | None:
-    columns = [{str(r["id"]): r for r in rows} for rows in tables.values() if rows]
+    columns = [{str(r.get("id")): r for r in rows} for rows in tables.values() if rows]
     if not columns:
         return None
     everywhere = [i for i in columns[-1] if all(i in column for column in columns)]
@@ -62,7 +59,7 @@ def _card(
 ) -> dict[str, Any]:
     answers = []
     for who, rows in tables.items():
-        row = next((r for r in rows if str(r["id"]) == str(chosen["id"])), None)
+        row = next((r for r in rows if str(r.get("id")) == str(chosen.get("id"))), None)
         if row is None:
             continue
         tag, good = "", True
@@ -77,27 +74,14 @@ def _card(
         answers.append({"who": who, "text": _short(str(row.get(key, ""))), "tag": tag, "good": good})
     references = chosen.get("references") or []
     return {
-        "id": str(chosen["id"]),
+        "id": str(chosen.get("id")),
         "prompt": _short(str(chosen.get("prompt", ""))),
         "kind": kind,
         "expected": _short(str(references[0])) if references and side is None else "",
-        "image": next((uri for uri in map(_data_uri, chosen.get("images") or []) if uri), ""),
+        "image": next((uri for path in chosen.get("images") or [] if (uri := thumbnail_uri(path, _SIDE_PIXELS))), ""),
         "answers": answers,
     }
 
 
 def _short(text: str) -> str:
     return text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
-
-
-def _data_uri(path: str) -> str:
-    """A small PNG of the picture, or nothing when the file has gone since: a report is no place to fail for that."""
-    try:
-        with Image.open(path) as image:
-            small = image.convert("RGB")
-    except (OSError, UnidentifiedImageError):
-        return ""
-    small.thumbnail((_SIDE_PIXELS, _SIDE_PIXELS))
-    out = io.BytesIO()
-    small.save(out, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+
+from holdfast.text import one_line
+
+T = TypeVar("T")
+_LONGEST_LABEL = 48
 
 INK = "#1c2431"
 LINE = "#c9d0db"
@@ -68,6 +74,7 @@ _RC: Any = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "svg.hashsalt": "holdfast",  # the same figure gives the same bytes
 }
 
@@ -82,6 +89,34 @@ def drawing() -> Iterator[None]:
 def figure(width: float, height: float) -> Figure:
     """An empty figure of `width` x `height` inches that lays its parts out by itself."""
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def labels(names: Iterable[str]) -> list[str]:
+    """Names as figures show them: one line each, not too long, none equal to another, none that a legend leaves out."""
+    found: list[str] = []
+    for name in names:
+        # A leading underscore hides an entry from a legend.
+        shown = one_line(name, _LONGEST_LABEL) or "(no name)"
+        shown = f" {shown}" if shown.startswith("_") else shown
+        plain, number = shown, 1
+        while shown in found:
+            number += 1
+            shown = f"{plain} ({number})"
+        found.append(shown)
+    return found
+
+
+def labelled(values: Mapping[str, T]) -> dict[str, T]:
+    """A mapping under `labels` of its names."""
+    return dict(zip(labels(values), values.values(), strict=True))
+
+
+@contextmanager
+def _whatever_the_names() -> Iterator[None]:
+    """No warning about letters that the font does not have, or names too long for their place: the figure is drawn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing|.*constrained_layout not applied|.*Tight layout")
+        yield
 
 
 def colour(index: int) -> str:
@@ -104,7 +139,7 @@ def text_on(rgb: Sequence[float]) -> str:
 def svg(fig: Figure, label: str, scope: str) -> str:
     """The figure as an inline `<svg>` for an HTML page; `label` is read aloud, `scope` keeps ids apart on one page."""
     buffer = io.StringIO()
-    with drawing():
+    with drawing(), _whatever_the_names():
         _lay_out(fig)
         fig.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -120,14 +155,15 @@ def svg(fig: Figure, label: str, scope: str) -> str:
     least = f";min-width:{0.75 * width:.2f}in" if width > 5.2 else ""
     style = f"width:100%;max-width:{width:.2f}in{least};height:auto"
     opening = f'<svg role="img" aria-label="{_attribute(label)}" style="{style}"'
-    text = re.sub(r'<svg\b(.*?)\bwidth="[^"]*"', rf"{opening}\1", text, count=1, flags=re.S)
+    # A function: in a template, a backslash of the label would mean something.
+    text = re.sub(r'<svg\b(.*?)\bwidth="[^"]*"', lambda found: opening + found[1], text, count=1, flags=re.S)
     return re.sub(r'(<svg\b[^>]*?)\bheight="[^"]*"', r"\1", text, count=1, flags=re.S)
 
 
 def png(fig: Figure, dpi: int = 144) -> bytes:
     """The figure as a PNG on white."""
     out = io.BytesIO()
-    with drawing():
+    with drawing(), _whatever_the_names():
         _lay_out(fig)
         fig.savefig(out, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     return out.getvalue()

@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from holdfast.data.names import slug
 from holdfast.errors import RunError
 from holdfast.files import atomic_path
 from holdfast.labels import Correction
@@ -168,9 +169,9 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, *, t
         ),
     )
     html = target / "report.html"
-    _publish(html, page.encode("utf-8"))
+    _publish(html, page.encode("utf-8", "replace"))
     for name, text in (("table.md", "\n".join(markdown)), ("table.tex", "\n".join(latex))):
-        _publish(target / name, text.encode("utf-8"))
+        _publish(target / name, text.encode("utf-8", "replace"))
         tables.append(target / name)
     return ReportFiles(html=html, pngs=tuple(pngs), tables=tuple(tables), lines=tuple(lines))
 
@@ -414,4 +415,4 @@ def _publish(path: Path, content: bytes) -> None:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
+    return slug(re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x")

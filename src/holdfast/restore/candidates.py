@@ -11,9 +11,11 @@ import torch
 
 from holdfast.calibration.curvature import adapted_layers
 from holdfast.calibration.gram_sets import GramSets, collect_grams
-from holdfast.checkpoints.adapter import is_adapter
+from holdfast.checkpoints.adapter import is_one_adapter
 from holdfast.checkpoints.gram_store import GramStore, running_mean
 from holdfast.checkpoints.naming import NameIndex
+from holdfast.checkpoints.tensor_file import EDITABLE_DTYPES
+from holdfast.checkpoints.value import as_checkpoint
 from holdfast.data.types import Sample
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.editing.pair import open_pair
@@ -61,14 +63,18 @@ def require_change(before: str, after: str) -> None:
     """Raises ConfigError: AFTER is BEFORE, so there is nothing to restore. Reads until the first difference."""
     with open_pair(before, after) as pair:
         if pair.lora is not None:
-            if any(bool(pair.lora.read_factors(module)[1].any()) for module in pair.lora.modules):
+            if pair.lora.dense or any(bool(pair.lora.read_factors(name)[1].any()) for name in pair.lora.modules):
                 return
             what = f"the adapter {after} changes nothing (every B is zero)"
         else:
             for key, old_key in pair.keys.items():
-                new, old = pair.after.base.read(key), pair.before.base.read(old_key)
-                if new.is_floating_point() and measure_change(old.reshape(1, -1), new.reshape(1, -1)).norm > 0:
+                if pair.after.entries[key].dtype not in EDITABLE_DTYPES:
+                    continue
+                new, old = pair.after.read_float(key), pair.before.read_float(old_key)
+                if measure_change(old.reshape(1, -1), new.reshape(1, -1)).norm > 0:
                     return
+            if pair.resized:
+                return
             what = f"AFTER ({after}) equals BEFORE ({before}) in every tensor"
     raise ConfigError(f"{what}: there is nothing to restore. Pass the tuned model as AFTER.")
 
@@ -89,7 +95,7 @@ def calibrate(
     model: loads a checkpoint, or hands out the one that is loaded. An empty set is left out. Of an adapter, only the
     layers that it changes are measured.
     """
-    base = Checkpoint(base=before)
+    base = as_checkpoint(before)
     changed = adapted_layers(base, tuned)
     found: dict[str, GramStore] = {}
     # BEFORE first: it is loaded already.
@@ -160,7 +166,7 @@ def export(
         after,
         rule=rule,
         out=out,
-        export=config.export or ("adapter" if is_adapter(after) else "dense"),
+        export=config.export or ("adapter" if is_one_adapter(after) else "dense"),
         # The anchored edit of an adapter is an adapter; nothing is taken from the base.
         coefficient="drop",
         blocks=(grams.task.blocks, grams.task.block_count),

@@ -11,6 +11,7 @@ import torch
 
 from holdfast.checkpoints.adapter import is_adapter
 from holdfast.checkpoints.merged import open_checkpoint
+from holdfast.checkpoints.value import as_checkpoint
 from holdfast.data.types import Sample
 from holdfast.models.load import default_device, read_config
 from holdfast.restore.sets import RestoreSets
@@ -34,7 +35,7 @@ def estimate_cost(before: str, after: str, sets: RestoreSets, config: RestoreCon
     with open_checkpoint(before) as opened:
         parameters = sum(entry.numel for entry in opened.entries.values())
         widths = _widths(opened)
-    text = read_config(before).get_text_config()
+    text = read_config(as_checkpoint(before).base).get_text_config()
     tower = _TOKENS_PER_PICTURE if parameters > 1e8 else 36
 
     def tokens(samples: Sequence[Sample]) -> int:

@@ -20,15 +20,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from holdfast.checkpoints.adapter import is_adapter
+from holdfast.checkpoints.value import as_checkpoint
 from holdfast.config import encode
 from holdfast.data.types import Sample, Turn
-from holdfast.editing.pair import open_pair
+from holdfast.editing.pair import open_pair, tuned_checkpoint
 from holdfast.errors import ConfigError, DataError, StorageError
-from holdfast.files import atomic_path, write_json
+from holdfast.files import Lock, atomic_path, read_json, storage_errors, write_json
 from holdfast.models.generate import generate
 from holdfast.models.load import LoadedModel, load
 from holdfast.reports.restore_page import card_section, write_restore_page
@@ -136,7 +136,7 @@ class _Run:
         self._check_answers(answers, probe)
         own = tuple(_answered(s, answers["benign"][s.id]) for s in self.sets.benign.probe)
         own = tuple(sample for sample in own if sample.answer)
-        before_point = self._end("before", probe, Checkpoint(base=self.before), own)
+        before_point = self._end("before", probe, as_checkpoint(self.before), own)
         samples, screened = self._calibration(answers)
         began = time.perf_counter()
         grams = calibrate(
@@ -202,9 +202,7 @@ class _Run:
         return self._model[1]
 
     def _tuned(self) -> Checkpoint:
-        if is_adapter(self.after):
-            return Checkpoint(base=self.before, adapters=(self.after,))
-        return Checkpoint(base=self.after)
+        return tuned_checkpoint(self.before, self.after)
 
     def _spent(self, phase: str, began: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
@@ -227,7 +225,7 @@ class _Run:
     def _own_answers(self) -> dict[str, Any]:
         """BEFORE's replies, by id: to every forbidden and harmless request, and to task requests for screening."""
         began = time.perf_counter()
-        model = self._load(Checkpoint(base=self.before))
+        model = self._load(as_checkpoint(self.before))
         asked = {
             "safety": [*self.sets.safety.calibration, *self.sets.safety.probe],
             "benign": [*self.sets.benign.calibration, *self.sets.benign.probe],
@@ -365,7 +363,7 @@ class _Run:
         self.progress("ask RESTORED", done=0, total=1)
         written = Checkpoint(base=str(folder))
         if is_adapter(folder):
-            written = Checkpoint(base=self.before, adapters=(str(folder),))
+            written = as_checkpoint(self.before).under(folder)
         model = self._load(written)
         began = time.perf_counter()
         point = probe.point(
@@ -482,28 +480,28 @@ class WorkFolder:
         text = json.dumps(plan, sort_keys=True, default=str)
         self.root = out.parent / f".{out.name}.restore"
         self.folder = self.root / hashlib.sha256(text.encode()).hexdigest()[:16]
-        self._lock = FileLock(self.root.parent / f".{out.name}.restore.lock")
         self._out = out
 
     def held(self) -> Any:
         """One restore at a time into one folder. Raises StorageError: another one is at work."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            return self._lock.acquire(timeout=0)
-        except Timeout:
-            raise StorageError(f"Another `holdfast restore` is writing {self._out}; wait for it.") from None
+        with storage_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return Lock(
+            self.root.parent / f".{self._out.name}.restore.lock",
+            busy=f"Another `holdfast restore` is writing {self._out}; wait for it.",
+        )
 
     def json(self, name: str, make: Callable[[], Any]) -> Any:
         """The value kept under `name`, made now where there is none."""
         path = self.folder / f"{name}.json"
         if not path.is_file():
             write_json(path, make())
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, "what a restore has kept", error=StorageError)
 
     def known(self, name: str) -> Point | None:
         """The point kept under `name`, with its reference."""
         path = self.folder / f"{name}.point.json"
-        return _point_of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        return _point_of(read_json(path, "a point", error=StorageError)) if path.is_file() else None
 
     def keep_point(self, name: str, point: Point) -> None:
         """Keep a point under a name."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from holdfast.data.types import Sample
 from holdfast.errors import DataError
+from holdfast.files import sha256
 
 # Below this many probes a rate moves in steps of more than five points.
 FEW_PROBES = 20
@@ -112,7 +113,7 @@ def content(sample: Sample) -> str:
     digest = hashlib.sha256(repr(words).encode())
     for path in sample.images:
         # A picture that is missing has no content to compare; encoding it says so with the sample's name.
-        digest.update(hashlib.sha256(Path(path).read_bytes()).digest() if Path(path).is_file() else str(path).encode())
+        digest.update(sha256(path).digest() if Path(path).is_file() else str(path).encode())
     return digest.hexdigest()
 
 

@@ -25,6 +25,9 @@ RULES: dict[str, Any] = {
     "dare": "holdfast.rules.dare:DareRule",
     "ties": "holdfast.rules.ties:TiesRule",
     "safe_lora": "holdfast.rules.safe_lora:SafeLoraRule",
+    "resta": "holdfast.rules.resta:RestaRule",
+    "many": "holdfast.rules.many:ManyRule",
+    "cgm": "holdfast.rules.cgm:CgmRule",
 }
 REGISTRY = Registry("rule", "holdfast.rules", RULES, made_needs=("name", "needs_curvature", "settings", "edit"))
 

@@ -13,12 +13,12 @@ from holdfast.rules.base import DenseEdit, Layer, Rule, norms
 
 @dataclass(frozen=True, kw_only=True)
 class DareOptions:
-    """drop: probability that an entry returns to its old value. rescale: keep the expected change.
+    """drop: probability that an entry returns to its old value, the paper's 0.9. rescale: keep the expected change.
 
     Raises: ConfigError: a probability outside 0..1, or of 1.
     """
 
-    drop: float = 0.5
+    drop: float = 0.9
     rescale: bool = True
 
     def __post_init__(self) -> None:

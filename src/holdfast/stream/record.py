@@ -23,7 +23,6 @@ record.json: `{"format", "method", "t", "task", "tasks": [names 1..t], "seed", "
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from holdfast import files
 from holdfast.data.names import slug
 from holdfast.errors import RunError
 from holdfast.files import write_json
@@ -78,6 +78,15 @@ class RunDirectory:
     def theta_0_dir(self) -> Path:
         """Folder of the starting model's record and answers."""
         return self.root / "theta_0"
+
+    def read_config(self) -> dict[str, Any]:
+        """config.json. Raises RunError: damaged, or of something else."""
+        config = read_json(self.config_path)
+        parts = [config.get("config"), config.get("methods")] if isinstance(config, dict) else [None]
+        if not all(isinstance(part, dict) for part in parts):
+            raise RunError(f"{self.config_path} was not written by this version of holdfast, or is damaged.")
+        found: dict[str, Any] = config
+        return found
 
     def method_dir(self, method: str) -> Path:
         """Folder of one method's steps."""
@@ -126,6 +135,13 @@ class RunDirectory:
             raise RunError(
                 f"{path}: format is {found!r}, expected {FORMAT!r}. Delete {folder} to have this step made again."
             )
+        kinds = {"tasks": list} | dict.fromkeys(("scores", "safety", "seconds", "versions", "checkpoint"), dict)
+        for key, kind in kinds.items():
+            if not isinstance(data.get(key, kind()), kind):
+                raise RunError(
+                    f"{path}: {key} is {data[key]!r:.60}; expected a {kind.__name__}. Delete {folder} to have this "
+                    "step made again."
+                )
         try:
             return Record(
                 method=data["method"],
@@ -179,10 +195,10 @@ def read_json(path: Path) -> Any:
         RunError: it is not JSON. holdfast writes it in one rename, so something else damaged it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return files.read_json(path, "a record of a run", error=RunError)
+    except RunError as error:
         raise RunError(
-            f"{path} is not valid JSON ({error}). holdfast writes it in one rename, so another program changed it: "
+            f"{error} holdfast writes it in one rename, so another program changed it: "
             f"restore it, or delete {path.parent} to have it made again."
         ) from None
 

@@ -7,7 +7,6 @@ that is called again must give the same result (see `TaskContext`).
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,11 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from holdfast.data.names import slug
 from holdfast.errors import RunError, TrainingError
-from holdfast.files import storage_error, write_json
+from holdfast.files import Lock, full_disk_errors, write_json
 from holdfast.stream.protocol import Checkpoint, Evaluator, Method, TaskContext, silent
 from holdfast.stream.record import DIVERGED, Record, RunDirectory, claim, read_json, versions
 
@@ -74,7 +71,7 @@ class StreamRun:
         record = self.directory.read_record(folder)
         if record is not None and record.tasks == tuple(self.task_names):
             return record
-        with _lock(folder), _readable_storage_errors(folder):
+        with _lock(folder), full_disk_errors(folder):
             started = time.perf_counter()
             rows = evaluator(
                 self.theta_0, stream=self.stream, step=None, out_dir=folder / "predictions", progress=self.progress
@@ -104,7 +101,7 @@ class StreamRun:
         """
         folder = self.directory.method_dir(method.name)
         records: list[Record] = []
-        with _lock(folder), _readable_storage_errors(folder):
+        with _lock(folder), full_disk_errors(folder):
             self._refuse_gaps(method.name)
             for step, task in enumerate(self.task_names):
                 work_dir = self.directory.step_dir(method.name, step, task)
@@ -239,30 +236,9 @@ class _Marks:
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Hold `folder` until the block or the process ends; an operating-system lock, so a killed run leaves none."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(folder / ".lock"))
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(
-            f"{folder} is in use by another holdfast process. Wait for it, or choose another --out."
-        ) from None
-    except OSError as error:
-        raise storage_error(error, folder) from error
-    try:
+    busy = f"{folder} is in use by another holdfast process. Wait for it, or choose another --out."
+    with Lock(folder / ".lock", busy=busy, error=RunError):
         yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def _readable_storage_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise storage_error(error, folder) from error
 
 
 def _sweep(left: Iterable[Path]) -> None:

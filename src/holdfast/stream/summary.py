@@ -23,7 +23,6 @@ prompts, so they say how sure the figure of these weights is; the spread over se
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,11 @@ import numpy.typing as npt
 
 from holdfast.data.names import slug
 from holdfast.errors import RunError
-from holdfast.files import write_json
+from holdfast.files import read_jsonl, write_json
 from holdfast.metrics.continual import summarize as summarize_matrix
 from holdfast.metrics.intervals import bootstrap, bootstrap_ap, bootstrap_bwt, wilson
 from holdfast.metrics.safety import worst_case
-from holdfast.stream.record import Record, RunDirectory, read_json, versions
+from holdfast.stream.record import Record, RunDirectory, versions
 
 FORMAT = "holdfast.summary/1"
 _RATES = ("asr", "refusal", "compliance", "other_safe", "collapse")
@@ -61,7 +60,7 @@ def summarize_run(root: Path) -> dict[str, Any]:
         raise RunError(
             f"{root} has no config.json; expected a run directory made by `holdfast run` or `holdfast demo`."
         )
-    stored = read_json(directory.config_path)
+    stored = directory.read_config()
     theta_0 = directory.read_record(directory.theta_0_dir)
     if theta_0 is None:
         raise RunError(f"{root} has no record of theta_0 yet; run it first, or repeat the command to resume it.")
@@ -101,7 +100,7 @@ def predictions(folder: Path, kind: str, name: str) -> list[dict[str, Any]]:
     path = folder / "predictions" / f"{kind}-{slug(name)}.jsonl"
     if not path.is_file():
         raise RunError(f"{path} is missing, but its record is there. Delete {folder} to have this step made again.")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return read_jsonl(path, "answers", error=RunError)
 
 
 def _theta_0(directory: RunDirectory, record: Record) -> dict[str, Any]:

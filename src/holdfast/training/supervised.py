@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from holdfast.data.images import current_pictures, pictures
 from holdfast.data.types import Sample
 from holdfast.errors import DataError, TrainingError
+from holdfast.files import full_disk_errors, require_space
 from holdfast.models.encode import IGNORED_LABEL, encode_training
 from holdfast.models.families import editable_linears
 from holdfast.models.load import cpu_has_bf16, quiet_transformers
@@ -67,13 +68,16 @@ class TrainResult:
     history: tuple[Mapping[str, float], ...]
 
 
-def lora_adapter(loaded: LoadedModel, config: TrainingConfig) -> PeftModel:
-    """A fresh LoRA on every linear layer of the language model's blocks; its factors are fp32."""
+def lora_adapter(loaded: LoadedModel, config: TrainingConfig, blocks: Collection[int] | None = None) -> PeftModel:
+    """A fresh LoRA on every linear layer of the language model's blocks; its factors are fp32.
+
+    blocks: 0-based indices of those that are tuned; None: all.
+    """
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
         lora_dropout=config.dropout,
-        target_modules=list(editable_linears(loaded.model)),
+        target_modules=list(editable_linears(loaded.model, blocks)),
         bias="none",
     )
     with warnings.catch_warnings():
@@ -105,7 +109,8 @@ def train(
     progress: called with ("train", done=, total=, loss=) after each optimizer step.
 
     Raises: DataError: no samples, or one that cannot be encoded. TrainingError: the loss or a gradient is not finite
-        (names the step and the last good state), or nothing is trainable.
+        (names the step and the last good state), or nothing is trainable. StorageError: the disk is full, or has no
+        room for the trainer's state.
     """
     if not samples:
         raise DataError("The training split is empty; expected at least one sample.")
@@ -139,11 +144,15 @@ def train(
                 watch=watch,
             )
             trainer.remove_callback(PrinterCallback)
+            if config.save_steps is not None:
+                require_space(work_dir, _state_bytes(wrapped), "The trainer's state (`save_steps`)")
             state = _last_state(work_dir / "trainer")
             watch.cut = 0 if state is None else int((Path(state) / _COMPLETE).read_text() or 0)
-            trainer.train(resume_from_checkpoint=state)
+            with full_disk_errors(work_dir / "trainer"):
+                trainer.train(resume_from_checkpoint=state)
             _check_finite(wrapped, total)
-        _publish(wrapped, out)
+        with full_disk_errors(out):
+            _publish(wrapped, out)
         history = tuple({k: float(v) for k, v in row.items()} for row in trainer.state.log_history if "loss" in row)
     finally:
         wrapped.unload()
@@ -380,6 +389,11 @@ def total_steps(count: int, config: TrainingConfig) -> int:
     if config.max_steps is not None:
         return config.max_steps
     return max(1, math.ceil(config.epochs * math.ceil(count / config.batch_size)))
+
+
+def _state_bytes(wrapped: PeftModel) -> int:
+    """Bytes of two saved states: the old one goes when the new one is whole. Weights, and two moments in fp32."""
+    return 2 * sum(p.numel() * (p.element_size() + 8) for p in wrapped.parameters() if p.requires_grad)
 
 
 def _last_state(folder: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,19 +257,39 @@ def test_no_option_takes_a_number_that_is_not_finite(value):
         ({"warmup_fraction": 0.0}, "warmup_fraction is 0.0"),
         ({"learn_centroid": True, "sigma": 0.0}, "learn_centroid needs a soft choice"),
         ({"centroid_per_block": True}, "centroid_per_block only differs"),
+        ({"released": {"forward_factor": 0.0}}, r"forward_factor is 0\.0"),
     ],
 )
 def test_configurations_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        cram_kit.config(**changes)
+        decode(CramConfig, changes) if "released" in changes else cram_kit.config(**changes)
+
+
+def test_the_run_file_of_ucit_has_the_released_limits():
+    from holdfast import experiment
+    from holdfast.experiment import build_methods
+
+    path = Path(__file__).parents[3] / "configs" / "cram-llava-1.5-7b.yaml"
+    found = build_methods(experiment.read_run(path))["cram_official"].config.cram
+    assert found == CramConfig.official(
+        rank=replace(CramConfig.official().rank, r_max=9), released={"max_groups": 5}, dropout=0.05
+    )
 
 
 def test_official_options_are_those_of_the_released_code():
     official = CramConfig.official(dropout=0.1)
-    assert official.released == ReleasedCode(double_scale=True, learn_centroid=True, penalty_space="input")
-    assert official.sigma == 2.0
-    own = CramConfig.official(learn_centroid=False, released={"max_groups": 2})
-    assert own.released == ReleasedCode(double_scale=True, penalty_space="input", max_groups=2)
+    assert official.released == ReleasedCode(
+        forward_factor=2.0,
+        double_scale=True,
+        learn_centroid=True,
+        centroid_per_block=True,
+        penalty_space="input",
+        max_groups=10,
+    )
+    # The width 2 is a distance between the features of this encoder.
+    assert official.sigma == 2.0 and "clip-vit-large" in official.encoder and official.rank.r_max == 10
+    own = CramConfig.official(learn_centroid=False, released={"max_groups": 2, "centroid_per_block": False})
+    assert own.released == ReleasedCode(forward_factor=2.0, double_scale=True, penalty_space="input", max_groups=2)
     assert CramConfig.official(released=ReleasedCode()).released == ReleasedCode()
     assert (official.rank.alloc, official.rank.novelty, official.rank.cap_first) == ("absolute", "absolute", True)
     assert official.abstain == "off" and official.dropout == 0.1

@@ -17,6 +17,7 @@ from holdfast.errors import AdapterError, DataError
 from holdfast.functional.cram import column_basis, residual
 from holdfast.models.encode import encode_training
 from holdfast.training.supervised import _checkpointing
+from holdfast.tuners.cram.cram_config import ReleasedCode
 from holdfast.tuners.cram.objective import BatchFeatures, CramTraining, buffer_factors
 from holdfast.tuners.cram.router import card_from_features
 
@@ -53,6 +54,30 @@ def test_gradient_reaches_every_trained_factor_and_nothing_else(make, requests):
     for name, tensor in training.model.state_dict().items():
         assert torch.equal(tensor, frozen[name])
     training.unload()
+
+
+def test_the_factor_of_every_forward_pass_scales_what_a_step_learns_and_not_what_is_there(make, requests, tmp_path):
+    """alpha / r of the released adapter: the same expert answers the same, and learns twice as much from one step."""
+    from holdfast.tuners.cram.folder import load_expert
+
+    learned, losses = {}, {}
+    for factor in (1.0, 2.0):
+        released = {"forward_factor": factor}
+        training, extras = begin(make, requests, sigma_scale=50.0, released=ReleasedCode(**released))
+        start = training.factors()
+        loss, penalty = step(training, extras, requests["cold"][:3])
+        losses[factor] = (float(loss.detach()), float(penalty.detach()))
+        optimizer = torch.optim.Adam([p.trained_b for p in training.cram.layers], lr=1e-3)
+        loss.backward()
+        optimizer.step()
+        training.save_pretrained(str(tmp_path / str(factor)))
+        found = load_expert(tmp_path / str(factor))
+        learned[factor] = {n: found[n][1] - b for n, (_, b) in start.items()}
+        training.unload()
+    assert losses[1.0] == pytest.approx(losses[2.0], rel=1e-5)
+    for name, change in learned[1.0].items():
+        assert change.any()
+        torch.testing.assert_close(learned[2.0][name], 2 * change, rtol=1e-3, atol=1e-6)
 
 
 def test_penalty_is_zero_only_off_what_older_experts_write(make, requests):  # (f)

@@ -20,8 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from holdfast.bounds import bounded
 from holdfast.checkpoints.naming import NameIndex, strip_peft_prefix
 from holdfast.checkpoints.value import Checkpoint
+from holdfast.errors import AdapterError
 
 
 def tensor_hash(tensor: Tensor, dtype: torch.dtype) -> str:
@@ -79,8 +81,21 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
             continue
         for active in module.active_adapters:
             # A factor that the file did not have stays without memory when the base has none.
-            if active in module.lora_B and not module.lora_B[active].weight.is_meta:
+            b = _factor_b(module, active)
+            if b is not None and not b.is_meta:
                 found[strip_peft_prefix(name)] = module
+    return found
+
+
+def _factor_b(layer: Any, adapter: str) -> Tensor | None:
+    """B of a LoRA layer, an embedding's too.
+
+    Returns: (out, rank), or a convolution's (out, rank, 1, 1).
+    """
+    if adapter in layer.lora_B:
+        b: Tensor = layer.lora_B[adapter].weight
+        return b
+    found: Tensor | None = dict(layer.lora_embedding_B).get(adapter)
     return found
 
 
@@ -89,7 +104,7 @@ def adapter_modules(model: nn.Module) -> dict[str, Any]:
     return {
         name: layer
         for name, layer in lora_layers(model).items()
-        if any(bool(layer.lora_B[active].weight.any()) for active in layer.active_adapters if active in layer.lora_B)
+        if any(b is not None and bool(b.any()) for b in (_factor_b(layer, name) for name in layer.active_adapters))
     }
 
 
@@ -132,17 +147,25 @@ def copy_extra_weights(model: nn.Module, folder: Path) -> None:
 
 
 def _load(request: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    from holdfast.models.load import load, quiet_transformers, read_config
+    from holdfast.checkpoints.adapter import LoraAdapter
+    from holdfast.checkpoints.tied import set_vocabulary
+    from holdfast.models.load import PEFT_SECONDS, load, quiet_transformers, read_config, resize_vocabulary
 
     dense = request["kind"] == "dense"
+    rows = None
+    if not dense:
+        adapter = LoraAdapter(request["export"])
+        rows = adapter.vocabulary
+        adapter.close()
     with quiet_transformers():
         if request["input_ids"] is None:
             from accelerate import init_empty_weights
             from transformers import AutoModelForImageTextToText
 
             with init_empty_weights():
-                folder = request["export"] if dense else request["base"]
-                model: Any = AutoModelForImageTextToText.from_config(read_config(folder))
+                config = read_config(request["export"] if dense else request["base"])
+                set_vocabulary(config, rows)
+                model: Any = AutoModelForImageTextToText.from_config(config)
             if not dense:
                 _stand_in(model, torch.float64 if "float64" in request["modules"].values() else torch.float32)
         elif dense:
@@ -150,6 +173,7 @@ def _load(request: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         else:
             base = Checkpoint(base=request["base"], adapters=tuple(request["base_adapters"]))
             model = load(base, dtype=torch.float32, device="cpu").model
+            resize_vocabulary(model, rows)
         if dense:
             return model, {}
         from peft import PeftModel
@@ -157,7 +181,8 @@ def _load(request: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         without_weights = request["input_ids"] is None
         if not without_weights:
             copy_extra_weights(model, Path(request["export"]))
-        model = PeftModel.from_pretrained(model, request["export"], low_cpu_mem_usage=without_weights)
+        with bounded(f"{request['export']}: loading it with PEFT", seconds=PEFT_SECONDS, error=AdapterError):
+            model = PeftModel.from_pretrained(model, request["export"], low_cpu_mem_usage=without_weights)
         active = adapter_modules(model)
         return model.eval(), {
             "active_modules": len(active),

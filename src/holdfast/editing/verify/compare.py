@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from holdfast.bounds import bounded
 from holdfast.checkpoints.adapter import LoraAdapter
 from holdfast.checkpoints.merged import locate
 from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
@@ -32,7 +33,7 @@ from holdfast.editing.plan import LoraTarget, Target
 from holdfast.editing.verify.redo import Redo, Redone
 from holdfast.editing.verify.redo import Written as _Written
 from holdfast.editing.verify.redo import same as _same
-from holdfast.errors import ExportError
+from holdfast.errors import AdapterError, ExportError
 from holdfast.models.memory import free_memory_bytes
 from holdfast.rules.base import EditRule
 
@@ -207,10 +208,12 @@ class _Guard:
         from transformers import AutoModelForImageTextToText
 
         from holdfast.editing.verify.child import copy_extra_weights, forward, probe_ids
-        from holdfast.models.load import load, quiet_transformers
+        from holdfast.models.load import PEFT_SECONDS, load, quiet_transformers, resize_vocabulary
 
         value = self._merged_value()
-        if not value.adapters or self.pair.after.adapters[-1].input_scale:
+        last_adapter = self.pair.after.adapters[-1] if value.adapters else None
+        # PiSSA's start is found again by PEFT up to chance only.
+        if last_adapter is None or last_adapter.input_scale or last_adapter.why_not_factors() is not None:
             return None
         last = str(locate(value.adapters[-1]))
         with quiet_transformers(), warnings.catch_warnings():
@@ -223,9 +226,11 @@ class _Guard:
                 model = AutoModelForImageTextToText.from_pretrained(
                     value.base, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
                 )
+            resize_vocabulary(model, self.pair.after.vocabulary)
             copy_extra_weights(model, Path(last))
             try:
-                PeftModel.from_pretrained(model, last)
+                with bounded(f"{last}: loading it with PEFT", seconds=PEFT_SECONDS, error=AdapterError):
+                    PeftModel.from_pretrained(model, last)
             except (UserWarning, ValueError, RuntimeError, KeyError):
                 return None
             # PEFT put its layers into the model itself; its wrapper's forward adds nothing but arguments.
@@ -235,7 +240,7 @@ class _Guard:
         """AFTER as something that `models.load` takes."""
         lora = self.pair.lora
         value = self.after if lora is None else self.before.under(lora.folder)
-        return Checkpoint(base=str(locate(value.base)), adapters=value.adapters)
+        return Checkpoint(base=str(locate(value.base)), adapters=value.adapters, settings=value.settings)
 
     def _loaded_hashes(self, result: Mapping[str, Any]) -> Mapping[str, str]:
         hashes: Mapping[str, str] = result.get("adapter_hashes" if self.export == "adapter" else "weight_hashes", {})
@@ -292,7 +297,9 @@ def _live_modules(folder: Path, export: str) -> dict[str, int]:
         return {}
     adapter = LoraAdapter(folder)
     try:
-        return {"nonzero_modules": sum(bool(adapter.raw(entry.b).any()) for entry in adapter.modules.values())}
+        b = [entry.b for entry in adapter.modules.values()]
+        b += [u.parts[r].entry for u in adapter.dense.values() for r in ("B", "embedding_B") if r in u.parts]
+        return {"nonzero_modules": sum(bool(adapter.raw(entry).any()) for entry in b)}
     finally:
         adapter.close()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from holdfast.checkpoints.adapter import LoraAdapter
 from holdfast.checkpoints.merged import add_updates
+from holdfast.checkpoints.naming import NameIndex
 from holdfast.checkpoints.reader import CheckpointReader
 from holdfast.editing.pair import Pair
 from holdfast.editing.plan import DenseTarget, LoraTarget, Target
@@ -57,7 +58,7 @@ class Redo:
     def _dense(self, target: DenseTarget, old: Tensor, w_new: Tensor) -> Redone:
         # The editor sees the stored values; the live model holds them widened.
         stored = self.pair.after.entries[target.key].torch_dtype
-        exact = self.pair.after.is_plain(target.key) and self.pair.before.is_plain(target.before_key)
+        exact = self.pair.after.is_plain(target.key)
         new = w_new.to(stored if exact else w_new.dtype).clone()
         return Redone(weight=self.rule.edit(target.layer, old, new).weight)
 
@@ -87,6 +88,9 @@ class Written:
     def __init__(self, folder: Path, export: str) -> None:
         self._opened: LoraAdapter | CheckpointReader
         self._opened = LoraAdapter(folder) if export == "adapter" else CheckpointReader(folder)
+        # An adapter is written with the present names, whatever names AFTER's has.
+        modules = self._opened.modules if isinstance(self._opened, LoraAdapter) else ()
+        self._names = NameIndex(modules, what=f"adapter {folder}")
 
     def read(self, target: Target) -> Tensor:
         """The stored tensor of a target. Raises AdapterError: an adapter has none of this layer.
@@ -97,7 +101,7 @@ class Written:
             return self._opened.read(target.key)
         if not isinstance(target, LoraTarget):
             raise AdapterError(f"{self._opened.folder} is an adapter and cannot hold {target.key}.")
-        return self._opened.raw(self._opened.modules[target.lora.module].a)
+        return self._opened.raw(self._opened.modules[self._names.require(target.lora.module)].a)
 
     def __enter__(self) -> Written:
         return self

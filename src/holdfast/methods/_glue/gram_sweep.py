@@ -10,19 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from holdfast.calibration.walk import LayerGram, walk_grams
 from holdfast.checkpoints.merged import MergedCheckpoint, open_checkpoint
 from holdfast.config import encode
 from holdfast.data.types import Sample
-from holdfast.files import atomic_path
 from holdfast.functional.rivals import RivalEdit
 from holdfast.methods.seqft import EditingConfig, SeqFT
+from holdfast.models.families import decoder_blocks
 from holdfast.models.held import load
 from holdfast.rules.base import EditRule
-from holdfast.rules.ready_edits import ReadyEdits, ReadyOptions
+from holdfast.rules.ready_edits import ReadyEdits, ReadyOptions, write_edit
 from holdfast.stream.protocol import Checkpoint, TaskContext
 
 
@@ -31,6 +32,13 @@ class GramSweep(SeqFT):
 
     Config = EditingConfig
     config: EditingConfig
+    # Whether a block's Gram matrices are of the inputs that the edited blocks before it give.
+    sequential = False
+
+    def first_block(self, count: int) -> int:
+        """The first of `count` decoder blocks (0-based) that is edited; earlier ones stay as they were tuned."""
+        del count
+        return 0
 
     def edit_layer(self, w_prev: Tensor, w_new: Tensor, inverse_factor: Tensor) -> RivalEdit:
         """The edited weight; inverse_factor: upper U with U^T U = (H + lam I)^-1.
@@ -55,29 +63,39 @@ class GramSweep(SeqFT):
         source, samples = self.gram_source(ctx, trained)
         folder = ctx.scratch_dir / "edits"
         folder.mkdir(parents=True, exist_ok=True)
+        loaded = load(source, dtype=self.config.calibration_dtype)
+        count = len(decoder_blocks(loaded.model))
+        self._first = self.first_block(count)
         with open_checkpoint(ctx.previous) as before, open_checkpoint(trained) as after:
             walk_grams(
-                load(source, dtype=self.config.calibration_dtype),
+                loaded,
                 samples,
                 lambda gram: self._edit_gram(gram, before, after, folder),
                 tokens=self.config.calibration.tokens,
                 normalization=self.config.calibration.normalization,
                 batch_size=self.config.calibration.batch_size,
+                blocks=range(self._first, count),
+                edits=self.sequential,
                 progress=lambda event, done, total, **rest: ctx.progress("calibrate", done=done, total=total),
             )
         return super().end_task(ctx, trained)
 
     def _edit_gram(self, gram: LayerGram, before: MergedCheckpoint, after: MergedCheckpoint, folder: Path) -> None:
-        missing = [m for m in gram.modules if not (folder / f"{m}.safetensors").is_file()]
-        if not missing:
-            return
-        factor = gram.gram.inverse_cholesky_factor(self.config.calibration.damping)
-        for module in missing:
-            w_prev, w_new = (c.read_float(f"{module}.weight").to(factor.device) for c in (before, after))
-            edited = self.edit_layer(w_prev, w_new, factor)
-            with atomic_path(folder / f"{module}.safetensors") as temporary:
-                save_file({"weight": edited.weight.float().cpu().contiguous()}, temporary)
+        files = {module: folder / f"{module}.safetensors" for module in gram.modules}
+        missing = [module for module, file in files.items() if not file.is_file()]
+        if missing:
+            factor = gram.gram.inverse_cholesky_factor(self.config.calibration.damping)
+            for module in missing:
+                w_prev, w_new = (c.read_float(f"{module}.weight").to(factor.device) for c in (before, after))
+                edited = self.edit_layer(w_prev, w_new, factor)
+                write_edit(files[module], edited.weight, edited.figures())
+        if self.sequential:
+            with torch.no_grad():
+                for module, linear in zip(gram.modules, gram.linears, strict=True):
+                    linear.weight.copy_(load_file(files[module])["weight"])
 
     def step_rule(self, ctx: TaskContext) -> EditRule:
         """The edits that `end_task` made, read layer by layer."""
-        return ReadyEdits(ReadyOptions(folder=ctx.scratch_dir / "edits", made_by=self.name, options=self.options()))
+        folder = ctx.scratch_dir / "edits"
+        options = ReadyOptions(folder=folder, made_by=self.name, options=self.options(), first_block=self._first)
+        return ReadyEdits(options)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from holdfast.checkpoints.adapter import LoraAdapter
+from holdfast.errors import AdapterError
 from holdfast.files import atomic_path
 from holdfast.stream.protocol import TaskContext
 
@@ -57,9 +58,11 @@ class Remembered:
 
 
 def read_adapter(folder: str | Path) -> Iterator[Factors]:
-    """Factors of every layer of an adapter on disk, fp32."""
+    """Factors of every layer of an adapter on disk, fp32. Raises AdapterError: it holds more than those."""
     adapter = LoraAdapter(Path(folder))
     try:
+        if adapter.dense:
+            raise AdapterError(f"{folder} holds more than LoRA factors of linear layers: {next(iter(adapter.dense))}.")
         for name, entry in adapter.modules.items():
             a, b = adapter.read_factors(name)
             yield Factors(name, a, b, entry.scaling)

@@ -12,12 +12,17 @@ from holdfast.functional.cram import RankRule
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 BACKBONE = "backbone"
+# What the released code routes by; its sigma of 2 is a distance between this encoder's features.
+RELEASED_ENCODER = "openai/clip-vit-large-patch14-336"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReleasedCode:
     """Switches that take a choice of the released code in place of ours; the defaults are ours.
 
+    forward_factor: what buffer and expert add is multiplied by this in every forward pass of training: alpha / r of the
+        released adapter, 2. It is part of what they learnt, and of the strengths that `rank` looks at; folders hold it
+        in B. With 1 an expert learns half as much at the same learning rate.
     double_scale: start the expert at twice what the buffer learnt.
     learn_centroid, centroid_per_block: train the new expert's image centroid with it; one centroid per decoder block.
     penalty_space: "input" projects outputs on the older experts' input directions, which is defined for square linears
@@ -29,6 +34,7 @@ class ReleasedCode:
     Raises: ConfigError: a value outside of these.
     """
 
+    forward_factor: float = 1.0
     double_scale: bool = False
     learn_centroid: bool = False
     centroid_per_block: bool = False
@@ -37,6 +43,8 @@ class ReleasedCode:
     warmup_history: Literal["off", "routed"] = "off"
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.forward_factor) and self.forward_factor > 0):
+            raise ConfigError(f"forward_factor is {self.forward_factor}; expected a finite number above 0.")
         if self.max_groups is not None and self.max_groups < 1:
             raise ConfigError(f"max_groups is {self.max_groups}; expected 1 or more, or null for no limit.")
         if self.centroid_per_block and not self.learn_centroid:
@@ -45,6 +53,7 @@ class ReleasedCode:
 
 # These stood beside the other options once, and are read from there still.
 @accepts_old_names(
+    forward_factor="released.forward_factor",
     compat_double_scale="released.double_scale",
     learn_centroid="released.learn_centroid",
     centroid_per_block="released.centroid_per_block",
@@ -127,13 +136,21 @@ class CramConfig:
 
     @classmethod
     def official(cls, **changes: Any) -> CramConfig:
-        """Thresholds and choices of the released code, two of its oddities (double scale, penalty on inputs) included.
+        """The released recipe: its thresholds, choices and encoder, and those of its oddities that change an expert.
 
-        What else it does wrong stays out: docs/design/cram.md names it.
+        As for TriGap; for UCIT the released runs keep at most 9 directions and 5 groups (`rank.r_max`,
+        `released.max_groups`). What else the code does wrong stays out: docs/design/cram.md names it.
         """
         changes = current_names(cls, changes)
         if not isinstance(changes.get("released"), ReleasedCode):
-            own = {"double_scale": True, "learn_centroid": True, "penalty_space": "input"}
+            own = {
+                "forward_factor": 2.0,
+                "double_scale": True,
+                "learn_centroid": True,
+                "centroid_per_block": True,
+                "penalty_space": "input",
+                "max_groups": 10,
+            }
             changes["released"] = {**own, **changes.get("released", {})}
         rank = RankRule(r_min=4, r_max=10, tau_alloc=0.08, alloc="absolute", novelty="absolute", cap_first=True)
         return cls(
@@ -143,6 +160,7 @@ class CramConfig:
                 "sigma": 2.0,
                 "abstain": "off",
                 "held_out": 0.0,
+                "encoder": RELEASED_ENCODER,
                 **changes,
             }
         )

@@ -10,8 +10,6 @@ experts/NN-task/           adapter_config.json, adapter_model.safetensors
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
 import shutil
 import tempfile
@@ -30,8 +28,9 @@ from torch import Tensor
 from holdfast.checkpoints.adapter import WEIGHTS_FILE, LoraAdapter, is_adapter
 from holdfast.checkpoints.value import Checkpoint
 from holdfast.config import decode, encode
+from holdfast.data.names import slug
 from holdfast.errors import AdapterError, ConfigError, StorageError
-from holdfast.files import fsync_folder, storage_error, write_json
+from holdfast.files import fsync, fsync_folder, read_json, storage_error, write_json
 from holdfast.models.families import decoder_blocks
 from holdfast.models.load import load
 from holdfast.models.loaded import LoadedModel
@@ -96,7 +95,7 @@ def load_expert(folder: Path) -> Factors:
     """
     adapter = LoraAdapter(folder)
     try:
-        if more := [*adapter.saved, *adapter.input_scale]:
+        if more := [*adapter.saved, *adapter.dense, *adapter.input_scale]:
             raise AdapterError(
                 f"{folder} holds more than LoRA factors ({more[0]}): an expert only adds to the base's linear layers. "
                 "Train it without modules_to_save, or edit it with the coefficient dropped."
@@ -304,7 +303,7 @@ def read_router(folder: Path) -> StoredRouter:
     if not path.is_file() or not (folder / TENSORS).is_file():
         raise AdapterError(f"{folder} is no CRAM folder; expected {ROUTER} and {TENSORS} in it.")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path, "the router of a CRAM folder", error=AdapterError, unique=True)
         if data.get("format") not in READ_FORMATS:
             raise AdapterError(
                 f"{path} has format {data.get('format')!r}; this version of holdfast reads formats 3 and 4. Read it "
@@ -489,7 +488,7 @@ def base_of(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def _folder_name(index: int, name: str) -> str:
-    return f"{index:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-.') or 'task'}"
+    return f"{index:02d}-{slug(name)}"
 
 
 @contextmanager
@@ -510,7 +509,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
                 fsync_folder(path)
             else:
                 with path.open("rb") as written:
-                    os.fsync(written.fileno())
+                    fsync(written.fileno())
         temporary.replace(folder)
         fsync_folder(folder.parent)
     except OSError as error:

@@ -93,6 +93,7 @@ class ExpertPass(nn.Module):
         self.trained_a: nn.Parameter | None = None
         self.trained_b: nn.Parameter | None = None
         self.dropout = 0.0
+        self.factor = 1.0
         self.input_mean: Tensor | None = None
 
     def stack(self, a: Tensor, b: Tensor, start: int) -> None:
@@ -100,11 +101,11 @@ class ExpertPass(nn.Module):
         self.stacked_a, self.stacked_b = a, b
         self.start, self.stop = start, start + a.shape[0]
 
-    def train_factors(self, a: Tensor, b: Tensor, dropout: float) -> None:
-        """Add trainable factors, copies of A (r, in) and B (out, r)."""
+    def train_factors(self, a: Tensor, b: Tensor, dropout: float, factor: float = 1.0) -> None:
+        """Add trainable factors, copies of A (r, in) and B (out, r) / factor; every forward pass multiplies by it."""
         self.trained_a = nn.Parameter(a.detach().clone())
-        self.trained_b = nn.Parameter(b.detach().clone())
-        self.dropout = dropout
+        self.trained_b = nn.Parameter(b.detach() / factor)
+        self.dropout, self.factor = dropout, factor
 
     def drop_factors(self) -> None:
         """Forget the factors in training and what was gathered for them."""
@@ -142,6 +143,8 @@ class ExpertPass(nn.Module):
         if self.trained_a is not None and self.trained_b is not None:
             dropped = F.dropout(x, self.dropout, self.training)
             hidden = F.linear(dropped, self.trained_a.to(x.dtype))
+            if self.factor != 1:
+                hidden = hidden * self.factor
             if active.trained is not None:
                 column = min(self.block, active.trained.shape[1] - 1)
                 hidden = hidden * active.trained[:, column, None, None].to(hidden)

@@ -63,7 +63,7 @@ class CramTraining(nn.Module):
         for p in cram.layers:
             a, b = factors[p.name]
             device = p.stacked_a.device
-            p.train_factors(a.to(device), b.to(device), config.dropout)
+            p.train_factors(a.to(device), b.to(device), config.dropout, config.released.forward_factor)
         self.centroid: nn.Parameter | None = None
         if stable and config.released.learn_centroid and card.image_centroid is not None:
             sets = len(decoder_blocks(self.model)) if config.released.centroid_per_block else 1
@@ -155,14 +155,16 @@ class CramTraining(nn.Module):
     # What the loop and the trainer's checkpoints hold
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The trained factors, fp32 on the CPU. Under FSDP2 every process must ask: shards are gathered.
+        """The trained factors, fp32 on the CPU, B with the factor of every forward pass in it.
+
+        Under FSDP2 every process must ask: shards are gathered.
 
         Returns: linear name -> A (rank, in), B (out, rank).
         """
         found = {}
         for p in self.cram.layers:
             assert p.trained_a is not None and p.trained_b is not None
-            found[p.name] = (_whole(p.trained_a), _whole(p.trained_b))
+            found[p.name] = (_whole(p.trained_a), _whole(p.trained_b) * p.factor)
         return found
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -241,7 +243,7 @@ def _key(sample: Sample) -> tuple[Any, ...]:
 def _penalty_of(p: ExpertPass, basis: Tensor, old_mass: Tensor | None) -> Tensor:
     assert p.input_mean is not None and p.trained_a is not None and p.trained_b is not None and old_mass is not None
     # Q^T B first: (k, r), so nothing of width `out` is made per sample.
-    inner = p.input_mean.to(p.trained_a.dtype) @ p.trained_a.T
+    inner = p.input_mean.to(p.trained_a.dtype) @ p.trained_a.T * p.factor
     return orthogonality_penalty(inner, p.trained_b.T @ basis.to(p.trained_b.dtype), old_mass.detach().to(inner))
 
 

@@ -1,0 +1,50 @@
+"""`holdfast sweep GRID.yaml`: one run file with values varied; a second call with the same --out goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    grid: Annotated[Path, typer.Argument(help="Grid: `run`, a run file, and `vary`, its keys with values to try.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the cells; by default runs/<name of the file>.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="So many cells at once, each in a process of its own.")] = 1,
+    retries: Annotated[int, typer.Option(min=0, help="How often a cell whose process died is started again.")] = 2,
+    as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
+) -> dict[str, Any]:
+    """Run every cell of a grid, side by side. Finished cells are kept, killed ones resume."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+
+    from holdfast.errors import RunError
+    from holdfast.experiment.sweep import read_grid, sweep
+
+    cells = read_grid(grid)
+    states = {cell.name: "waiting" for cell in cells}
+
+    def table() -> Table:
+        shown = Table(title=f"{sum(s in ('finished', 'kept') for s in states.values())} of {len(cells)} cells finished")
+        for name in (*cells[0].values, "state"):
+            shown.add_column(name)
+        for cell in cells:
+            shown.add_row(*cell.values.values(), states[cell.name])
+        return shown
+
+    console = Console()
+    with Live(table(), console=console, auto_refresh=False) as live:
+
+        def progress(event: str, *, name: str, state: str, **rest: Any) -> None:
+            states[name] = state
+            live.update(table(), refresh=console.is_terminal)
+
+        found = sweep(cells, out or Path("runs") / grid.stem, jobs=jobs, retries=retries, progress=progress)
+    failed = [result for result in found if result.state == "failed"]
+    for result in failed:
+        console.print(f"{result.name}: {result.error}", markup=False, soft_wrap=True)
+    if failed:
+        raise RunError(f"{len(failed)} of {len(cells)} cells failed; the others are finished. Repeat the command.")
+    return {"cells": [{"name": result.name, "state": result.state} for result in found]}

@@ -1,0 +1,263 @@
+"""One run file with values varied: a grid of runs, side by side in processes, that goes on where it stopped.
+
+    run: llava-1.5-7b.yaml                 # a run file beside this one; every cell is it with other values
+    vary:
+      seed: [0, 1, 2]
+      injection: {clean: null, injected: {fraction: 0.01}}     # names for values that are no plain word
+      methods: [hpa, anchor]               # a name alone is a list of one
+      defaults.training.learning_rate: [1.0e-4, 2.0e-4]        # dots lead into mappings
+
+A cell is a run directory OUT/<its name>, such as `seed=0,injection=clean`. What is finished is not computed again; a
+cell whose process died is started again and resumes, as any run does; a cell with a mistake in it fails alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast import registry
+from holdfast.config import decode, encode
+from holdfast.data.streams import read_yaml
+from holdfast.errors import ConfigError, HoldfastError, RunError
+from holdfast.experiment.run_config import RunConfig, decode_run
+from holdfast.files import write_json
+
+Progress = Callable[..., None]
+_DONE = "finished.json"
+_MISTAKE = 2  # exit status of a cell that says what is wrong with it: starting it again would say it again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of a grid. values: axis -> label, for tables."""
+
+    name: str
+    values: Mapping[str, str]
+    config: RunConfig
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides the cell's result."""
+        return hashlib.sha256(json.dumps(encode(self.config), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellResult:
+    """How a cell ended. state: "finished" now, "kept" from an earlier call, or "failed" with `error` saying why.
+
+    attempts: processes that were started for it now. seconds: that they took.
+    """
+
+    name: str
+    state: str
+    attempts: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+
+def read_grid(path: Path | str) -> list[Cell]:
+    """The cells of the grid file `path`, in its order; paths in it and in its run file start from their folders.
+
+    Raises: ConfigError, DataError, UnknownNameError: what is wrong, and in which cell.
+    """
+    path = Path(path)
+    data = read_yaml(path)
+    if not isinstance(data, Mapping) or set(data) != {"run", "vary"} or not isinstance(data["vary"], Mapping):
+        raise ConfigError(f"{path} is no grid: expected `run`, a run file, and `vary`, a mapping of keys to values.")
+    file = path.parent / str(data["run"])
+    axes = [(str(key), _labelled(str(key), values, path)) for key, values in data["vary"].items()]
+    plain = read_yaml(file)
+    if not isinstance(plain, Mapping):
+        raise ConfigError(f"{file} is no run file; `run` of {path} must name one.")
+    cells = []
+    for chosen in itertools.product(*(values.items() for _, values in axes)):
+        labels = {key: label for (key, _), (label, _) in zip(axes, chosen, strict=True)}
+        name = ",".join(f"{key}={_as_file(label)}" for key, label in labels.items()) or "all"
+        changed = copy.deepcopy(dict(plain))
+        for (key, _), (_, value) in zip(axes, chosen, strict=True):
+            _put(changed, key, value, where=f"{path}, cell {name}")
+        cells.append(Cell(name=name, values=labels, config=decode_run(changed, base=file.parent, where=f"cell {name}")))
+    names = [cell.name for cell in cells]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"{path}: two cells are called {twice}; name the values: `key: {{one: ..., other: ...}}`.")
+    return cells
+
+
+def sweep(
+    cells: Sequence[Cell],
+    out: Path | str,
+    *,
+    jobs: int = 1,
+    retries: int = 2,
+    progress: Progress | None = None,
+    command: Sequence[str] = (sys.executable, "-c", "from holdfast.experiment.sweep import main; main()"),
+) -> list[CellResult]:
+    """Run the cells that are not finished, at most `jobs` at once; one that died is started again `retries` times.
+
+    progress: called as progress("cell", name=, state=, done=, total=). command: the process of a cell; it gets the job
+    as one line of JSON, and stops when its input ends.
+
+    Raises: RunError: `out` has a cell of this name with other settings. Nothing is run then.
+    """
+    out, say = Path(out), progress or _silent
+    for cell in cells:
+        _refuse_other(cell, out / cell.name)
+    lock, done = threading.Lock(), itertools.count(1)
+    running: set[subprocess.Popen[str]] = set()
+
+    def one(cell: Cell) -> CellResult:
+        say("cell", name=cell.name, state="running", done=None, total=len(cells))
+        result = _run_cell(cell, out / cell.name, command, retries, running, lock)
+        with lock:
+            say("cell", name=cell.name, state=result.state, done=next(done), total=len(cells))
+        return result
+
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        waiting = [pool.submit(one, cell) for cell in cells]
+        try:
+            return [future.result() for future in waiting]
+        except BaseException:
+            for future in waiting:
+                future.cancel()
+            for process in list(running):
+                process.kill()
+            raise
+
+
+def _run_cell(
+    cell: Cell,
+    folder: Path,
+    command: Sequence[str],
+    retries: int,
+    running: set[subprocess.Popen[str]],
+    lock: threading.Lock,
+) -> CellResult:
+    if (folder / _DONE).is_file():
+        return CellResult(name=cell.name, state="kept")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    job = {"names": encode(registry.export()), "config": encode(cell.config), "out": str(folder)}
+    began, said = time.monotonic(), ""
+    for attempt in range(1, retries + 2):
+        status, said = _process(command, job, running, lock)
+        seconds = time.monotonic() - began
+        if status == 0:
+            write_json(folder / _DONE, {"cell": cell.name, "digest": cell.digest, "values": dict(cell.values)})
+            return CellResult(name=cell.name, state="finished", attempts=attempt, seconds=seconds)
+        if status == _MISTAKE:
+            break
+    error = said.strip().splitlines()[-1] if said.strip() else f"its process ended with status {status}"
+    return CellResult(name=cell.name, state="failed", attempts=attempt, seconds=seconds, error=error)
+
+
+def _process(
+    command: Sequence[str], job: Mapping[str, Any], running: set[subprocess.Popen[str]], lock: threading.Lock
+) -> tuple[int, str]:
+    """(status, what it said on stderr) of one process of a cell."""
+    with tempfile.TemporaryFile(mode="w+") as said:
+        process = subprocess.Popen(
+            list(command), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, text=True
+        )
+        with lock:
+            running.add(process)
+        try:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(job) + "\n")
+                process.stdin.flush()
+            # The pipe stays open meanwhile: its end would tell the cell that nobody waits for it any more.
+            status = process.wait()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        finally:
+            with lock:
+                running.discard(process)
+        said.seek(0)
+        return status, said.read()
+
+
+def _refuse_other(cell: Cell, folder: Path) -> None:
+    """Raises RunError: a finished cell of this name had other settings. An unfinished one is told by its own run."""
+    path = folder / _DONE
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["digest"] != cell.digest:
+        raise RunError(
+            f"{folder} is finished with other settings than the grid has now. Choose another --out, or remove it."
+        )
+
+
+def _labelled(key: str, values: object, path: Path) -> dict[str, Any]:
+    """Label -> value of one axis."""
+    if isinstance(values, Mapping) and values:
+        return {str(label): value for label, value in values.items()}
+    if isinstance(values, Sequence) and not isinstance(values, str) and values:
+        labels = [json.dumps(v, sort_keys=True) if isinstance(v, Mapping | list) else str(v) for v in values]
+        if len(set(labels)) < len(labels):
+            twice = next(label for label in labels if labels.count(label) > 1)
+            raise ConfigError(f"{path}: vary.{key} has {twice} twice; every value makes a cell of its own.")
+        return dict(zip(labels, values, strict=True))
+    raise ConfigError(f"{path}: vary.{key} is {values!r}; expected a list of values, or a mapping of names to values.")
+
+
+def _as_file(label: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", label).strip("-") or "value"
+
+
+def _put(data: dict[str, Any], key: str, value: object, *, where: str) -> None:
+    """Lay `value` at the dotted `key`. Raises ConfigError: the way leads through something that is no mapping."""
+    *way, last = key.split(".")
+    place = data
+    for part in way:
+        found = place.get(part)
+        if found is None:
+            found = {}
+        if not isinstance(found, Mapping):
+            raise ConfigError(f"{where}: {key} leads through {part}, which is {found!r}; expected a mapping.")
+        place[part] = dict(found)
+        place = place[part]
+    place[last] = [value] if last == "methods" and not way and isinstance(value, str) else value
+
+
+def _silent(event: str, **values: Any) -> None:
+    del event, values
+
+
+def main() -> None:
+    """The process of one cell: a job on standard input; ends when that does."""
+    from holdfast.experiment.execute import run
+    from holdfast.experiment.workers import set_threads
+
+    job = json.loads(sys.stdin.readline())
+
+    def watch() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        registry.restore(job["names"])
+        config = decode(RunConfig, job["config"])
+        set_threads(config.threads)
+        run(config, Path(job["out"]))
+    except HoldfastError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(_MISTAKE)
+    os._exit(0)
+
+
+__all__ = ["Cell", "CellResult", "read_grid", "sweep"]

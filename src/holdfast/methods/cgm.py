@@ -1,0 +1,70 @@
+"""CGM (arXiv 2606.24963) after each task: an entry keeps its change as far as the new task needs it more than the old.
+
+OUR READING: only the abstract and the formula were at hand. W_hat = W_prev + D F / (F + alpha F_prev), entry by entry:
+F the mean squared gradient of the tuned model's loss on the task's samples, F_prev the sum of those of earlier tasks,
+taken when they were learned. The hard variant keeps a change whole where F > alpha F_prev and takes it back elsewhere.
+The first task has no F_prev and keeps all of its change. r x c values per layer are carried. The edit of a layer:
+`holdfast.rules.cgm`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from holdfast.errors import ConfigError
+from holdfast.methods._glue.lora_layers import carried, carry
+from holdfast.methods._glue.rule_options import part_of
+from holdfast.methods._glue.squared_gradients import mean_squared_gradients
+from holdfast.methods.seqft import SeqFT, SeqFTConfig, draw, step_seed
+from holdfast.rules.base import EditRule
+from holdfast.rules.cgm import CgmOptions, CgmRule
+from holdfast.stream.protocol import Checkpoint, TaskContext
+
+_OWN, _ALL = "importance.safetensors", "importances.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CgmConfig(SeqFTConfig, CgmOptions):
+    """Options of CGM in a stream: the edit's, over those of tuning.
+
+    importance_samples: of the task, drawn by seed, whose gradients are squared.
+    """
+
+    importance_samples: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.importance_samples < 1:
+            raise ConfigError(f"importance_samples is {self.importance_samples}; expected 1 or more.")
+
+
+class Cgm(SeqFT):
+    """CGM (arXiv 2606.24963, our reading): an entry keeps its change as far as the new task needs it more."""
+
+    Config = CgmConfig
+    config: CgmConfig
+
+    def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
+        """Estimate what the task needs, merge, and carry on what all tasks so far need."""
+        carry(ctx, _OWN, lambda: self._importance(ctx, trained))
+        self._before, self._own = carried(ctx, _ALL), load_file(ctx.carry_dir / _OWN)
+
+        def together() -> dict[str, Tensor]:
+            return {k: v + self._before[k] if k in self._before else v for k, v in self._own.items()}
+
+        carry(ctx, _ALL, together)
+        return super().end_task(ctx, trained)
+
+    def step_rule(self, ctx: TaskContext) -> EditRule:
+        """The merge of the step at hand."""
+        return CgmRule(part_of(self.config, CgmOptions), self._own, self._before)
+
+    def _importance(self, ctx: TaskContext, trained: Checkpoint) -> dict[str, Tensor]:
+        samples = draw(self.learned(ctx), self.config.importance_samples, step_seed(ctx))
+        return mean_squared_gradients(ctx, trained, samples)
+
+
+__all__ = ["Cgm", "CgmConfig", "CgmRule"]

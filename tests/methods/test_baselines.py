@@ -1,0 +1,207 @@
+"""What the plain baselines learn from and what they tune: sample lists and adapters, and two tiny steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from holdfast.data.types import Sample
+from holdfast.errors import CalibrationError, ConfigError
+from holdfast.methods import get
+from holdfast.methods._glue.lora_layers import live_factors, read_adapter
+from holdfast.methods.safe_anchor import anchored_adapter, top_directions
+from holdfast.models.encode import encode_training
+from holdfast.models.families import decoder_blocks, editable_linears
+from holdfast.models.load import load
+from holdfast.stream.protocol import Checkpoint, TaskContext
+from holdfast.training.training_config import TrainingConfig
+
+TRAINING = {"rank": 2, "alpha": 4, "dropout": 0.0, "learning_rate": 5e-3, "max_steps": 2, "batch_size": 4}
+
+
+@pytest.fixture
+def ctx(tmp_path, pico_stream, pico_folder) -> TaskContext:
+    """The second task."""
+    start = Checkpoint(base=str(pico_folder))
+    answers = [Sample.single(f"no-{i}", "How?", "No.") for i in range(6)]
+    return TaskContext(
+        stream=dataclasses.replace(pico_stream, safety_calibration=answers),
+        step=1,
+        task_names=("colour", "name"),
+        theta_0=start,
+        previous=start,
+        work_dir=tmp_path / "2",
+        previous_work_dir=tmp_path / "1",
+        seed=0,
+    )
+
+
+def without_answers(ctx: TaskContext) -> TaskContext:
+    return dataclasses.replace(ctx, stream=dataclasses.replace(ctx.stream, safety_calibration=[]))
+
+
+def test_joint_learns_every_task_so_far_in_as_many_steps_as_they_have(ctx):
+    method = get("joint", training={"max_steps": 7})
+    assert [s.id for s in method.samples(ctx)] == [s.id for task in ctx.stream.tasks[:2] for s in task.train]
+    assert method.training_config(ctx).max_steps == 14
+    assert method.training_config(dataclasses.replace(ctx, step=0)).max_steps == 7
+    assert get("joint").training_config(ctx).max_steps is None, "epochs grow with the samples by themselves"
+
+
+def test_frozen_is_theta_0(ctx):
+    method = get("frozen")
+    assert method.end_task(ctx, method.train_task(ctx)) == ctx.theta_0
+
+
+@pytest.mark.parametrize("asked, repeat, mixed", [(2, 1, 2), (2, 3, 6), (100, 1, 6)])
+def test_safety_replay_mixes_the_same_refusals_into_every_task(ctx, asked, repeat, mixed):
+    method = get("safety_replay", refusals=asked, repeat=repeat)
+    own = [s.id for s in ctx.stream.tasks[1].train]
+    learned = [s.id for s in method.learned(ctx)]
+    assert learned[: len(own)] == own and len(learned) == len(own) + mixed
+    first = [s.id for s in method.learned(dataclasses.replace(ctx, step=0))]
+    assert first[-mixed:] == learned[-mixed:] and all(i.startswith("no-") for i in learned[-mixed:])
+
+
+@pytest.mark.parametrize("name", ["safety_replay", "one_shot"])
+def test_what_learns_refusals_says_that_there_are_none(ctx, name):
+    with pytest.raises(CalibrationError, match=rf"{name} learns from safety calibration samples, and stream 'pico'"):
+        get(name).check_stream(without_answers(ctx).stream)
+
+
+@pytest.mark.parametrize(
+    "count, shares, tuned",
+    [
+        (32, (6 / 32, 15 / 32), [*range(6), *range(15, 32)]),
+        (2, (6 / 32, 15 / 32), [1]),
+        (4, (0.5, 0.51), [0, 1, 3]),
+        (3, (0.99, 1.0), [0, 1]),
+    ],
+)
+def test_sppft_tunes_all_blocks_but_the_safety_layers(count, shares, tuned):
+    assert get("sppft", safety_layers=list(shares)).tuned_blocks(count) == tuned
+
+
+def test_sppft_puts_no_lora_on_a_safety_layer(ctx, pico_folder):
+    loaded = load(pico_folder, device="cpu")
+    blocks = [name for name, _ in decoder_blocks(loaded.model)]
+    method = get("sppft", safety_layers=[0.0, 0.4])
+    kept = method.tuned_blocks(len(blocks))
+    adapter = method.training_options(ctx)["adapter"](loaded, TrainingConfig(rank=2, alpha=4))
+    found = {name.rsplit(".", 2)[0].removesuffix(".self_attn").removesuffix(".mlp") for name in _names(adapter)}
+    assert found == {blocks[i] for i in kept} and len(kept) < len(blocks)
+
+
+def _names(adapter) -> list[str]:
+    return [f.name for f in live_factors(adapter)]
+
+
+def test_one_shot_puts_a_repair_on_top_of_the_tuned_adapter(ctx):
+    trained = get("one_shot", epochs=2, training=TRAINING).train_task(ctx)
+    plain = get("seqft", training=TRAINING).train_task(dataclasses.replace(ctx, work_dir=ctx.work_dir / "plain"))
+    assert len(trained.adapters) == 2
+    for ours, theirs in zip(read_adapter(trained.adapters[0]), read_adapter(plain.adapters[0]), strict=True):
+        assert torch.equal(ours.b, theirs.b), "the task itself is learned as by SeqFT"
+    assert any(float(f.b.abs().max()) > 0 for f in read_adapter(trained.adapters[1]))
+
+
+@pytest.mark.parametrize("keep, changes", [(1.0, False), (0.0, True)])
+def test_intruders_are_reduced_by_what_is_not_kept(ctx, keep, changes):
+    """With all of them kept the update is what it was; PEFT's text says the opposite of its code."""
+    method = get("intruders", keep=keep, threshold=1.0, training=TRAINING)
+    trained = method.train_task(ctx)
+    folder = ctx.scratch_dir / "reduced"
+    method._reduce(ctx, ctx.scratch_dir / "adapter", folder)
+    before = {f.name: f.update() for f in read_adapter(trained.adapters[-1])}
+    moved = [float((f.update() - before[f.name]).norm() / before[f.name].norm()) for f in read_adapter(folder)]
+    assert len(moved) == len(before) and (max(moved) > 0.1) is changes
+    assert changes or max(moved) < 1e-3
+
+
+def test_safe_anchor_finds_the_directions_of_most_strength():
+    g = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(8, 8, generator=g)).Q
+    square = basis @ torch.diag(torch.tensor([9.0, 4.0, 1.0, 0, 0, 0, 0, 0])) @ basis.T
+    two = top_directions(square, 2)
+    torch.testing.assert_close((two.T @ basis[:, :2]).abs(), torch.eye(2), rtol=1e-3, atol=1e-3)
+    assert top_directions(square, 99).shape == (8, 3), "no more than there are"
+    assert top_directions(torch.eye(8), 99).shape == (8, 7), "one is left to learn with"
+    assert top_directions(torch.zeros(8, 8), 3).shape == (8, 0)
+
+
+def test_safe_anchor_keeps_gradients_off_what_safety_is_sensitive_to(ctx, pico_folder):
+    loaded = load(pico_folder, device="cpu")
+    g = torch.Generator().manual_seed(0)
+    subspaces = {}
+    for name, linear in editable_linears(loaded.model).items():
+        for side, width in (("out", linear.out_features), ("in", linear.in_features)):
+            subspaces[f"{name}/{side}"] = torch.linalg.qr(torch.randn(width, 3, generator=g)).Q
+    adapter = anchored_adapter(loaded, TrainingConfig(rank=2, alpha=4), subspaces)
+    layers = list(live_factors(adapter))
+    for factors in layers:
+        factors.b.data.normal_(std=0.1)
+    inputs = encode_training(loaded, list(ctx.stream.tasks[0].train[:2]))
+    adapter(**inputs).loss.backward()
+    for factors in layers:
+        assert float(factors.b.grad.norm()) > 0 and float(factors.a.grad.norm()) > 0
+        written = subspaces[f"{factors.name}/out"].T @ factors.b.grad
+        read = factors.a.grad @ subspaces[f"{factors.name}/in"]
+        assert float(written.abs().max()) < 1e-4 * float(factors.b.grad.abs().max()) + 1e-8
+        assert float(read.abs().max()) < 1e-4 * float(factors.a.grad.abs().max()) + 1e-8
+
+
+@pytest.mark.parametrize("tolerance, adapters", [(0.0, 2), (1e9, 1)])
+def test_safe_anchor_repairs_what_drifted_and_says_so(ctx, tolerance, adapters):
+    hard = {**TRAINING, "learning_rate": 0.05}
+    method = get("safe_anchor", tolerance=tolerance, samples=2, repair_steps=1, directions=2, training=hard)
+    trained = method.train_task(ctx)
+    record = json.loads((ctx.work_dir / "safety.json").read_text())
+    assert record["after"] > record["before"] > 0 and record["repaired"] is (adapters == 2)
+    assert len(trained.adapters) == adapters
+
+
+def test_osf_as_an_ordinary_lora_is_what_peft_changed(ctx, pico_folder):
+    from peft import PeftModel
+
+    trained = get("osf", training=TRAINING).train_task(ctx)
+    lora = {f.name: f.update() for f in read_adapter(trained.adapters[-1])}
+    loaded = load(pico_folder, device="cpu")
+    before = {name: linear.weight.detach().clone() for name, linear in editable_linears(loaded.model).items()}
+    tuned = PeftModel.from_pretrained(loaded.model, str(ctx.scratch_dir / "adapter"))
+    after = {n: linear.weight for n, linear in editable_linears(tuned.merge_and_unload()).items()}
+    assert set(lora) == set(before)
+    for name, weight in before.items():
+        change = after[name] - weight
+        assert float(change.norm()) > 0
+        torch.testing.assert_close(lora[name], change, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("osf", {"kept": 1.0}, "kept is 1.0"),
+        ("safety_replay", {"refusals": 0}, "refusals is 0"),
+        ("one_shot", {"epochs": 0}, "epochs is 0"),
+        ("one_shot", {"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ("sppft", {"safety_layers": [0.5, 0.2]}, "safety_layers is"),
+        ("resta", {"unaligned": "x", "alpha": -1.0}, "alpha is -1.0"),
+        ("cgm", {"alpha": -1.0}, "alpha is -1.0"),
+        ("cgm", {"importance_samples": 0}, "importance_samples is 0"),
+        ("intruders", {"keep": 2.0}, "keep is 2.0"),
+        ("safe_anchor", {"directions": 0}, "directions is 0"),
+        ("safe_anchor", {"tolerance": -0.1}, "tolerance is -0.1"),
+        ("many", {"ridge": 0.0}, "ridge is 0.0"),
+        ("guardspace", {"energy": 1.0}, "energy is 1.0"),
+    ],
+)
+def test_a_wrong_option_is_named(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        get(name, **options)
+
+
+def test_sppft_must_leave_something_to_tune():
+    with pytest.raises(ConfigError, match="nothing is left to tune"):
+        get("sppft", safety_layers=[0.0, 1.0]).tuned_blocks(4)
