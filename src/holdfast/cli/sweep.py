@@ -13,7 +13,8 @@ def command(
     out: Annotated[Path | None, typer.Option(help="Folder of the cells; by default runs/<name of the file>.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="So many cells at once, each in a process of its own.")] = 1,
     retries: Annotated[int, typer.Option(min=0, help="How often a cell whose process died is started again.")] = 2,
-) -> None:
+    as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
+) -> dict[str, Any]:
     """Run every cell of a grid, side by side. Finished cells are kept, killed ones resume."""
     from rich.console import Console
     from rich.live import Live
@@ -46,3 +47,4 @@ def command(
         console.print(f"{result.name}: {result.error}", markup=False, soft_wrap=True)
     if failed:
         raise RunError(f"{len(failed)} of {len(cells)} cells failed; the others are finished. Repeat the command.")
+    return {"cells": [{"name": result.name, "state": result.state} for result in found]}
