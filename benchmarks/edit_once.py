@@ -26,6 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from five_seeds import seeds as seed_list
 from holdfast.calibration.gram_sets import collect_grams
+from holdfast.cli.samples import read_samples
 from holdfast.data.types import Sample
 from holdfast.evaluation import CheckpointEvaluator
 from holdfast.experiment import Experiment, decode_run, resolve
@@ -51,10 +52,11 @@ def opened(args: argparse.Namespace, seed: int, draw: str) -> Experiment:
     return resolve(decode_run(plain, base=Path.cwd()), args.runs / "test" / "injected" / f"seed-{seed}")
 
 
-def requests_of(experiment: Experiment, validation: Experiment) -> RestoreSets:
+def requests_of(args: argparse.Namespace, seed: int, experiment: Experiment, validation: Experiment) -> RestoreSets:
     """What the search reads: nothing of the test draw."""
     stream = experiment.stream
-    safety, benign = list(stream.safety_calibration), list(stream.benign_calibration)
+    data = args.runs / "data" / "injected" / f"seed-{seed}"
+    safety, benign = (read_samples(data / "calibration" / f"{name}.jsonl", images=data) for name in ("mixed", "benign"))
     calibration: list[Sample] = []
     probe: list[Sample] = []
     for task, other in zip(stream.tasks, validation.stream.tasks, strict=True):
@@ -114,7 +116,7 @@ def row_of(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     experiment = opened(args, seed, "test")
     validation = opened(args, seed, "validation")
     before, after = experiment.theta_0.base, steps_of(experiment)[-1]
-    sets = requests_of(experiment, validation)
+    sets = requests_of(args, seed, experiment, validation)
     budget = Budget(max_asr=args.max_asr, max_over_refusal=args.max_over_refusal)
     row: dict[str, Any] = {
         "theta_0": asked(experiment, Path(before), out / "asked" / "theta_0"),
