@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 import typer
 
@@ -62,4 +63,7 @@ _register()
 
 def main() -> None:
     """Entry point: every verb ends as `holdfast.cli.boundary` says, with a sentence and never with a traceback."""
+    # Read when torch is first imported, which is later. OpenMP threads that spin while they wait cost a shared machine
+    # several times the work; whoever has the cores alone may ask for them with OMP_WAIT_POLICY=active.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     boundary.run(app)
