@@ -57,6 +57,21 @@ def test_names_in_memory_and_names_of_transformers_5_become_released_ones(family
         assert {name: name for name in names} == hub_names(sorted(names), config)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "found"),
+    [
+        ("qwen2_vl", "model.visual.blocks.0.mlp.fc1", "model.visual.blocks.0.mlp.fc1"),
+        ("qwen2_vl", "visual.blocks.0.mlp.fc1", "model.visual.blocks.0.mlp.fc1"),
+        ("qwen2_5_vl", "model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"),
+        ("llava", "language_model.lm_head", "lm_head"),
+        ("llava", "vision_tower.vision_model.post_layernorm", "model.vision_tower.post_layernorm"),
+        ("idefics3", "model.text_model.norm", "model.text_model.norm"),
+    ],
+)
+def test_a_module_in_either_spelling_is_found_in_memory(kind, name, found):
+    assert memory_name(name, {"model_type": kind}) == found
+
+
 def test_a_cast_writes_released_names_that_load_as_before(pico_folder, tmp_path):
     from holdfast.models.load import load
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import model_zoo
 from adapter_kit import close, edit_all, logits, stock_logits, train
 from holdfast.checkpoints.adapter import LoraAdapter
+from holdfast.checkpoints.adapter_config import settle_adapter_config
 from holdfast.checkpoints.merged import open_checkpoint
 from holdfast.checkpoints.support import CHECKPOINT_KINDS, QUANTISATIONS
 from holdfast.checkpoints.value import Checkpoint, as_checkpoint
@@ -37,6 +38,12 @@ def rewritten(source: Path, out: Path, change) -> Path:
         metadata={"format": "pt"},
     )
     return out
+
+
+def written_by_transformers(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a result, spelled as transformers 5 saved the inputs."""
+    weights = load_file(folder / "model.safetensors")
+    return {key.replace("vision_tower.vision_model.", "vision_tower."): value for key, value in weights.items()}
 
 
 def configured(folder: Path, **changes) -> Path:
@@ -110,7 +117,9 @@ def test_an_exported_adapter_has_the_present_names(names: str, verify: bool, qwe
 def test_an_adapter_with_present_names_is_written_as_it_was(qwen, tmp_path: Path) -> None:
     base, adapter = qwen
     report = halfway(base, adapter, tmp_path / "out", export="adapter", coefficient="drop")
-    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == (adapter / "adapter_config.json").read_bytes()
+    settled = Path(shutil.copytree(adapter, tmp_path / "settled"))
+    settle_adapter_config(settled, base=str(base), base_config=json.loads((base / "config.json").read_text()))
+    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == (settled / "adapter_config.json").read_bytes()
     assert not any("present names" in warning for warning in report.warnings)
 
 
@@ -132,7 +141,7 @@ def test_another_type_is_no_change_and_the_result_has_afters(old, new, pico_fold
     after = rewritten(before, tmp_path / "after", lambda t: tuned(t, new))
     report = halfway(before, after, tmp_path / "out")
     old_weights, new_weights = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
-    written = load_file(tmp_path / "out" / "model.safetensors")
+    written = written_by_transformers(tmp_path / "out")
     assert {value.dtype for value in written.values()} == {new}
     for key, value in written.items():
         start = old_weights[key].to(new).float()
@@ -380,7 +389,7 @@ def test_fp8_reads_as_the_product_of_values_and_scales(scale, blocks, method, pi
 
     after = configured(rewritten(pico_folder, tmp_path / "after", change), quantization_config=record)
     report = edit_all(pico_folder, after, tmp_path / "out")
-    written = load_file(tmp_path / "out" / "model.safetensors")
+    written = written_by_transformers(tmp_path / "out")
     assert set(written) == set(known)
     assert all(torch.equal(written[key], value) for key, value in known.items())
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())

@@ -73,7 +73,8 @@ def settle_adapter_config(
         adapter = LoraAdapter(folder)
         try:
             # PEFT matches them with the modules in memory, whatever the weights are called.
-            config["target_modules"] = sorted(memory_name(name, base_config or {}) for name in adapter.modules)
+            factored = [*adapter.modules, *(name for name, update in adapter.dense.items() if update.kind != "tokens")]
+            config["target_modules"] = sorted(memory_name(name, base_config or {}) for name in factored)
         finally:
             adapter.close()
         config |= {key: None for key in ("layers_to_transform", "layers_pattern") if key in config}

@@ -58,12 +58,16 @@ def memory_name(name: str, config: Mapping[str, Any]) -> str:
 
     What is spelled so already stays. config: the checkpoint's config.json.
     """
-    for new, old in _PREFIXES.get(str(config.get("model_type")), ()):
-        if name.startswith(new):
-            return name.replace("vision_tower.vision_model.", "vision_tower.")
-        if name.startswith(old):
-            return (new + name.removeprefix(old)).replace("vision_tower.vision_model.", "vision_tower.")
-    return name
+    prefixes = _PREFIXES.get(str(config.get("model_type")), ())
+    whole = f"{name}."  # a module may be all of a prefix
+    # All of memory first: Qwen's released `model.` begins its names in memory too, `model.visual.` among them.
+    if not whole.startswith(tuple(memory for memory, _ in prefixes)):
+        for memory, released in prefixes:
+            if whole.startswith(released):
+                whole = memory + whole.removeprefix(released)
+                break
+    name = whole.removesuffix(".")
+    return name.replace("vision_tower.vision_model.", "vision_tower.") if prefixes else name
 
 
 def hub_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
