@@ -10,9 +10,9 @@ import torch
 
 from holdfast.data.types import Sample
 from holdfast.errors import CalibrationError, ConfigError
-from holdfast.methods import get
+from holdfast.methods import get, safe_anchor
 from holdfast.methods._glue.lora_layers import live_factors, read_adapter
-from holdfast.methods.safe_anchor import anchored_adapter, top_directions
+from holdfast.methods.safe_anchor import anchored_adapter, mean_loss, top_directions
 from holdfast.models.encode import encode_training
 from holdfast.models.families import decoder_blocks, editable_linears
 from holdfast.models.load import load
@@ -153,14 +153,16 @@ def test_safe_anchor_keeps_gradients_off_what_safety_is_sensitive_to(ctx, pico_f
         assert float(read.abs().max()) < 1e-4 * float(factors.a.grad.abs().max()) + 1e-8
 
 
-@pytest.mark.parametrize("tolerance, adapters", [(0.0, 2), (1e9, 1)])
-def test_safe_anchor_repairs_what_drifted_and_says_so(ctx, tolerance, adapters):
-    hard = {**TRAINING, "learning_rate": 0.05}
-    method = get("safe_anchor", tolerance=tolerance, samples=2, repair_steps=1, directions=2, training=hard)
+@pytest.mark.parametrize("risen, adapters", [(1.2, 2), (1.05, 1)])
+def test_safe_anchor_repairs_what_drifted_and_says_so(ctx, monkeypatch, risen, adapters):
+    """Two steps of a microscopic model may move the loss either way: how far it rose is given here."""
+    start = load(ctx.previous, dtype="float32", device="cpu")
+    monkeypatch.setattr(safe_anchor, "mean_loss", lambda loaded, samples: risen * mean_loss(start, samples))
+    method = get("safe_anchor", tolerance=0.1, samples=2, repair_steps=1, directions=2, training=TRAINING)
     trained = method.train_task(ctx)
     record = json.loads((ctx.work_dir / "safety.json").read_text())
-    assert record["after"] > record["before"] > 0 and record["repaired"] is (adapters == 2)
-    assert len(trained.adapters) == adapters
+    assert record["after"] == pytest.approx(risen * record["before"], rel=1e-4) and record["before"] > 0
+    assert record["repaired"] is (adapters == 2) and len(trained.adapters) == adapters
 
 
 def test_osf_as_an_ordinary_lora_is_what_peft_changed(ctx, pico_folder):

@@ -63,13 +63,15 @@ def settle_adapter_config(
 
     Lists are sorted; a pattern of `target_modules` becomes the list of the modules that the weights are for (PEFT
     matches a full name exactly). base: where the base is, or its hub id; an id is preferred, the adapter's own record
-    counts. base_config: config.json of the base, for `auto_mapping` where the adapter has none.
+    counts. base_config: config.json of the base, for `auto_mapping` where the adapter has none. An adapter of another
+    kind than LoRA keeps its keys and its pattern.
 
     Raises: AdapterError, CheckpointError: a file that cannot be read.
     """
     path = folder / CONFIG_FILE
     config = read_json(path, "a PEFT configuration")
-    if isinstance(config.get("target_modules"), str) and (folder / ADAPTER_WEIGHTS).is_file():
+    lora = str(config.get("peft_type", "LORA")).upper() == "LORA"
+    if lora and isinstance(config.get("target_modules"), str) and (folder / ADAPTER_WEIGHTS).is_file():
         adapter = LoraAdapter(folder)
         try:
             # PEFT matches them with the modules in memory, whatever the weights are called.
@@ -81,8 +83,8 @@ def settle_adapter_config(
     for key in _UNORDERED:
         if isinstance(config.get(key), list):
             config[key] = sorted(config[key])
-    for key in ("rank_pattern", "alpha_pattern"):
-        # Kept in their order: PEFT takes the first pattern that matches.
+    for key in ("rank_pattern", "alpha_pattern") if lora else ():
+        # Kept in their order: PEFT takes the first pattern that matches. Other kinds know neither and warn of both.
         config.setdefault(key, {})
     config["base_model_name_or_path"] = known_base(config.get("base_model_name_or_path"), base)
     if base_config is not None and not config.get("task_type") and not config.get("auto_mapping"):

@@ -145,7 +145,9 @@ def top_directions(square: Tensor, count: int) -> Tensor:
     One direction at least is left to learn with. Returns: (n, k).
     """
     values, vectors = torch.linalg.eigh(square.double())
-    real = int((values > 1e-12 * values.abs().max()).sum())
+    # What the sums were rounded to is no direction.
+    rounding = square.shape[0] * torch.finfo(square.dtype).eps
+    real = int((values > rounding * values.abs().max()).sum())
     kept = min(count, real, square.shape[0] - 1)
     return vectors[:, vectors.shape[1] - kept :].flip(1).to(square)
 
