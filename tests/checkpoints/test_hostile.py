@@ -179,7 +179,8 @@ def test_a_configuration_that_cannot_be_of_these_weights_is_refused_before_it_is
 ) -> None:
     folder = adapter(tmp_path / "a")
     (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
-    fine = {"text_config": {"num_hidden_layers": 3, "vocab_size": 50}, "vision_config": {"image_size": 336}}
+    text = {"num_hidden_layers": 3, "vocab_size": 50, "max_window_layers": 80}
+    fine = {"text_config": text, "vision_config": {"image_size": 336}}
     require_plausible_sizes(fine, folder)
     with pytest.raises(ModelError, match=said):
         require_plausible_sizes({**fine, part: {**fine[part], **changes}}, folder)

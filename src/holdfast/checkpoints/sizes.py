@@ -25,7 +25,9 @@ def require_plausible_sizes(config: Mapping[str, Any], folder: Path) -> None:
     where = folder / "config.json"
     for name, value in _numbers(config):
         key = name.rpartition(".")[2]
-        if any(word in key.split("_") for word in _COUNTS) and value > tensors:
+        words = key.split("_")
+        # A bound is no count: Qwen's max_window_layers stays at its default where a model has fewer layers.
+        if words[0] != "max" and any(word in words for word in _COUNTS) and value > tensors:
             raise ModelError(
                 f"{where}: {name} is {value}, and the weights beside it are {tensors} tensors; every layer has one at "
                 "least. The configuration belongs to another model, or is damaged."
