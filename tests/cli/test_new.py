@@ -84,7 +84,7 @@ def test_list_says_where_a_name_comes_from(tmp_path, monkeypatch):
         (["--rule", "interpolaton"], UnknownNameError, "Did you mean 'interpolation'"),
         (["--rule", "interpolation", "--set", "factr=0.5"], UnknownNameError, "Did you mean 'factor'"),
         (["--rule", "interpolation", "--set", "factor"], ConfigError, "expected KEY=VALUE"),
-        (["--rule", "interpolation", "--set", "factor=["], ConfigError, "is no value of YAML"),
+        (["--rule", "interpolation", "--set", "factor=["], ConfigError, "--set factor: .* is not valid YAML"),
         (["--rule", "interpolation", "--set", "factor=2"], ConfigError, "factor is 2"),
         (["--rule", "interpolation", "--focus", "2"], ConfigError, "--focus is an option of rule hpa"),
         (["--rule", "interpolation", "--projection", "none"], ConfigError, "--projection is an option of rule hpa"),

@@ -72,6 +72,9 @@ def test_the_base_gives_the_same_router_and_the_command_says_what_it_costs(made,
     ]
     result = CliRunner().invoke(app, ["export-router", str(made / "cram"), "--out", str(tmp_path / "out")])
     assert result.exit_code == 0 and "3 experts" in result.output and "MB in" in result.output
+    argv = ["export-router", str(made / "cram"), "--out", str(tmp_path / "again"), "--json"]
+    told = json.loads(CliRunner().invoke(app, argv).stdout)
+    assert told["experts"] == 3 and told["out"] == str(tmp_path / "again")
 
 
 def test_what_does_not_fit_is_refused(made, tmp_path):
