@@ -328,6 +328,9 @@ def read_router(folder: Path) -> StoredRouter:
         raise AdapterError(f"{folder} is no CRAM folder; expected {ROUTER} and {TENSORS} in it.")
     try:
         data = read_json(path, "the router of a CRAM folder", error=AdapterError, unique=True)
+    except AdapterError as error:
+        raise AdapterError(f"{folder}: the router is damaged or of another version: {error} {_RESTORE}") from error
+    try:
         if data.get("format") not in READ_FORMATS:
             raise AdapterError(
                 f"{path} has format {data.get('format')!r}; this version of holdfast reads formats 3 and 4. Read it "
