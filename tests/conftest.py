@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
+from fork_server import ForkServer
 from holdfast.data.types import Stream
 
 # No test reaches for the network. huggingface_hub reads this once, when it is first imported, which is later than here.
@@ -31,3 +36,38 @@ def pico_stream(tmp_path_factory: pytest.TempPathFactory) -> Stream:
     import pico
 
     return pico.stream(tmp_path_factory.mktemp("pico-stream"))
+
+
+# The guard's child reads a result in a clean process: six seconds of imports, and hundreds of tests edit. A server that
+# has only imported forks one each. `tests/restore` runs the real command.
+_CHILD = "holdfast.editing.verify.child"
+_PROGRAM = f"""
+import peft, transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from {_CHILD} import main
+"""
+
+
+@pytest.fixture(scope="session")
+def children() -> Iterator[list[ForkServer]]:
+    """The server of forked guard processes, once one was asked for."""
+    started: list[ForkServer] = []
+    yield started
+    for server in started:
+        server.__exit__()
+
+
+@pytest.fixture(autouse=True)
+def _quick_child(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, children: list[ForkServer]) -> None:
+    if request.path.parent.name == "restore":
+        return
+
+    def run(command: list[str], **rest: Any) -> subprocess.CompletedProcess[str]:
+        if _CHILD not in command:
+            return subprocess.run(command, **rest)
+        if not children:
+            children.append(ForkServer(_PROGRAM))
+        status, error = children[0].run(command[-1])
+        return subprocess.CompletedProcess(command, status, stdout="", stderr=error)
+
+    monkeypatch.setattr("holdfast.editing.verify.compare.subprocess", SimpleNamespace(run=run))
