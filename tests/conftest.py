@@ -42,9 +42,12 @@ def pico_stream(tmp_path_factory: pytest.TempPathFactory) -> Stream:
 # has only imported forks one each. `tests/restore` runs the real command.
 _CHILD = "holdfast.editing.verify.child"
 _PROGRAM = f"""
-import peft, transformers
+import os, peft, transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from {_CHILD} import main
+from {_CHILD} import main as child
+def main(path, folder):
+    os.chdir(folder)
+    child(path)
 """
 
 
@@ -67,7 +70,7 @@ def _quick_child(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
             return subprocess.run(command, **rest)
         if not children:
             children.append(ForkServer(_PROGRAM))
-        status, error = children[0].run(command[-1])
+        status, error = children[0].run(command[-1], os.getcwd())
         return subprocess.CompletedProcess(command, status, stdout="", stderr=error)
 
     monkeypatch.setattr("holdfast.editing.verify.compare.subprocess", SimpleNamespace(run=run))

@@ -149,7 +149,7 @@ def test_edits_own_calibration_is_kept_and_reused_while_its_inputs_are_the_same(
     shorter = tmp_path / "shorter"
     shorter.mkdir()
     (tmp_path / ".out.calibration.safetensors").rename(shorter / ".out.calibration.safetensors")
-    monkeypatch.setattr("holdfast.cli.samples.rename_duplicates", lambda samples: samples[:2])
+    monkeypatch.setattr("holdfast.data.sample_files.rename_duplicates", lambda samples: samples[:2])
     assert str(own_calibration(world, shorter, shorter / "out").exception) == "calibrated again"
 
 
