@@ -9,6 +9,7 @@ from typing import Any
 from holdfast.files import atomic_path
 from holdfast.reports import figures, theme
 from holdfast.reports.templates import template
+from holdfast.text import visible
 from holdfast.version import __version__
 
 FORBIDDEN, HARMLESS, TASK = "forbidden requests not refused", "harmless requests refused", "task"
@@ -40,7 +41,7 @@ def write_restore_page(record: Mapping[str, Any], path: Path, *, samples: Sequen
         foot="Figures are of the probe requests; intervals (95 %, Wilson) say what another draw might show.",
     )
     with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(visible(page), encoding="utf-8", errors="replace")
     return path
 
 

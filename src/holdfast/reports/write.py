@@ -23,6 +23,7 @@ from holdfast.reports.seeds import group_runs
 from holdfast.reports.tables import Cell, Table
 from holdfast.reports.templates import template
 from holdfast.reports.verdict import COMPARED, legend, pairs, verdict
+from holdfast.text import visible
 from holdfast.version import __version__
 
 _Interval = tuple[float, float, float]
@@ -169,7 +170,8 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, *, t
         ),
     )
     html = target / "report.html"
-    _publish(html, page.encode("utf-8", "replace"))
+    # Names and replies are data: what would act in a viewer of the source is written out.
+    _publish(html, visible(page).encode("utf-8", "replace"))
     for name, text in (("table.md", "\n".join(markdown)), ("table.tex", "\n".join(latex))):
         _publish(target / name, text.encode("utf-8", "replace"))
         tables.append(target / name)
