@@ -144,6 +144,7 @@ class _Run:
             samples=samples,
             past_stores=self.past,
             batch_size=min(16, config.batch_size),
+            memory_bytes=config.memory_bytes,
             progress=lambda event, done=0, total=None, **_: self.progress("calibrate", done=done, total=total),
         )
         self._spent("calibrate", began)
@@ -334,7 +335,8 @@ class _Run:
         began = time.perf_counter()
         # The model that was searched on makes room for the process that checks the result.
         self._model = None
-        folder = self.work.folder / "edited"
+        # One folder for each result: a call with another budget or export may find what a killed one has finished.
+        folder = self.work.folder / f"edited-{chosen.strength:g}-{self.config.export or 'as-after'}"
         export(
             self.before,
             self.after,
