@@ -88,12 +88,13 @@ def calibrate(
     samples: Mapping[str, Sequence[Sample]],
     past_stores: Sequence[Path] = (),
     batch_size: int = 16,
+    memory_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> GramSets:
     """Gram matrices into `folder`: of "safety", "benign" and "past" samples on BEFORE, of "task" samples on AFTER.
 
     model: loads a checkpoint, or hands out the one that is loaded. An empty set is left out. Of an adapter, only the
-    layers that it changes are measured.
+    layers that it changes are measured. memory_bytes: bound on what the process (or the GPU) holds meanwhile.
     """
     base = as_checkpoint(before)
     changed = adapted_layers(base, tuned)
@@ -107,6 +108,7 @@ def calibrate(
             samples[name],
             folder / name,
             batch_size=batch_size,
+            memory_bytes=memory_bytes,
             changed=changed,
             progress=progress,
         )

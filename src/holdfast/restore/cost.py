@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from holdfast.checkpoints.adapter import is_adapter
-from holdfast.checkpoints.merged import open_checkpoint
+from holdfast.checkpoints.merged import MergedCheckpoint, open_checkpoint
 from holdfast.checkpoints.value import as_checkpoint
 from holdfast.data.types import Sample
-from holdfast.models.load import default_device, read_config
+from holdfast.models.load import default_device, read_config, resolve_dtype
+from holdfast.models.memory import find_device
 from holdfast.restore.sets import RestoreSets
 
 if TYPE_CHECKING:
@@ -30,12 +31,12 @@ def estimate_cost(before: str, after: str, sets: RestoreSets, config: RestoreCon
 
     A planning figure: the speed is that of one matrix product here and now, lengths are guessed from characters.
     """
-    device = torch.device(config.device) if config.device else default_device()
+    device = find_device(config.device) if config.device else default_device()
     speed = _flops_per_second(device)
     with open_checkpoint(before) as opened:
         parameters = sum(entry.numel for entry in opened.entries.values())
         widths = _widths(opened)
-    text = read_config(as_checkpoint(before).base).get_text_config()
+    model_config = read_config(as_checkpoint(before).base)
     tower = _TOKENS_PER_PICTURE if parameters > 1e8 else 36
 
     def tokens(samples: Sequence[Sample]) -> int:
@@ -63,7 +64,7 @@ def estimate_cost(before: str, after: str, sets: RestoreSets, config: RestoreCon
         f"search, about {points} strengths": points * (asking(probes, len(probes)) + factor),
         "export and ask again": asking(probes, len(probes)) + factor + 30,
     }
-    itemsize = 4 if device.type == "cpu" and not _has_bf16() else 2
+    itemsize = resolve_dtype(config.dtype, model_config, device).itemsize
     peak = parameters * itemsize + 4 * max(widths) ** 2 * 4
     disk = sum(2 * width * (width + 1) for width in widths) * (2 + bool(sets.benign))
     disk += parameters * 2 if not is_adapter(after) else 0
@@ -71,9 +72,8 @@ def estimate_cost(before: str, after: str, sets: RestoreSets, config: RestoreCon
     lines.append(f"{'in all':<28} {sum(max(6.0, s) for s in phases.values()) / 60:6.1f} min on {device}")
     lines.append(f"{'memory':<28} {peak / 2**30:6.1f} GiB for the model and one layer's matrices")
     lines.append(f"{'disk':<28} {disk / 2**30:6.1f} GiB beside OUT while it runs")
-    lines.append(
-        f"({parameters / 1e6:.0f} M parameters, {text.num_hidden_layers} blocks; {speed / 1e9:.0f} GFLOP/s here)"
-    )
+    blocks = model_config.get_text_config().num_hidden_layers
+    lines.append(f"({parameters / 1e6:.0f} M parameters, {blocks} blocks; {speed / 1e9:.0f} GFLOP/s here)")
     return "\n".join(lines)
 
 
@@ -87,20 +87,12 @@ def _flops_per_second(device: torch.device, size: int = 1024) -> float:
     return 2 * size**3 / best
 
 
-def _widths(opened: object) -> list[int]:
+def _widths(opened: MergedCheckpoint) -> list[int]:
     """Input widths of a decoder's distinct inputs: four a block."""
-    from typing import Any, cast
-
-    entries = cast(Any, opened).entries
     found = []
-    for key, entry in entries.items():
+    for key, entry in opened.entries.items():
         if key.endswith((".q_proj.weight", ".o_proj.weight", ".gate_proj.weight", ".down_proj.weight")) and (
             "vision" not in key
         ):
             found.append(int(entry.shape[1]))
-    return found or [max((int(e.shape[-1]) for e in entries.values() if len(e.shape) == 2), default=1)]
-
-
-def _has_bf16() -> bool:
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))
+    return found or [max((int(e.shape[-1]) for e in opened.entries.values() if len(e.shape) == 2), default=1)]

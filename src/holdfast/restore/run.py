@@ -10,8 +10,6 @@ Phases, each kept in a work folder beside OUT, so that a killed command goes on 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 import time
@@ -20,15 +18,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
 from holdfast.checkpoints.adapter import is_adapter
 from holdfast.checkpoints.value import as_checkpoint
 from holdfast.config import encode
 from holdfast.data.types import Sample, Turn
 from holdfast.editing.pair import open_pair, tuned_checkpoint
 from holdfast.errors import ConfigError, DataError, StorageError
-from holdfast.files import Lock, atomic_path, read_json, storage_errors, write_json
+from holdfast.files import atomic_path, write_json
 from holdfast.models.generate import generate
 from holdfast.models.load import LoadedModel, load
 from holdfast.reports.restore_page import card_section, write_restore_page
@@ -36,6 +32,7 @@ from holdfast.restore.measure import Probe, Reference, make_judge, make_scorer, 
 from holdfast.restore.restore_config import RestoreConfig
 from holdfast.restore.search import Budget, Point, choose, nearest_miss, search
 from holdfast.restore.sets import RestoreSets, digest, refuse_shared
+from holdfast.restore.work import WorkFolder, plain_point
 from holdfast.stream.protocol import Checkpoint, silent
 from holdfast.version import __version__
 
@@ -147,6 +144,7 @@ class _Run:
             samples=samples,
             past_stores=self.past,
             batch_size=min(16, config.batch_size),
+            memory_bytes=config.memory_bytes,
             progress=lambda event, done=0, total=None, **_: self.progress("calibrate", done=done, total=total),
         )
         self._spent("calibrate", began)
@@ -337,7 +335,8 @@ class _Run:
         began = time.perf_counter()
         # The model that was searched on makes room for the process that checks the result.
         self._model = None
-        folder = self.work.folder / "edited"
+        # One folder for each result: a call with another budget or export may find what a killed one has finished.
+        folder = self.work.folder / f"edited-{chosen.strength:g}-{self.config.export or 'as-after'}"
         export(
             self.before,
             self.after,
@@ -473,71 +472,6 @@ class _Run:
         return found
 
 
-class WorkFolder:
-    """What a restore has done so far: `.OUT.restore/<plan>/`, one file per phase, each written whole or not at all."""
-
-    def __init__(self, out: Path, plan: Mapping[str, Any]) -> None:
-        text = json.dumps(plan, sort_keys=True, default=str)
-        self.root = out.parent / f".{out.name}.restore"
-        self.folder = self.root / hashlib.sha256(text.encode()).hexdigest()[:16]
-        self._out = out
-
-    def held(self) -> Any:
-        """One restore at a time into one folder. Raises StorageError: another one is at work."""
-        with storage_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        return Lock(
-            self.root.parent / f".{self._out.name}.restore.lock",
-            busy=f"Another `holdfast restore` is writing {self._out}; wait for it.",
-        )
-
-    def json(self, name: str, make: Callable[[], Any]) -> Any:
-        """The value kept under `name`, made now where there is none."""
-        path = self.folder / f"{name}.json"
-        if not path.is_file():
-            write_json(path, make())
-        return read_json(path, "what a restore has kept", error=StorageError)
-
-    def known(self, name: str) -> Point | None:
-        """The point kept under `name`, with its reference."""
-        path = self.folder / f"{name}.point.json"
-        return _point_of(read_json(path, "a point", error=StorageError)) if path.is_file() else None
-
-    def keep_point(self, name: str, point: Point) -> None:
-        """Keep a point under a name."""
-        write_json(self.folder / f"{name}.point.json", _plain(point))
-
-    def keep_reference(self, name: str, kept: Reference) -> None:
-        """Keep the log-probabilities (tokens, vocabulary) of every sample under a name."""
-        with atomic_path(self.folder / f"{name}.safetensors") as temporary:
-            save_file({f"{i:06d}": rows.contiguous() for i, rows in enumerate(kept.log_probs)}, temporary)
-
-    def reference(self, name: str) -> Reference:
-        """The distributions kept under a name: (tokens, vocabulary) per sample."""
-        found = load_file(self.folder / f"{name}.safetensors")
-        return Reference(log_probs=[found[key] for key in sorted(found)])
-
-    def known_point(self, strength: float) -> Point | None:
-        """The point that was measured at a strength, or None."""
-        return self.known(f"at-{strength:g}")
-
-    def point(self, strength: float, make: Callable[[], Point]) -> Point:
-        """The point at a strength, made now where there is none."""
-        found = self.known_point(strength)
-        if found is None:
-            found = make()
-            self.keep_point(f"at-{strength:g}", found)
-        return found
-
-    def points(self) -> list[Path]:
-        """Files of the strengths that were measured."""
-        return sorted(self.folder.glob("at-*.point.json"))
-
-    def remove(self) -> None:
-        """After publishing: nothing of it is needed any more."""
-        shutil.rmtree(self.root, ignore_errors=True)
-
-
 def _add_to_card(folder: Path, record: Mapping[str, Any]) -> None:
     """Before, tuned, restored: appended to the model card that the editor wrote."""
     path = folder / "README.md"
@@ -572,19 +506,7 @@ def _answered(sample: Sample, reply: str) -> Sample:
 def _shown(point: Point) -> dict[str, Any]:
     """A point for restore.json: figures without the replies, no number that JSON does not have."""
     figures = {k: v for k, v in (point.figures or {}).items() if k != "replies"}
-    found = {**_plain(point), "figures": figures}
-    return found
-
-
-def _plain(point: Point) -> dict[str, Any]:
-    # BEFORE is the limit of an infinite strength, and JSON has no infinity.
-    strength = None if math.isinf(point.strength) else point.strength
-    return {**asdict(point), "strength": strength}
-
-
-def _point_of(data: Mapping[str, Any]) -> Point:
-    strength = math.inf if data["strength"] is None else data["strength"]
-    return Point(**{**data, "strength": strength})
+    return {**plain_point(point), "figures": figures}
 
 
 __all__ = ["PAGE_FILE", "RECORD_FILE", "RestoreConfig", "Restored", "WorkFolder", "check_sets", "restore"]
