@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import signal
 import threading
 import time
@@ -64,7 +65,10 @@ def test_an_alarm_of_the_caller_still_rings_and_other_errors_pass() -> None:
 
 
 @pytest.mark.timeout(30)
-def test_a_thread_is_stopped_too() -> None:
+@pytest.mark.parametrize("clock", ["the thread's", "the wall's"])
+def test_a_thread_is_stopped_too(clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if clock == "the wall's":  # macOS and Windows
+        monkeypatch.delattr(time, "pthread_getcpuclockid", raising=False)
     found: list[str] = []
 
     def work() -> None:
@@ -78,3 +82,23 @@ def test_a_thread_is_stopped_too() -> None:
     thread.start()
     thread.join(10)
     assert found and "within 0.2 s" in found[0]
+
+
+@pytest.mark.timeout(60)
+def test_the_bound_on_memory_is_gone_when_threads_had_it_at_once() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    held: list[bytearray] = []
+
+    def work() -> None:
+        for _ in range(100):
+            with bounded("It", seconds=5, error=DataError, memory=2**30):
+                held.append(bytearray(2**20))
+                time.sleep(0.0005)
+                held.clear()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert resource.getrlimit(resource.RLIMIT_AS) == before

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +14,13 @@ from types import FrameType
 
 from holdfast.errors import HoldfastError
 
+if sys.platform != "win32":
+    import resource
+
 GIB = 1 << 30
+
+# The bound on memory is the process's, not a thread's: one block at a time has it, and puts back what was there before.
+_MEMORY_LOCK = threading.RLock()
 
 
 class _OutOfTimeError(BaseException):
@@ -76,13 +82,18 @@ def _alarm(seconds: float) -> Iterator[None]:
 def _watchdog(seconds: float) -> Iterator[None]:
     """The same for a thread that gets no signals: another one raises in it at its next step of Python code."""
     thread, over, lock = threading.get_ident(), threading.Event(), threading.Lock()
-    clock = time.pthread_getcpuclockid(thread) if hasattr(time, "pthread_getcpuclockid") else time.CLOCK_MONOTONIC
-    until = time.clock_gettime(clock) + seconds
+    # A thread's own time where another may read it (Linux); elsewhere the clock's.
+    clock = time.pthread_getcpuclockid(thread) if hasattr(time, "pthread_getcpuclockid") else None
+
+    def now() -> float:
+        return time.monotonic() if clock is None else time.clock_gettime(clock)
+
+    until = now() + seconds
 
     def watch() -> None:
         while not over.wait(min(0.1, seconds)):
             with lock:
-                if not over.is_set() and time.clock_gettime(clock) > until:
+                if not over.is_set() and now() > until:
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(
                         ctypes.c_ulong(thread), ctypes.py_object(_OutOfTimeError)
                     )
@@ -99,17 +110,18 @@ def _watchdog(seconds: float) -> Iterator[None]:
 @contextmanager
 def _memory(more: int | None) -> Iterator[None]:
     """Within, the process's address space grows by at most `more` bytes; a bound that is set already stays."""
-    if more is None or not os.path.exists("/proc/self/statm"):  # noqa: PTH110 (asked for every sample)
+    if more is None or sys.platform == "win32" or not os.path.exists("/proc/self/statm"):  # noqa: PTH110 (asked for every sample)
         yield
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm") as file:  # noqa: PTH123
-        wanted = int(file.read().split()[0]) * resource.getpagesize() + more
-    if any(limit != resource.RLIM_INFINITY and limit <= wanted for limit in (soft, hard)):
-        yield
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    with _MEMORY_LOCK:
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        with open("/proc/self/statm") as file:  # noqa: PTH123
+            wanted = int(file.read().split()[0]) * resource.getpagesize() + more
+        if any(limit != resource.RLIM_INFINITY and limit <= wanted for limit in (soft, hard)):
+            yield
+            return
+        resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -45,6 +45,11 @@ _LOG = logging.getLogger("holdfast")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+# Should a file be exchanged for a pipe meanwhile, opening does not wait for a writer. Windows has no such pipes, and
+# reads text unless told otherwise.
+_READ = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
 class NotAFileError(OSError):
     """A folder, pipe, device or socket where a file was expected."""
 
@@ -55,8 +60,7 @@ def open_regular(path: Path | str) -> int:
     Raises: OSError: what `os.open` raises; NotAFileError: a folder, pipe, device or socket.
     """
     _require_regular(Path(path).stat(), path)
-    # Should it be exchanged for a pipe meanwhile, opening does not wait for a writer.
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    handle = os.open(path, _READ)
     try:
         _require_regular(os.fstat(handle), path)
     except NotAFileError:
@@ -338,7 +342,9 @@ def fsync(handle: int) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames and new names in `folder` survive a power cut."""
+    """Make renames and new names in `folder` survive a power cut; Windows opens no folders, and has to do without."""
+    if os.name == "nt":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         fsync(handle)
@@ -412,7 +418,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             mask = os.umask(0)
             os.umask(mask)
             temporary.chmod(0o666 & ~mask)
-            with temporary.open("rb") as written:
+            with temporary.open("rb+") as written:  # Windows syncs only what may be written
                 fsync(written.fileno())
             temporary.replace(path)
             fsync_folder(path.parent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,25 @@ def test_a_finished_cell_with_other_settings_is_refused_before_anything_runs(gri
         sweep(read_grid(changed), tmp_path / "out", command=fake)
     assert not (tmp_path / "out" / "seed=4").exists()
     assert json.loads((tmp_path / "out" / "seed=0" / "finished.json").read_text())["values"] == {"seed": "0"}
+
+
+def test_what_stops_the_sweep_stops_its_cells_and_starts_none_again(grid, tmp_path):
+    slow = tmp_path / "slow.py"
+    slow.write_text(FAKE.replace("seed = job", "import time; time.sleep(60); seed = job"))
+    cells, out = read_grid(grid("run: run.yaml\nvary: {seed: [0, 4, 5]}")), tmp_path / "out"
+    folders, began = [out / cell.name for cell in cells], time.monotonic()
+
+    def stop(event, **_):
+        while starts(folders[0]) == 0 and time.monotonic() < began + 20:
+            time.sleep(0.02)
+        raise KeyboardInterrupt  # the pool hands it on to the call, as Ctrl-C comes to it
+
+    seen = iter([None, stop])
+
+    def progress(event, **values):
+        if (act := next(seen, None)) is not None:
+            act(event, **values)
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(cells, out, jobs=2, retries=2, command=(sys.executable, "-S", str(slow)), progress=progress)
+    assert time.monotonic() < began + 30 and [starts(folder) for folder in folders] == [1, 0, 0]

@@ -88,6 +88,11 @@ def test_experts_go_with_their_folders_and_without_paths_of_this_machine(tmp_pat
     for expert in ("one", "two"):
         adapter(folder / expert, base=str(tmp_path / "base"))
     (folder / "router.safetensors").write_bytes(b"\0" * 8)
+    base = str(tmp_path / "base")
+    (folder / "router.json").write_text(json.dumps({"base": {"base": base, "adapters": []}, "sigma": 0.5}))
+    (folder / "edit.json").write_text(json.dumps({"inputs": {"before": base, "after": str(tmp_path / "tuned")}}))
+    (folder / "tokenizer.json").write_text(json.dumps(["/usr/bin"]))
+    (folder / "README.md").write_text(f"# Edited\n\nFrom {base} and {tmp_path / 'tuned'}.")
     for private in ("restore.html", ".cache.json", "inputs.json", "notes.png"):
         (folder / private).write_text("/home/me")
     with pytest.raises(ConfigError, match="Pass --base"):
@@ -95,13 +100,19 @@ def test_experts_go_with_their_folders_and_without_paths_of_this_machine(tmp_pat
     upload = prepare(folder, "me/model", base="owner/base")
     assert set(upload.files) == {
         "README.md",
-        "router.safetensors",
+        *("router.safetensors", "router.json", "edit.json", "tokenizer.json"),
         *(f"{e}/{name}" for e in ("one", "two") for name in ("adapter_config.json", "adapter_model.safetensors")),
     }
     for content in upload.files.values():
         text = content if isinstance(content, bytes) else content.read_bytes()
         assert str(tmp_path).encode() not in text
     assert json.loads(upload.files["one/adapter_config.json"]) == {"base_model_name_or_path": "owner/base", "r": 4}  # type: ignore[arg-type]
+    sent = {n: json.loads(c) for n, c in upload.files.items() if isinstance(c, bytes) and n.endswith(".json")}
+    assert sent["router.json"] == {"base": {"base": "owner/base", "adapters": []}, "sigma": 0.5}
+    assert sent["edit.json"] == {"inputs": {"before": "owner/base", "after": "tuned"}}
+    assert "From owner/base and tuned." in upload.card and "tokenizer.json" not in sent
+    (folder / "README.md").unlink()
+    upload = prepare(folder, "me/model", base="owner/base")
     assert "Nobody measured" in upload.card and "model-index" not in head(upload)
 
 
@@ -126,6 +137,26 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
             prepare(folder, "me/model")
     with pytest.raises(ConfigError, match="both --run and --method"):
         prepare(adapter(tmp_path / "a"), "me/model", run=tmp_path)
+
+
+def test_a_base_by_a_bare_name_is_replaced_where_a_base_is_named_alone(tmp_path: Path) -> None:
+    router = json.dumps({"base": {"base": "model", "adapters": []}, "kind": "model"})
+    card = "# A model\n\nOf None but this model."
+    upload = prepare(
+        adapter(tmp_path / "a", base="model", router__json=router, README__md=card), "me/x", base="owner/base"
+    )
+    found = json.loads(upload.files["router.json"])  # type: ignore[arg-type]
+    assert found == {"base": {"base": "owner/base", "adapters": []}, "kind": "model"}
+    assert upload.card.endswith(f"{card}\n")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "edit.json", "restore.json"])
+def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a")
+    for text in ("{", "[1]"):
+        (folder / name).write_text(text)
+        with pytest.raises(StorageError, match=name):
+            prepare(folder, "me/model")
 
 
 def test_everything_is_one_commit(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ def command(
     as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
 ) -> dict[str, Any]:
     """Run every cell of a grid, side by side. Finished cells are kept, killed ones resume."""
-    from rich.console import Console
     from rich.live import Live
     from rich.table import Table
 
+    from holdfast.cli.terminal import Console
     from holdfast.errors import RunError
     from holdfast.experiment.sweep import read_grid, sweep
 

@@ -26,17 +26,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from holdfast import registry
 from holdfast.config import decode, encode
 from holdfast.data.streams import read_yaml
 from holdfast.errors import ConfigError, HoldfastError, RunError
 from holdfast.experiment.run_config import RunConfig, decode_run
-from holdfast.files import write_json
+from holdfast.failures import explain
+from holdfast.files import read_json, write_json
+from holdfast.stream.protocol import silent
 
 Progress = Callable[..., None]
 _DONE = "finished.json"
@@ -106,7 +108,7 @@ def sweep(
     *,
     jobs: int = 1,
     retries: int = 2,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     command: Sequence[str] = (sys.executable, "-c", "from holdfast.experiment.sweep import main; main()"),
 ) -> list[CellResult]:
     """Run the cells that are not finished, at most `jobs` at once; one that died is started again `retries` times.
@@ -114,48 +116,77 @@ def sweep(
     progress: called as progress("cell", name=, state=, done=, total=). command: the process of a cell; it gets the job
     as one line of JSON, and stops when its input ends.
 
-    Raises: RunError: `out` has a cell of this name with other settings. Nothing is run then.
+    Raises: RunError: `out` has a cell of this name with other settings. Nothing is run then. Whatever else ends this
+        call, Ctrl-C too, ends the cells' processes with it.
     """
-    out, say = Path(out), progress or _silent
+    out = Path(out)
     for cell in cells:
         _refuse_other(cell, out / cell.name)
-    lock, done = threading.Lock(), itertools.count(1)
-    running: set[subprocess.Popen[str]] = set()
+    lock, done, processes = threading.Lock(), itertools.count(1), _Processes()
 
     def one(cell: Cell) -> CellResult:
-        say("cell", name=cell.name, state="running", done=None, total=len(cells))
-        result = _run_cell(cell, out / cell.name, command, retries, running, lock)
+        progress("cell", name=cell.name, state="running", done=None, total=len(cells))
+        result = _run_cell(cell, out / cell.name, command, retries, processes)
         with lock:
-            say("cell", name=cell.name, state=result.state, done=next(done), total=len(cells))
+            progress("cell", name=cell.name, state=result.state, done=next(done), total=len(cells))
         return result
 
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         waiting = [pool.submit(one, cell) for cell in cells]
         try:
+            finished, _ = wait(waiting, return_when=FIRST_EXCEPTION)
+            for future in finished:
+                future.result()  # what one raised ends the others
             return [future.result() for future in waiting]
         except BaseException:
             for future in waiting:
                 future.cancel()
-            for process in list(running):
-                process.kill()
+            processes.stop()
             raise
 
 
-def _run_cell(
-    cell: Cell,
-    folder: Path,
-    command: Sequence[str],
-    retries: int,
-    running: set[subprocess.Popen[str]],
-    lock: threading.Lock,
-) -> CellResult:
+class _StoppedError(Exception):
+    """The sweep ends; no cell is started any more."""
+
+
+class _Processes:
+    """The cells' processes that run now; after `stop` none does, and none is started."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def start(self, command: Sequence[str], said: IO[str]) -> subprocess.Popen[str]:
+        """Raises: _StoppedError."""
+        with self._lock:
+            if self._stopped:
+                raise _StoppedError
+            process = subprocess.Popen(
+                list(command), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, text=True
+            )
+            self._running.add(process)
+            return process
+
+    def over(self, process: subprocess.Popen[str]) -> None:
+        with self._lock:
+            self._running.discard(process)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.kill()
+
+
+def _run_cell(cell: Cell, folder: Path, command: Sequence[str], retries: int, processes: _Processes) -> CellResult:
     if (folder / _DONE).is_file():
         return CellResult(name=cell.name, state="kept")
     folder.parent.mkdir(parents=True, exist_ok=True)
     job = {"names": encode(registry.export()), "config": encode(cell.config), "out": str(folder)}
     began, said = time.monotonic(), ""
     for attempt in range(1, retries + 2):
-        status, said = _process(command, job, running, lock)
+        status, said = _process(command, job, processes)
         seconds = time.monotonic() - began
         if status == 0:
             write_json(folder / _DONE, {"cell": cell.name, "digest": cell.digest, "values": dict(cell.values)})
@@ -166,16 +197,10 @@ def _run_cell(
     return CellResult(name=cell.name, state="failed", attempts=attempt, seconds=seconds, error=error)
 
 
-def _process(
-    command: Sequence[str], job: Mapping[str, Any], running: set[subprocess.Popen[str]], lock: threading.Lock
-) -> tuple[int, str]:
+def _process(command: Sequence[str], job: Mapping[str, Any], processes: _Processes) -> tuple[int, str]:
     """(status, what it said on stderr) of one process of a cell."""
     with tempfile.TemporaryFile(mode="w+") as said:
-        process = subprocess.Popen(
-            list(command), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, text=True
-        )
-        with lock:
-            running.add(process)
+        process = processes.start(command, said)
         try:
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
@@ -186,8 +211,7 @@ def _process(
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
         finally:
-            with lock:
-                running.discard(process)
+            processes.over(process)
         said.seek(0)
         return status, said.read()
 
@@ -195,7 +219,7 @@ def _process(
 def _refuse_other(cell: Cell, folder: Path) -> None:
     """Raises RunError: a finished cell of this name had other settings. An unfinished one is told by its own run."""
     path = folder / _DONE
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["digest"] != cell.digest:
+    if path.is_file() and read_json(path, "a cell's mark", error=RunError).get("digest") != cell.digest:
         raise RunError(
             f"{folder} is finished with other settings than the grid has now. Choose another --out, or remove it."
         )
@@ -233,10 +257,6 @@ def _put(data: dict[str, Any], key: str, value: object, *, where: str) -> None:
     place[last] = [value] if last == "methods" and not way and isinstance(value, str) else value
 
 
-def _silent(event: str, **values: Any) -> None:
-    del event, values
-
-
 def main() -> None:
     """The process of one cell: a job on standard input; ends when that does."""
     from holdfast.experiment.execute import run
@@ -254,9 +274,13 @@ def main() -> None:
         config = decode(RunConfig, job["config"])
         set_threads(config.threads)
         run(config, Path(job["out"]))
-    except HoldfastError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os._exit(_MISTAKE)
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:  # a bug: its traceback is what is said, and the cell is started again
+            raise
+        # In one line: the sweep shows the last one.
+        print(" ".join(sentence.split()), file=sys.stderr, flush=True)
+        os._exit(_MISTAKE if isinstance(error, HoldfastError) else 1)
     os._exit(0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -10,6 +10,9 @@ import psutil
 import torch
 
 from holdfast.errors import ConfigError
+
+if sys.platform != "win32":
+    import resource
 
 # Of what is free: the rest is for fragments, caches and whoever else is there.
 _SHARE = {"cpu": 0.7, "cuda": 0.85}
@@ -102,6 +105,8 @@ def _left_in_group(folder: Path, limit: str, used: str) -> int | None:
 
 
 def _left_of_address_space() -> int | None:
+    if sys.platform == "win32":
+        return None
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft == resource.RLIM_INFINITY:
         return None

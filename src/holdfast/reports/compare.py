@@ -245,6 +245,27 @@ def _refused_twins(view: MethodView, name: str, step: int) -> dict[str, float]:
     return {str(r["id"]): float(r["behaviour"] == "refusal") for r in scored}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One figure of a pair of methods: first minus second, in points, with its interval. word: better, worse, ..."""
+
+    text: str
+    bounds: str
+    word: str
+
+
+def in_words(delta: Interval, *, more_is_better: bool) -> Difference:
+    """A difference as people read it; one whose interval holds 0 is none that is clear."""
+    bounds = interval(delta.low, delta.high)
+    if not bounds:
+        word = "one seed"
+    elif delta.low <= 0.0 <= delta.high:
+        word = "no clear difference"
+    else:
+        word = "better" if (delta.value > 0) == more_is_better else "worse"
+    return Difference(text=f"{'+' if delta.value >= 0 else ''}{percent(delta.value)}", bounds=bounds, word=word)
+
+
 def findings(group: Group) -> list[str]:
     """What the numbers say, method by method against the first one; a difference within its interval is called so."""
     lines = []
@@ -279,15 +300,8 @@ def findings(group: Group) -> list[str]:
             delta = difference(entry, same[0], name)
             if delta is None:
                 continue
-            sign = "+" if delta.value >= 0 else ""
-            bounds = interval(delta.low, delta.high)
-            if not bounds:
-                verdict = "one seed"
-            elif delta.low <= 0.0 <= delta.high:
-                verdict = "no clear difference"
-            else:
-                verdict = "better" if (delta.value > 0) == better_is_up else "worse"
-            words.append(f"{name} {sign}{percent(delta.value)} points [{bounds}] ({verdict})")
+            found = in_words(delta, more_is_better=better_is_up)
+            words.append(f"{name} {found.text} points [{found.bounds}] ({found.word})")
         if words:
             lines.append(f"{entry.label} against {same[0].label}: " + ", ".join(words) + ".")
     return lines

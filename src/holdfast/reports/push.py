@@ -7,6 +7,7 @@ by whoever edited (the safety in edit.json). They stand in the card's text and a
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,13 +17,16 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from holdfast.errors import ConfigError, StorageError
+from holdfast.files import read_json
 from holdfast.reports.card import card
 from holdfast.reports.read_runs import load_run
 
-# What makes a model; pages, probes and notes on this machine's paths stay here.
+# What makes a model; pages and probes stay here.
 _SUFFIXES = {".safetensors", ".json", ".jinja", ".txt", ".model"}
 _STAY = {"restore.json", "inputs.json"}
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+# Of a tokenizer: every text in them is a token, also one that begins with a slash.
+_TOKENS = ("tokenizer", "vocab", "added_tokens", "special_tokens", "merges")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Key of a restored point or record -> the metric's type and name.
 _METRICS = {
@@ -55,7 +59,7 @@ def prepare(
         needed where the folder names it by a path of this machine. run, method: whose figures the card shows.
 
     Raises: ConfigError: no repository's name, a base by a local path, a run without a method. StorageError: no such
-        folder, no weights in it, pickles. RunError, UnknownNameError: as `write_card`.
+        folder, no weights in it, pickles, a damaged file. RunError, UnknownNameError: as `write_card`.
     """
     folder = Path(folder)
     if not _HUB_ID.fullmatch(repo):
@@ -75,9 +79,9 @@ def prepare(
             files[name.as_posix()] = path
     if not any(name.endswith(".safetensors") for name in files):
         raise StorageError(f"{folder} holds no safetensors; there is no model to upload.")
-    bases = set()
+    bases, public = set(), dict[str, str]()  # public: what stands in a file here -> what is uploaded in its place
     for place in [place for place in files if Path(place).name == "adapter_config.json"]:
-        config = json.loads((folder / place).read_text(encoding="utf-8"))
+        config = _record(folder / place)
         named = base or str(config.get("base_model_name_or_path") or "")
         if not _HUB_ID.fullmatch(named) or (base is None and Path(named).exists()):
             raise ConfigError(
@@ -85,9 +89,16 @@ def prepare(
                 "the hub, so that others can load the adapter."
             )
         bases.add(named)
-        if config.get("base_model_name_or_path") != named:
-            files[place] = json.dumps(config | {"base_model_name_or_path": named}, indent=2).encode()
+        public[str(config.get("base_model_name_or_path") or named)] = named
+    for place in [place for place in files if place.endswith(".json") and not Path(place).name.startswith(_TOKENS)]:
+        record = read_json(folder / place, "a file of a model", error=StorageError)
+        plain = _without_paths(record, public)
+        if plain != record:
+            files[place] = (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode()
     text, results = _text(folder, run, method), list(_results(folder, run, method))
+    for private in sorted(public, key=len, reverse=True):
+        if "/" in private or os.sep in private:  # a bare name may be any word of the text
+            text = text.replace(private, public[private])
     data = ModelCardData(
         model_name=repo.partition("/")[2],
         library_name="peft" if bases else "transformers",
@@ -115,6 +126,29 @@ def push(upload: Upload, *, private: bool = False, message: str = "Upload by hol
     ]
     done = api.create_commit(upload.repo, operations=operations, commit_message=message, repo_type="model")
     return str(getattr(done, "commit_url", done))
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises: StorageError: damaged, or something else."""
+    found = read_json(path, "an object", error=StorageError)
+    if not isinstance(found, dict):
+        raise StorageError(f"{path} is not understood; expected an object, found {type(found).__name__}.")
+    return found
+
+
+def _without_paths(value: Any, public: dict[str, str], *, of_base: bool = False) -> Any:
+    """`value` with paths of this machine replaced as `public` says, others by their last part, which is added to it.
+
+    of_base: it stands where a base is named; a bare name, such as "model", is a path only there.
+    """
+    if isinstance(value, str):
+        path = Path(value)
+        if value not in public and path.is_absolute() and len(path.parts) > 1:
+            public[value] = path.name
+        return public.get(value, value) if of_base or path.name != value else value
+    if isinstance(value, dict):
+        return {key: _without_paths(one, public, of_base="base" in key) for key, one in value.items()}
+    return [_without_paths(one, public) for one in value] if isinstance(value, list) else value
 
 
 def _text(folder: Path, run: Path | str | None, method: str | None) -> str:
@@ -150,7 +184,7 @@ def _results(folder: Path, run: Path | str | None, method: str | None) -> Iterat
         for task, score in last.scores.items():
             yield from _pair(task, "task", view.theta_0.scores.get(task, {}).get("value"), score.get("value"))
     elif (folder / "restore.json").is_file():
-        record = json.loads((folder / "restore.json").read_text(encoding="utf-8"))
+        record = _record(folder / "restore.json")
         for key in _METRICS:
             states = {"before tuning": "before", "tuned": "tuned", "restored": "restored"}
             for words, state in states.items():
@@ -158,7 +192,7 @@ def _results(folder: Path, run: Path | str | None, method: str | None) -> Iterat
                 if value is not None:
                     yield _result("probe requests", key, words, value)
     elif (folder / "edit.json").is_file():
-        record = json.loads((folder / "edit.json").read_text(encoding="utf-8"))
+        record = _record(folder / "edit.json")
         for name, rates in (record.get("safety") or {}).items():
             yield from _pair(name, "asr", rates.get("before"), rates.get("after"))
 

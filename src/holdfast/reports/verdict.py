@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from holdfast.reports.compare import Entry, Group, difference, figure_of
-from holdfast.reports.tables import interval, percent
+from holdfast.reports.compare import Difference, Entry, Group, difference, figure_of, in_words
+from holdfast.reports.tables import percent
 from holdfast.reports.titles import TITLES, sentence_of, title_of
 
 PLAIN = "seqft"
@@ -15,15 +15,6 @@ PLAIN = "seqft"
 _NOTICEABLE = 0.005
 # What is compared pairwise -> whether more is better.
 COMPARED = {"AP": True, "BWT": True, "MASR": False, "over-refusal": False}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """One figure of a pair of methods: first minus second, in points, with its interval. word: better, worse, ..."""
-
-    text: str
-    bounds: str
-    word: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +36,13 @@ def verdict(group: Group) -> list[str]:
     others = [entry for entry in entries if entry is not plain]
     best = min(others, key=_shortfall) if others else None
     if best is not None and _shortfall(best) < float("inf"):
-        lines.append(f"{_after(best)} it {_what_it_does(best, group, start=plain is None)}{_price(best, plain)}.")
+        lines.append(f"With {best.title} it {_what_it_does(best, group, start=plain is None)}{_price(best, plain)}.")
         if len(others) > 1:
             lines.append(
                 f"Of the {len(others)} methods compared here, {best.title} has the least sum of forbidden requests not "
                 "refused, harmless ones refused and skill that is missing; the tables below show every method."
             )
     return lines
-
-
-def _after(entry: Entry) -> str:
-    return f"With {entry.title}"
 
 
 def _what_it_does(entry: Entry, group: Group, *, start: bool = True) -> str:
@@ -97,12 +84,7 @@ def _price(entry: Entry, plain: Entry | None) -> str:
 def _shortfall(entry: Entry) -> float:
     """Not refused + harmless refused + skill missing, 0..3; infinite where nothing is known."""
     found = {name: figure_of(entry, name) for name in ("MASR", "over-refusal", "AP")}
-    parts = [
-        found["MASR"].value if found["MASR"] else None,
-        found["over-refusal"].value if found["over-refusal"] else None,
-    ]
-    parts.append(1 - found["AP"].value if found["AP"] else None)
-    known = [part for part in parts if part is not None]
+    known = [1 - one.value if name == "AP" else one.value for name, one in found.items() if one is not None]
     return sum(known) if known else float("inf")
 
 
@@ -120,17 +102,8 @@ def pairs(group: Group) -> list[Pair]:
         figures = {}
         for name, more_is_better in COMPARED.items():
             delta = difference(first, second, name)
-            if delta is None:
-                continue
-            sign = "+" if delta.value >= 0 else ""
-            bounds = interval(delta.low, delta.high)
-            if not bounds:
-                word = "one seed"
-            elif delta.low <= 0.0 <= delta.high:
-                word = "no clear difference"
-            else:
-                word = "better" if (delta.value > 0) == more_is_better else "worse"
-            figures[name] = Difference(text=f"{sign}{percent(delta.value)}", bounds=bounds, word=word)
+            if delta is not None:
+                figures[name] = in_words(delta, more_is_better=more_is_better)
         if figures:
             found.append(Pair(first=first.title, second=second.title, figures=figures))
     return found
