@@ -8,14 +8,19 @@ import signal
 import socket
 import threading
 import time
+from typing import ClassVar
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from holdfast.cli import app
 from holdfast.errors import AdapterError, ConfigError, ModelError
+from holdfast.serving.api_error import ApiError
 from holdfast.serving.check import judge
-from holdfast.serving.run import listening_socket, served_checkpoint
+from holdfast.serving.engine import model_names
+from holdfast.serving.protocol import Limits, read_request
+from holdfast.serving.run import listening_socket, serve, served_checkpoint
 from serving_kit import chat_text, ended, started
 
 pytest.importorskip("uvicorn", reason="needs the extra holdfast[serve]")
@@ -49,6 +54,9 @@ def test_a_taken_port_is_named_before_the_model_is_loaded():
     [
         (["--vllm-url", "http://x"], "--vllm-url only speaks to vLLM"),
         (["--eager"], "--eager only speaks to vLLM"),
+        (["--mixed", "refuse"], "--mixed only speaks to vLLM"),
+        (["--backend", "vllm", "--vllm-url", "http://x", "--eager"], "--eager is for a vLLM that is started here"),
+        (["--backend", "vllm", "--vllm-args", "'"], "cannot be read: No closing quotation"),
         (["--allow-files", "/nowhere/at/all"], "is no folder"),
         (["--backend", "vllm", "--gpu-memory", "2"], "gpu_memory is 2"),
     ],
@@ -103,6 +111,61 @@ def wait(true, seconds: float = 30) -> None:
     while not true():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+class Nobody:
+    """An engine that is never asked."""
+
+    models: ClassVar = {"x": "nothing"}
+    state: ClassVar = {"ok": True}
+    stopped = False
+
+    async def start(self) -> None:
+        pass
+
+    async def stop(self) -> None:
+        self.stopped = True
+
+
+@pytest.mark.parametrize("place", ["ready", "after_start"])
+def test_whatever_goes_wrong_after_the_start_ends_the_server(place):
+    engine = Nobody()
+
+    def fails(address: str) -> None:
+        raise RuntimeError(f"no memory for a probe of {address}")
+
+    with pytest.raises(RuntimeError, match="no memory for a probe of http://127"):
+        serve(lambda: engine, host="127.0.0.1", port=0, limits=Limits(), **{place: fails})
+    assert engine.stopped
+
+
+def test_names_that_cannot_be_told_apart_are_refused():
+    assert list(model_names("cram", ("warm",))) == ["cram", "cram:base", "cram:warm"]
+    for name, expert in (("a:b", "warm"), ("cram", "base")):
+        with pytest.raises(ConfigError, match=r"give --served-name|rename its task"):
+            model_names(name, (expert,))
+
+
+def test_files_are_read_below_the_allowed_folder_alone(tmp_path):
+    folder = tmp_path / "allowed"
+    folder.mkdir()
+    for place in (folder / "a.png", tmp_path / "b.png"):
+        Image.new("RGB", (4, 4)).save(place)
+    (folder / "out.png").symlink_to(tmp_path / "b.png")
+    limits = Limits(files=folder)
+
+    def asked(url: str):
+        parts = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": url}}]
+        data = {"model": "m", "messages": [{"role": "user", "content": parts}]}
+        request = read_request(data, limits, id="1")
+        request.close()
+        return request
+
+    assert asked(f"file://{folder}/a.png").sample.images == (folder / "a.png",)
+    outside = [f"{tmp_path}/b.png", f"{folder}/../b.png", f"{folder}/%2e%2e/b.png", f"{folder}/out.png"]
+    for path in (*outside, f"{folder}/", f"{folder}/none.png", f"{folder}/%00", f"{folder}/{'x' * 5000}", "a.png"):
+        with pytest.raises(ApiError, match="only those below the allowed folder are read"):
+            asked(f"file://{path}")
 
 
 @pytest.mark.parametrize(

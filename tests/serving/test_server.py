@@ -107,6 +107,7 @@ def test_sampling_depends_on_the_seed_and_stop_ends_an_answer(server, client):
 TEXT = [{"type": "text", "text": "What?"}]
 BAD = {
     "no JSON": (b"{", 400, "invalid_json", "no JSON"),
+    "half a character": (rb'{"model": "cram", "\ud800": 1}', 400, "invalid_json", "no JSON"),
     "no object": (b"[1]", 400, "invalid_value", "expected an object"),
     "no model": ({"messages": []}, 400, "invalid_value", "GET /v1/models"),
     "unknown model": (chat("x") | {"model": "crom"}, 404, "model_not_found", "nearest is 'cram'"),
@@ -124,6 +125,12 @@ BAD = {
     "only a picture": (chat([picture(data_uri())]), 400, "invalid_value", "no instruction text"),
     "a URL": (chat([*TEXT, picture("http://127.0.0.1:1/a.png")]), 400, "image_url_not_allowed", "fetches nothing"),
     "a file": (chat([*TEXT, picture("file:///etc/passwd")]), 400, "image_url_not_allowed", "none is read here"),
+    "a file that cannot be": (
+        chat([*TEXT, picture("file:///%00" + "x" * 5000)]),
+        400,
+        "image_url_not_allowed",
+        "none is read here",
+    ),
     "a path": (chat([*TEXT, picture("/etc/passwd")]), 400, "image_url_not_allowed", "fetches nothing"),
     "no picture": (chat([*TEXT, picture("data:image/png;base64,aGVsbG8=")]), 400, "invalid_image", "can be read"),
     "no Base64": (chat([*TEXT, picture("data:image/png;base64,***")]), 400, "invalid_image", "no Base64"),

@@ -88,6 +88,18 @@ def command(
     spoken |= options.to_json()
     if backend != "vllm" and (named := [name for name, value in spoken.items() if value is not None]):
         raise ConfigError(f"--{named[0].replace('_', '-')} only speaks to vLLM; add --backend vllm, or leave it out.")
+    if mixed != "first" and backend != "vllm":
+        raise ConfigError("--mixed only speaks to vLLM: transformers mixes the experts exactly. Leave it out.")
+    here = {"vllm_python": vllm_python, "vllm_args": vllm_args or None, "dtype": dtype} | options.to_json()
+    if vllm_url is not None and (named := [name for name, value in here.items() if value is not None]):
+        raise ConfigError(
+            f"--{named[0].replace('_', '-')} is for a vLLM that is started here; give it to the server at {vllm_url}, "
+            "or leave --vllm-url out."
+        )
+    try:
+        arguments = shlex.split(vllm_args)
+    except ValueError as error:
+        raise ConfigError(f"--vllm-args {vllm_args!r} cannot be read: {error}.") from None
     checkpoint = served_checkpoint(folder, base=base)
     name = served_name or Path(folder).resolve().name
     made: list[Engine] = []
@@ -106,7 +118,7 @@ def command(
                     router=router,
                     mixed=mixed,
                     options=options,
-                    arguments=shlex.split(vllm_args),
+                    arguments=arguments,
                     dtype=dtype,
                 )
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -20,6 +22,8 @@ from holdfast.serving.api_error import ApiError
 from holdfast.serving.engine import Engine, Piece
 from holdfast.serving.protocol import ChatRequest, Limits, read_body, read_request
 from holdfast.version import __version__
+
+_log = logging.getLogger(__name__)
 
 
 def build_app(engine: Engine, limits: Limits) -> Starlette:
@@ -44,10 +48,11 @@ def build_app(engine: Engine, limits: Limits) -> Starlette:
 
     async def chat(request: Request) -> Response:
         identity = f"chatcmpl-{uuid.uuid4().hex}"
-        data = read_body(await _body(request, limits))
+        # In a thread: megabytes of JSON and Base64 would hold up everyone's tokens.
+        data = await asyncio.to_thread(read_body, await _body(request, limits))
         if isinstance(data.get("model"), str):
             _require_model(engine, data["model"])
-        asked = read_request(data, limits, id=identity)
+        asked = await asyncio.to_thread(read_request, data, limits, id=identity)
         pieces = engine.answer(asked)
         try:
             # The first piece decides between an answer and an error of the right status.
@@ -162,6 +167,9 @@ async def _events(
     except ApiError as error:
         # The status has been sent; clients of OpenAI read an error out of the stream.
         yield f"data: {json.dumps(error.body(), ensure_ascii=False)}\n\n".encode()
+    except Exception as error:  # noqa: BLE001 (the client hears of it in the stream, the log has all)
+        _log.exception("a stream failed")
+        yield f"data: {json.dumps(_fault(error).body(), ensure_ascii=False)}\n\n".encode()
     finally:
         with contextlib.suppress(RuntimeError):
             await pieces.aclose()  # type: ignore[attr-defined]
@@ -186,8 +194,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _own_fault(_: Request, error: Exception) -> Response:
-    found = ApiError(500, f"{type(error).__name__}: {error}", code="internal_error")
-    return JSONResponse(found.body(), status_code=500)
+    return JSONResponse(_fault(error).body(), status_code=500)
+
+
+def _fault(error: Exception) -> ApiError:
+    return ApiError(500, f"{type(error).__name__}: {error}", code="internal_error")
 
 
 __all__ = ["build_app"]

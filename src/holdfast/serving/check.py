@@ -7,10 +7,11 @@ requests on which the two differ say anything; the endpoint's answers to those a
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -155,32 +156,31 @@ class _Endpoint:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def only_model(self, wanted: str) -> str:
-        names = [str(row["id"]) for row in self._get("/models")["data"]]
-        if wanted in names or len(names) != 1:
-            if wanted not in names:
-                raise ConfigError(
-                    f"{self.url} serves {', '.join(names)}; say with --model which of them is the folder."
-                )
+        names: list[str] = self._ask("/models", lambda found: [str(row["id"]) for row in found["data"]])
+        if wanted in names:
             return wanted
+        if len(names) != 1:
+            raise ConfigError(f"{self.url} serves {', '.join(names)}; say with --model which of them is the folder.")
         return names[0]
 
     def ask(self, model: str, sample: Sample, max_tokens: int) -> str:
         body = {"model": model, "messages": to_messages(sample), "max_tokens": max_tokens, "temperature": 0}
-        found = self._get("/chat/completions", body)
-        return str(found["choices"][0]["message"]["content"] or "").strip()
+        text = self._ask("/chat/completions", lambda found: found["choices"][0]["message"]["content"], body)
+        return str(text or "").strip()
 
-    def _get(self, path: str, body: Any = None) -> Any:
+    def _ask(self, path: str, read: Callable[[Any], Any], body: Any = None) -> Any:
+        """What `read` finds in the answer. Raises ModelError."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}{path}", data=data, headers=self._headers)
         try:
             with self._opener.open(request, timeout=self._timeout_s) as response:
-                return json.load(response)
+                return read(json.load(response))
         except urllib.error.HTTPError as error:
             raise ModelError(
                 f"{self.url}{path} answers {error.code}: {error.read()[:300].decode(errors='replace')}"
             ) from None
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{self.url}{path} does not answer like a server of OpenAI's kind: {error}") from None
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            raise ModelError(f"{self.url}{path} does not answer like a server of OpenAI's kind: {error!r}") from None
 
 
 def to_messages(sample: Sample) -> list[dict[str, Any]]:

@@ -56,8 +56,10 @@ BASE = "base"
 def model_names(name: str, experts: tuple[str, ...]) -> dict[str, str]:
     """The names of a CRAM folder: itself (routed), its base, and each expert.
 
-    Raises: ConfigError: an expert that is called as the base is.
+    Raises: ConfigError: an expert that is called as the base is, or a name that holds the ":" before an expert's.
     """
+    if ":" in name:
+        raise ConfigError(f"{name!r} holds a ':', which parts a folder's name from an expert's; give --served-name.")
     if BASE in experts:
         raise ConfigError(f"An expert is called {BASE!r}, which is the base's own name here; rename its task.")
     return {

@@ -33,7 +33,7 @@ from holdfast.serving.api_error import ApiError, bad_request
 from holdfast.serving.engine import BASE, Piece, chosen_part, model_names
 from holdfast.serving.protocol import ChatRequest, Limits
 from holdfast.tuners.cram.folder import Stamp, folder_stamp, from_pretrained
-from holdfast.tuners.cram.model import Cram
+from holdfast.tuners.cram.model import MODULE, Cram
 from holdfast.tuners.cram.standalone import Decision, decisions
 
 _log = logging.getLogger(__name__)
@@ -81,7 +81,6 @@ class LocalEngine:
         self._folder = next((Path(a) for a in checkpoint.adapters if is_tuner_folder(a)), None)
         self._stamp: Stamp | None = None
         self._problem: str | None = None
-        self._last_alive = time.monotonic()
 
     @property
     def models(self) -> Mapping[str, str]:
@@ -108,9 +107,10 @@ class LocalEngine:
         return tuner if isinstance(tuner, Cram) else None
 
     async def start(self) -> None:
-        """Load the model. Raises: as `models.load`."""
+        """Load the model. Raises: as `models.load`; ConfigError: as `model_names`."""
         self._stamp = self._folder_stamp()
         self._loaded = await asyncio.to_thread(load, self._checkpoint, dtype=self._dtype, device=self._device)
+        _ = self.models  # names that cannot be served are known before a request comes
         self._thread = threading.Thread(target=self._work, name="holdfast-answers", daemon=True)
         self._thread.start()
 
@@ -122,9 +122,6 @@ class LocalEngine:
 
     async def answer(self, request: ChatRequest) -> AsyncIterator[Piece]:
         """The answer, piece by piece. Raises ApiError."""
-        part = chosen_part(request.model)
-        if part not in (None, BASE) and self._cram is None:
-            raise bad_request(f"{request.model} is not served here.", param="model")
         if self._line >= self._limits.waiting:
             raise ApiError(429, f"{self._line} requests are waiting; come back in a second.", code="overloaded")
         job = _Job(request, time.monotonic() + self._limits.timeout_s, asyncio.get_running_loop())
@@ -205,8 +202,8 @@ class LocalEngine:
     def _run(self, jobs: list[_Job]) -> None:
         assert self._loaded is not None
         try:
-            _Batch(self._loaded, self._cram, jobs).run()
-        except (DataError, HoldfastError) as error:
+            _Batch(self._loaded, self._cram, jobs, self._limits).run()
+        except HoldfastError as error:
             if len(jobs) > 1:
                 # One of them is at fault; the others shall not hear of it.
                 for job in jobs:
@@ -240,9 +237,12 @@ class LocalEngine:
         cram.detach()
         try:
             renewed = from_pretrained(self._folder, self._loaded)
-        except (HoldfastError, OSError) as error:
+            model_names(self._name, tuple(card.name for card in renewed.router.experts))
+        except Exception as error:  # noqa: BLE001 (whatever it is, the worker must go on, with experts that answer)
             self._problem = f"{self._folder} has changed and cannot be taken up, the old experts answer on: {error}"
-            _log.error("%s", self._problem)
+            _log.error("%s", self._problem, exc_info=None if isinstance(error, HoldfastError) else error)
+            if isinstance(half := getattr(self._loaded.model, MODULE, None), Cram):
+                half.detach()
             renewed = cram.attached_again()
         else:
             self._problem = None
@@ -256,8 +256,8 @@ _END: Any = object()
 class _Batch:
     """Requests that answer together."""
 
-    def __init__(self, loaded: LoadedModel, cram: Cram | None, jobs: Sequence[_Job]) -> None:
-        self.loaded, self.cram, self.jobs = loaded, cram, list(jobs)
+    def __init__(self, loaded: LoadedModel, cram: Cram | None, jobs: Sequence[_Job], limits: Limits) -> None:
+        self.loaded, self.cram, self.jobs, self.limits = loaded, cram, list(jobs), limits
         self.samples: list[Sample] = [job.request.sample for job in jobs]
 
     @torch.inference_mode()
@@ -287,7 +287,7 @@ class _Batch:
 
     def _room(self, prompt: int, request: ChatRequest) -> int:
         bound = self.loaded.context_length
-        most = request.max_tokens or _LONGEST_DEFAULT
+        most = request.max_tokens or min(_LONGEST_DEFAULT, self.limits.max_tokens)
         return most if bound is None else max(1, min(most, bound - prompt))
 
     def _asked(self) -> Any:

@@ -111,7 +111,11 @@ _PICTURES = {"image/png": ".png", "image/jpeg": ".jpg", "image/jpg": ".jpg", "im
 def read_body(body: bytes) -> dict[str, Any]:
     """A request's JSON object. Raises ApiError."""
     try:
-        data = json.loads(body)
+        text = body.decode("utf-8-sig")
+        data = json.loads(text)
+        if "\\u" in text:
+            # Half a character (an unpaired surrogate) can be neither tokenised nor said back.
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise bad_request(f"The body is no JSON: {error}", code="invalid_json") from None
     if not isinstance(data, dict):
@@ -303,8 +307,12 @@ def _allowed_file(url: str, limits: Limits, where: str) -> Path:
     )
     if limits.files is None:
         raise refused
-    path = Path(urllib.parse.unquote(url.removeprefix("file://"))).resolve()
-    if not path.is_relative_to(limits.files.resolve()) or not path.is_file():
+    try:
+        path = Path(urllib.parse.unquote(url.removeprefix("file://"))).resolve()
+        allowed = path.is_relative_to(limits.files.resolve()) and path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        raise refused from None
+    if not allowed:
         raise refused
     return path
 

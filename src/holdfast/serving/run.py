@@ -17,7 +17,7 @@ from typing import Any, Literal
 from holdfast.checkpoints.adapter import CONFIG_FILE, is_adapter
 from holdfast.checkpoints.reader import read_json
 from holdfast.checkpoints.value import Checkpoint
-from holdfast.errors import AdapterError, ConfigError, HoldfastError, ModelError
+from holdfast.errors import AdapterError, ConfigError, ModelError
 from holdfast.models.tuner import is_tuner_folder
 from holdfast.serving.engine import Engine
 from holdfast.serving.protocol import Limits
@@ -108,20 +108,6 @@ async def _serve(
     after_start: Callable[[str], Any] | None,
 ) -> None:
     engine = make_engine()
-    starting = asyncio.ensure_future(engine.start())
-    loop = asyncio.get_running_loop()
-    # A signal while the model loads ends it. They stay: uvicorn hands a signal that it has heeded on at its end, and
-    # without a handler that would kill this process before the engine has let go.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with suppress(NotImplementedError, RuntimeError, ValueError):
-            loop.add_signal_handler(number, starting.cancel)
-    try:
-        await starting
-    except asyncio.CancelledError:
-        await engine.stop()
-        return
-    host, port = listening.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     config = uvicorn.Config(
         build_app(engine, limits),
         log_config=None,
@@ -131,19 +117,38 @@ async def _serve(
         timeout_keep_alive=30,
     )
     server = uvicorn.Server(config)
-    problem: list[HoldfastError] = []
+    starting = asyncio.ensure_future(engine.start())
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        starting.cancel()
+        server.should_exit = True
+
+    # A signal while the model loads ends it. They stay: uvicorn hands a signal that it has heeded on at its end, and
+    # without a handler that would kill this process before the engine has let go.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with suppress(NotImplementedError, RuntimeError, ValueError):
+            loop.add_signal_handler(number, end)
+    try:
+        await starting
+    except asyncio.CancelledError:
+        await engine.stop()
+        return
+    host, port = listening.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    problem: list[Exception] = []
 
     async def started() -> None:
         while not server.started:
             await asyncio.sleep(0.02)
-        if ready is not None:
-            ready(address)
-        if after_start is not None:
-            try:
+        try:
+            if ready is not None:
+                ready(address)
+            if after_start is not None:
                 await asyncio.to_thread(after_start, address)
-            except HoldfastError as error:
-                problem.append(error)
-                server.should_exit = True
+        except Exception as error:  # noqa: BLE001 (raised below: a probe that fails in any way has not passed)
+            problem.append(error)
+            server.should_exit = True
 
     watching = asyncio.create_task(started())
     try:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import cram_kit
 import model_zoo
 from holdfast.cli import app
-from holdfast.errors import AdapterError, StorageError
+from holdfast.errors import AdapterError, DataError, StorageError
 from holdfast.models.load import load
-from holdfast.tuners.cram.folder import save_pretrained
+from holdfast.tuners.cram.folder import read_router, save_pretrained
 from holdfast.tuners.cram.standalone import export_router, open_exported, open_on_base
 
 
@@ -77,6 +77,15 @@ def test_the_base_gives_the_same_router_and_the_command_says_what_it_costs(made,
     assert told["experts"] == 3 and told["out"] == str(tmp_path / "again")
 
 
+def test_a_router_that_goes_by_pictures_asks_for_one(made, tmp_path):
+    folder = shutil.copytree(made / "cram", tmp_path / "cram")
+    data = json.loads((folder / "router.json").read_text())
+    (folder / "router.json").write_text(json.dumps(data | {"config": data["config"] | {"route_by": "image"}}))
+    router = open_exported(made / "router").with_router(read_router(folder), folder)
+    with pytest.raises(DataError, match="has no image, and this router goes by images only"):
+        router.decide(cram_kit.requests(tmp_path)["maths"][:1])
+
+
 def test_what_does_not_fit_is_refused(made, tmp_path):
     with pytest.raises(AdapterError, match="no exported router; make one with `holdfast export-router"):
         open_exported(made / "cram")
@@ -93,6 +102,16 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
     (other / "router.json").write_text(json.dumps(router) + "\n")
     with pytest.raises(AdapterError, match=r"router\.json is not the file that was exported"):
         open_exported(other)
+    marker = json.loads((made / "router" / "holdfast_router.json").read_text())
+    for part in ("sha256", "dtype", "experts"):
+        damaged = shutil.copytree(made / "router", tmp_path / part)
+        (damaged / "holdfast_router.json").write_text(json.dumps({k: v for k, v in marker.items() if k != part}))
+        with pytest.raises(AdapterError, match=r"is not whole .*export the router again"):
+            open_exported(damaged)
+    (damaged / "holdfast_router.json").write_text(json.dumps(marker))
+    (damaged / "router.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"is not whole .*export the router again"):
+        open_exported(damaged)
     cut = shutil.copytree(made / "router", tmp_path / "cut")
     (cut / "encoder.safetensors").write_bytes(b"")
     with pytest.raises(AdapterError, match="cannot be read"):

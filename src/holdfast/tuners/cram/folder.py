@@ -201,30 +201,9 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
     """
     stored = read_router(folder)
     _check_experts(folder, stored)
-    compare_probe(
-        stored.probe(BASE_PROBE),
-        block_weights(loaded),
-        f"{folder} was trained on another base ({stored.base['base']}) than {loaded.name}",
-        "Its experts are corrections to those weights; load the base they were trained on.",
-        places={name for name, _ in loaded.model.named_modules()},
-    )
-    if stored.guard is not None:
-        check_guard(stored.guard, loaded, str(folder))
-        if heads := head_weights(loaded):
-            compare_probe(
-                stored.probe(HEAD_PROBE),
-                heads,
-                f"{folder}: the guard was fitted on another base ({stored.base['base']}) than {loaded.name}",
-                "It asks theta_0 itself; load the base that it was fitted on.",
-            )
+    check_base(folder, stored, loaded)
     encoder = encoder or make_encoder(stored.router.config.encoder, loaded)
-    check_identity(stored.encoder, encoder)
-    compare_probe(
-        stored.probe(ENCODER_PROBE),
-        encoder.probed(),
-        f"{folder}: the weights of encoder {stored.encoder.get('id')!r} changed since the router was made",
-        "Its centroids mean nothing now; restore the encoder.",
-    )
+    check_encoder(folder, stored, encoder)
     experts = [load_expert(path) for path in stored.folders]
     targets = find_targets(loaded.model, stored.router.config)
     blocks = len(decoder_blocks(loaded.model))  # type: ignore[arg-type]
@@ -243,6 +222,38 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
             )
         cards.append(replace(card, ranks={name: a.shape[0] for name, (a, _) in factors.items()}))
     return Cram(loaded, Router(stored.router.config, cards), experts, encoder=encoder, guard=stored.guard)
+
+
+def check_base(folder: Path, stored: StoredRouter, loaded: LoadedModel) -> None:
+    """Raises AdapterError unless a router's experts were trained, and its guard was fitted, on this model."""
+    _compare_probe(
+        stored.probe(BASE_PROBE),
+        block_weights(loaded),
+        f"{folder} was trained on another base ({stored.base['base']}) than {loaded.name}",
+        "Its experts are corrections to those weights; load the base they were trained on.",
+        places={name for name, _ in loaded.model.named_modules()},
+    )
+    if stored.guard is None:
+        return
+    check_guard(stored.guard, loaded, str(folder))
+    if heads := head_weights(loaded):
+        _compare_probe(
+            stored.probe(HEAD_PROBE),
+            heads,
+            f"{folder}: the guard was fitted on another base ({stored.base['base']}) than {loaded.name}",
+            "It asks theta_0 itself; load the base that it was fitted on.",
+        )
+
+
+def check_encoder(folder: Path, stored: StoredRouter, encoder: Encoder) -> None:
+    """Raises AdapterError unless a router's centroids were made with this encoder."""
+    check_identity(stored.encoder, encoder)
+    _compare_probe(
+        stored.probe(ENCODER_PROBE),
+        encoder.probed(),
+        f"{folder}: the weights of encoder {stored.encoder.get('id')!r} are not those that the router was made with",
+        "Its centroids mean nothing now; restore the encoder.",
+    )
 
 
 Stamp = tuple[tuple[int, int], ...]
@@ -443,7 +454,7 @@ def probe(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def compare_probe(
+def _compare_probe(
     stored: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
     what: str,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.data.types import Sample
-from holdfast.errors import AdapterError, DataError, unknown_name
+from holdfast.errors import AdapterError, unknown_name
 from holdfast.models.encode import encode_request
 from holdfast.models.families import decoder_blocks
 from holdfast.models.loaded import LoadedModel
@@ -19,7 +19,7 @@ from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.guard import Evidence, Guard, last_step, opening_log_odds
 from holdfast.tuners.cram.layer import Active, ExpertPass
 from holdfast.tuners.cram.router import Features, Router, Routing, describe
-from holdfast.tuners.cram.router_features import BackboneEncoder, Encoder, make_encoder
+from holdfast.tuners.cram.router_features import BackboneEncoder, Encoder, check_images, make_encoder
 
 MODULE = "holdfast_cram"
 # So many guard scores are kept; a request asked again is not read again.
@@ -145,7 +145,7 @@ class Cram(nn.Module):
 
     def features(self, samples: Sequence[Sample]) -> Features:
         """What the encoder sees of each request: the vision tower runs, the language model does not."""
-        self._check_images(samples)
+        check_images(samples, self.config)
         text = self.encoder.text(samples)
         image, has_image = self.encoder.images(samples)
         return Features(text=text, image=image, has_image=has_image).checked()
@@ -185,7 +185,7 @@ class Cram(nn.Module):
         (nothing runs twice); the decision is kept for all tokens that follow. With a guard the first forward pass must
         hold the whole prompt: theta_0 reads it alone before, unless it was asked about these requests already.
         """
-        self._check_images(samples)
+        check_images(samples, self.config)
         device = self.loaded.device
         text = self.encoder.text(samples).to(device)
         with self._held():
@@ -284,14 +284,6 @@ class Cram(nn.Module):
             flat = weights.expand(-1, self._sets, -1).flatten(1)
             rows = flat.index_select(1, self._flat_rows)
         self.active.set("routed", rows, trained, pool)
-
-    def _check_images(self, samples: Sequence[Sample]) -> None:
-        if self.config.route_by == "image" and (blind := [s.id for s in samples if not s.images]):
-            raise DataError(
-                f"Sample {blind[0]!r} has no image, and this router goes by images only (route_by = 'image'). Give it "
-                'an image, or write "route_by": "auto" under "config" in router.json: such requests then go by their '
-                "instruction."
-            )
 
     # Hooks
 

@@ -21,7 +21,7 @@ from holdfast.models.encode import encode_request
 from holdfast.models.families import decoder_blocks
 from holdfast.models.load import quiet_transformers
 from holdfast.models.loaded import LoadedModel
-from holdfast.tuners.cram.cram_config import BACKBONE
+from holdfast.tuners.cram.cram_config import BACKBONE, CramConfig
 
 
 class Encoder(Protocol):
@@ -67,6 +67,16 @@ def instruction(sample: Sample) -> str:
             "it a prompt."
         )
     return text
+
+
+def check_images(samples: Sequence[Sample], config: CramConfig) -> None:
+    """Raises DataError: a request without a picture, where the router goes by pictures only."""
+    if config.route_by == "image" and (blind := next((s for s in samples if not s.images), None)) is not None:
+        raise DataError(
+            f"Sample {blind.id!r} has no image, and this router goes by images only (route_by = 'image'). Give it "
+            'an image, or write "route_by": "auto" under "config" in router.json: such requests then go by their '
+            "instruction."
+        )
 
 
 class _Stop(Exception):  # noqa: N818 (a signal, not an error)
