@@ -70,7 +70,7 @@ def _quick_child(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
             return subprocess.run(command, **rest)
         if not children:
             children.append(ForkServer(_PROGRAM))
-        status, error = children[0].run(command[-1], os.getcwd())
+        status, error = children[0].run(command[-1], str(Path.cwd()))
         return subprocess.CompletedProcess(command, status, stdout="", stderr=error)
 
     monkeypatch.setattr("holdfast.editing.verify.compare.subprocess", SimpleNamespace(run=run))
