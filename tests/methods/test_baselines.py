@@ -71,7 +71,7 @@ def test_safety_replay_mixes_the_same_refusals_into_every_task(ctx, asked, repea
 
 @pytest.mark.parametrize("name", ["safety_replay", "one_shot", "safe_anchor"])
 def test_what_learns_refusals_says_that_there_are_none(ctx, name):
-    with pytest.raises(CalibrationError, match=rf"{name} learns from safety calibration samples, and stream 'pico'"):
+    with pytest.raises(CalibrationError, match=rf"{name} needs safety calibration samples, and stream 'pico'"):
         get(name).check_stream(without_answers(ctx).stream)
 
 
