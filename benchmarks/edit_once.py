@@ -111,18 +111,24 @@ def asked(experiment: Experiment, checkpoint: Path, out: Path) -> dict[str, floa
 def row_of(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     out = args.out / f"seed-{seed}"
     file = out / "row.json"
-    if file.is_file():
-        return json.loads(file.read_text())
+    asked_for = {"max_asr": args.max_asr, "max_over_refusal": args.max_over_refusal, "harmful": args.harmful}
+    row: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"options": asked_for}
+    if row["options"] != asked_for:
+        raise SystemExit(f"{file} was made with {row['options']}, not {asked_for}. Name another --out.")
+    missing = [name for name in args.rows if name not in row]
+    if not missing:
+        return row
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(file, row)  # the budget first: what a killed call has made stands under it
     experiment = opened(args, seed, "test")
     validation = opened(args, seed, "validation")
     before, after = experiment.theta_0.base, steps_of(experiment)[-1]
     sets = requests_of(args, seed, experiment, validation)
     budget = Budget(max_asr=args.max_asr, max_over_refusal=args.max_over_refusal)
-    row: dict[str, Any] = {
-        "theta_0": asked(experiment, Path(before), out / "asked" / "theta_0"),
-        "tuned": asked(experiment, after, out / "asked" / "tuned"),
-    }
-    for name in args.rows:
+    for name, checkpoint in (("theta_0", Path(before)), ("tuned", after)):
+        if name not in row:
+            row[name] = asked(experiment, checkpoint, out / "asked" / name)
+    for name in missing:
         rule = "interpolation" if name == "interpolation" else "anchor"
         past = tuple(earlier_grams(experiment, out / "past")) if name == "anchor_earlier" else ()
         target = out / name

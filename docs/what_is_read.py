@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from holdfast.data import images, items, readers
 from holdfast.data.streams import read_yaml
 
 PAGE = Path(__file__).with_name("what-is-read.md")
-# Modules whose tuples of (name, verdict, sentence) are tables of this page, where they are there.
+# Modules whose tuples of (name, verdict, sentence) are tables of this page.
 KINDS = ("holdfast.checkpoints.support",)
 
 
@@ -42,8 +41,6 @@ def checkpoints() -> list[str]:
     """Kinds of adapters and checkpoints, table by table."""
     found = []
     for place in KINDS:
-        if importlib.util.find_spec(place) is None:
-            continue
         module = importlib.import_module(place)
         for name, value in vars(module).items():
             if isinstance(value, tuple) and value and all(_is_kind(kind) for kind in value):

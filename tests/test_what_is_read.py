@@ -43,8 +43,7 @@ def test_every_table_of_the_code_is_on_the_page(maker: Any) -> None:
         assert f"`{key}`" in page, key
     for form in PICTURE_FORMS:
         assert form.name in page and form.sentence in page
-    if importlib.util.find_spec("holdfast.checkpoints.support") is not None:
-        assert "## Adapters" in page and "## Checkpoints" in page
+    assert "## Adapters" in page and "## Checkpoints" in page
 
 
 @pytest.mark.parametrize("mode", [mode for form in PICTURE_FORMS for mode in form.modes])

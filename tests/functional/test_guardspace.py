@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -69,3 +73,22 @@ def test_a_covariance_that_does_not_belong_or_saw_nothing_is_named(weight, input
         guarded_start(weight, torch.eye(13), rank=2)
     with pytest.raises(ValueError, match="covariance is zero"):
         guarded_start(weight, torch.zeros(14, 14), rank=2)
+
+
+@pytest.mark.parametrize("rows, columns", [(9, 14), (14, 9)])
+def test_the_start_is_that_of_cordas_knowledge_preserved_mode_in_peft(rows, columns, monkeypatch):
+    """Components by PEFT's code, on the same covariance, cut to the last ones as its "kpm" does."""
+    # PEFT's file takes a decorator from `attr`, which PEFT does not ask for.
+    monkeypatch.setitem(sys.modules, "attr", SimpleNamespace(dataclass=dataclasses.dataclass))
+    from peft import LoraConfig
+    from peft.tuners.lora.corda import collect_eigens_for_layer
+
+    g = torch.Generator().manual_seed(3)
+    linear = torch.nn.Linear(columns, rows, bias=False)
+    linear.weight.data.normal_(generator=g)
+    x = torch.randn(200, columns, generator=g)
+    linear.covariance_matrix = x.T @ x  # type: ignore[assignment]
+    theirs = collect_eigens_for_layer(linear, LoraConfig())
+    u, s, v = (part[..., -RANK:] for part in (theirs.U_WC, theirs.S_WC, theirs.V_WC))
+    ours = guarded_start(linear.weight.detach(), linear.covariance_matrix, rank=RANK)
+    torch.testing.assert_close(ours.lora_b @ ours.lora_a, (u * s @ v.T).detach(), rtol=1e-3, atol=1e-4)

@@ -7,11 +7,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from holdfast.data.types import Sample
 from holdfast.errors import CalibrationError, ConfigError
+from holdfast.functional.guardspace import guarded_start
 from holdfast.methods import get, safe_anchor
 from holdfast.methods._glue.lora_layers import live_factors, read_adapter
+from holdfast.methods.guardspace import GuardedLora
 from holdfast.methods.safe_anchor import anchored_adapter, mean_loss, top_directions
 from holdfast.models.encode import encode_training
 from holdfast.models.families import decoder_blocks, editable_linears
@@ -66,9 +69,9 @@ def test_safety_replay_mixes_the_same_refusals_into_every_task(ctx, asked, repea
     assert first[-mixed:] == learned[-mixed:] and all(i.startswith("no-") for i in learned[-mixed:])
 
 
-@pytest.mark.parametrize("name", ["safety_replay", "one_shot"])
+@pytest.mark.parametrize("name", ["safety_replay", "one_shot", "safe_anchor"])
 def test_what_learns_refusals_says_that_there_are_none(ctx, name):
-    with pytest.raises(CalibrationError, match=rf"{name} learns from safety calibration samples, and stream 'pico'"):
+    with pytest.raises(CalibrationError, match=rf"{name} needs safety calibration samples, and stream 'pico'"):
         get(name).check_stream(without_answers(ctx).stream)
 
 
@@ -163,6 +166,34 @@ def test_safe_anchor_repairs_what_drifted_and_says_so(ctx, monkeypatch, risen, a
     record = json.loads((ctx.work_dir / "safety.json").read_text())
     assert record["after"] == pytest.approx(risen * record["before"], rel=1e-4) and record["before"] > 0
     assert record["repaired"] is (adapters == 2) and len(trained.adapters) == adapters
+
+
+def test_a_guarded_lora_is_nothing_at_first_reads_nothing_of_what_was_seen_and_is_saved_as_it_acts(
+    ctx, pico_folder, tmp_path
+):
+    loaded = load(pico_folder, device="cpu")
+    g = torch.Generator().manual_seed(0)
+    seen = {}
+    for name, linear in editable_linears(loaded.model).items():
+        start = guarded_start(linear.weight.float(), torch.eye(linear.in_features), rank=2, energy=0.3)
+        seen[name] = start.seen
+        save_file({"a": start.lora_a, "b": start.lora_b, "seen": start.seen}, tmp_path / f"{name}.safetensors")
+    inputs = encode_training(loaded, list(ctx.stream.tasks[0].train[:2]))
+    plain = loaded.model(**inputs).logits.detach()
+    guarded = GuardedLora(loaded, tmp_path, TrainingConfig(rank=2, alpha=4, dropout=0.0))
+    torch.testing.assert_close(guarded(**inputs).logits.detach(), plain, rtol=1e-4, atol=1e-5)
+    state = {name: value + torch.randn(value.shape, generator=g) for name, value in guarded.state_dict().items()}
+    guarded.load_state_dict(state)
+    acts = guarded(**inputs).logits.detach()
+    assert float((acts - plain).abs().max()) > 1e-2
+    guarded.save_pretrained(str(tmp_path / "lora"))
+    assert guarded.unload() is loaded.model
+    updates = {f.name: f.update() for f in read_adapter(tmp_path / "lora")}
+    assert set(updates) == set(seen)
+    for name, linear in editable_linears(loaded.model).items():
+        assert float((updates[name] @ seen[name]).abs().max()) < 1e-4 * float(updates[name].abs().max())
+        linear.weight.data += updates[name]
+    torch.testing.assert_close(loaded.model(**inputs).logits.detach(), acts, rtol=1e-3, atol=1e-3)
 
 
 def test_osf_as_an_ordinary_lora_is_what_peft_changed(ctx, pico_folder):

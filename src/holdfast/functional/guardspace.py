@@ -39,7 +39,9 @@ def guarded_start(
 
     With W C = U S V^T, the `rank` components with the smallest singular values, taken back through C^-1, are what
     safety uses least: U_k S_k V_k^T C^-1 = B A, split evenly here (the factors' own scales follow from C, and may lie
-    many orders apart). `seen` is the fewest eigenvectors of C that hold `energy` of its trace.
+    many orders apart). That is the start of CorDA's knowledge-preserved mode (arXiv 2406.05223); PEFT has it for whole
+    models at once, with its own hooks for the covariances. `seen` is the fewest eigenvectors of C that hold `energy` of
+    its trace.
 
     Args:
         covariance: of the inputs; its scale does not matter. rank: of the adapter, at most min(r, c).

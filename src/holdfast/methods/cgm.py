@@ -17,7 +17,7 @@ from torch import Tensor
 from holdfast.errors import ConfigError
 from holdfast.methods._glue.lora_layers import carried, carry
 from holdfast.methods._glue.rule_options import part_of
-from holdfast.methods._glue.squared_gradients import mean_squared_gradients
+from holdfast.methods._glue.sample_gradients import mean_squared_gradients
 from holdfast.methods.seqft import SeqFT, SeqFTConfig, draw, step_seed
 from holdfast.rules.base import EditRule
 from holdfast.rules.cgm import CgmOptions, CgmRule

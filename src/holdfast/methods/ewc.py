@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import ConfigError
 from holdfast.methods._glue.lora_layers import Remembered, carried, carry
-from holdfast.methods._glue.squared_gradients import mean_squared_gradients
+from holdfast.methods._glue.sample_gradients import mean_squared_gradients
 from holdfast.methods.seqft import SeqFT, SeqFTConfig, draw, step_seed
 from holdfast.stream.protocol import Checkpoint, TaskContext
 

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from holdfast.calibration.walk import LayerGram, walk_grams
 from holdfast.checkpoints.merged import MergedCheckpoint, open_checkpoint
-from holdfast.errors import AdapterError, ConfigError
+from holdfast.errors import ConfigError
 from holdfast.files import atomic_path
 from holdfast.functional.guardspace import guarded_start, unseen
 from holdfast.methods.seqft import EditingConfig, SeqFT
 from holdfast.models.families import editable_linears
 from holdfast.models.held import load
 from holdfast.models.loaded import LoadedModel
+from holdfast.models.trained_state import TrainedState
 from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.training.training_config import TrainingConfig
 from holdfast.tuners.cram.folder import base_of, save_expert
@@ -89,7 +90,7 @@ class GuardSpace(SeqFT):
                 save_file({"a": start.lora_a, "b": start.lora_b, "seen": start.seen}, temporary)
 
 
-class GuardedLora(nn.Module):
+class GuardedLora(TrainedState):
     """The model with a guarded adapter in it; what the training loop needs of PEFT's interface.
 
     folder: `<linear>.safetensors` with "a" (k, in), "b" (out, k) and "seen" (in, m), of every linear that is tuned.
@@ -113,22 +114,6 @@ class GuardedLora(nn.Module):
         """The model's forward pass; the adapter is in its linears."""
         return self.model(**inputs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trained factors alone: a checkpoint of the trainer never holds the base."""
-        del args, kwargs
-        return {name: value.detach() for name, value in self._trained().items()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Take back what `state_dict` gave. Raises AdapterError: other tensors than are in training."""
-        del args, kwargs
-        own = self._trained()
-        if set(own) != set(state_dict):
-            raise AdapterError(f"The saved training state holds {len(state_dict)} tensors, expected {len(own)}.")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state_dict[name])
-        return nn.modules.module._IncompatibleKeys([], [])
-
     def save_pretrained(self, folder: str) -> None:
         """What the adapter changes, as an ordinary LoRA of twice its rank."""
         factors = {name: layer.factors() for name, layer in self._by_name.items()}
@@ -140,7 +125,8 @@ class GuardedLora(nn.Module):
             hook.remove()
         return self.model
 
-    def _trained(self) -> dict[str, nn.Parameter]:
+    def trained(self) -> dict[str, nn.Parameter]:
+        """A (k, in) and B (out, k) of every layer."""
         return {n: p for n, p in self.named_parameters() if n.startswith("layers.")}
 
 

@@ -7,7 +7,6 @@ A LoRA brings singular directions that the old weight has nothing like; they cos
 from __future__ import annotations
 
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from holdfast.errors import ConfigError
 from holdfast.methods.seqft import SeqFT, SeqFTConfig
 from holdfast.models.load import load
 from holdfast.stream.protocol import Checkpoint, TaskContext
+from holdfast.training.supervised import quiet_peft
 
 _REDUCED = "reduced"
 
@@ -56,9 +56,7 @@ class Intruders(SeqFT):
 
     def _reduce(self, ctx: TaskContext, adapter: Path, folder: Path) -> None:
         model = load(ctx.previous, dtype="float32").model
-        with warnings.catch_warnings():
-            # As in `training.supervised`: PEFT asks transformers for an attribute that was renamed.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        with quiet_peft():
             tuned = PeftModel.from_pretrained(model, str(adapter))
             reduce_intruder_dimension(
                 tuned,

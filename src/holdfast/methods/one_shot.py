@@ -7,15 +7,14 @@ refusal is theta_0's own answer to one of the stream's safety calibration prompt
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from holdfast.data.types import Stream
 from holdfast.errors import ConfigError
 from holdfast.methods._glue.refusals import refusals
-from holdfast.methods.seqft import SeqFT, SeqFTConfig, draw, step_seed
-from holdfast.models.held import load
+from holdfast.methods._glue.repair import repaired
+from holdfast.methods.seqft import SeqFT, SeqFTConfig, draw
 from holdfast.stream.protocol import Checkpoint, TaskContext
-from holdfast.training.supervised import train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,22 +47,7 @@ class OneShot(SeqFT):
         """The previous checkpoint under the task's adapter and that of the repair."""
         tuned = super().train_task(ctx)
         shots = draw(refusals(ctx.stream, self.name), self.config.refusals, ctx.seed)
-        config = replace(
-            self.config.training,
-            learning_rate=self.config.learning_rate,
-            schedule="constant",
-            warmup_ratio=0.0,
-            max_steps=self.config.epochs,
-            batch_size=len(shots),
-            micro_batch_size=None,
-            save_steps=None,
+        learning_rate = self.config.learning_rate
+        return repaired(
+            ctx, tuned, shots, self.config, steps=self.config.epochs, batch_size=len(shots), learning_rate=learning_rate
         )
-        repaired = train(
-            load(tuned, dtype=self.config.train_dtype),
-            shots,
-            config,
-            work_dir=ctx.scratch_dir / "repair",
-            seed=step_seed(ctx),
-            progress=ctx.progress,
-        )
-        return Checkpoint(base=tuned.base, adapters=(*tuned.adapters, str(repaired.adapter)))

@@ -9,8 +9,7 @@ half of them, stays the same here. `training.rank` and alpha are not used: every
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from holdfast.models.families import editable_linears
 from holdfast.models.load import load
 from holdfast.models.loaded import LoadedModel
 from holdfast.stream.protocol import Checkpoint, TaskContext
+from holdfast.training.supervised import quiet_peft
 from holdfast.training.training_config import TrainingConfig
 from holdfast.tuners.cram.folder import base_of, save_expert
 
@@ -61,36 +61,37 @@ class Osf(SeqFT):
             # In the dtype it was trained in: the split is made anew, and must be the one that the training saw.
             loaded = load(ctx.previous, dtype=self.config.train_dtype)
             base = base_of(loaded)["base"]
-            with _quiet():
-                tuned = PeftModel.from_pretrained(loaded.model, trained.adapters[-1])
-            save_expert(out, {name: (a, b) for name, a, b in lora_factors(tuned)}, base=base)
+            model = self._adapter(loaded, self.config.training)
+            first = split_of(model)
+            with quiet_peft():
+                model.load_adapter(trained.adapters[-1], _ADAPTER)
+            save_expert(out, {name: (a, b) for name, a, b in lora_factors(first, split_of(model))}, base=base)
         return Checkpoint(base=trained.base, adapters=(*trained.adapters[:-1], str(out)))
 
     def _adapter(self, loaded: LoadedModel, config: TrainingConfig) -> PeftModel:
         osf = PeftConfig(effective_rank=self.config.kept, target_modules=list(editable_linears(loaded.model)))
-        with _quiet():
+        with quiet_peft():
             return get_peft_model(loaded.model, osf)  # type: ignore[return-value]
 
 
-def lora_factors(model: PeftModel) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(linear name, A (2 r, in), B (out, 2 r)) of every layer's change: B A is U S V minus what it was at first.
-
-    r: the tuned rank of a layer. In fp32 on the CPU.
-    """
+def split_of(model: PeftModel) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Linear name -> what is tuned of it: U (out, r), S (r,), V (r, in), copied to the CPU in fp32."""
+    found = {}
     for name, layer in model.named_modules():
-        if not isinstance(layer, OSFLayer):
-            continue
-        now: Any = layer.osf_svd_params[_ADAPTER]
-        u, s, v = (now[key].detach().float().cpu() for key in ("U_low", "S_low", "V_low"))
-        first = (layer._osf_U_low_init, layer._osf_S_low_init, layer._osf_V_low_init)
-        u0, s0, v0 = (kept[_ADAPTER].detach().float().cpu() for kept in first)
-        yield name.removeprefix(_PREFIX), torch.cat([v, v0]), torch.cat([u * s, -u0 * s0], dim=1)
+        if isinstance(layer, OSFLayer):
+            parts: Any = layer.osf_svd_params[_ADAPTER]
+            u, s, v = (parts[key].detach().to("cpu", torch.float32, copy=True) for key in ("U_low", "S_low", "V_low"))
+            found[name.removeprefix(_PREFIX)] = (u, s, v)
+    return found
 
 
-class _quiet(warnings.catch_warnings):  # noqa: N801 (a context manager, used as a function)
-    """Without the warning of PEFT's that `training.supervised` silences too."""
+def lora_factors(
+    first: Mapping[str, tuple[Tensor, Tensor, Tensor]], now: Mapping[str, tuple[Tensor, Tensor, Tensor]]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(linear name, A (2 r, in), B (out, 2 r)) of every layer's change: B A is U S V now minus what it was at first.
 
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return entered
+    r: the tuned rank of a layer.
+    """
+    for name, (u, s, v) in now.items():
+        u0, s0, v0 = first[name]
+        yield name, torch.cat([v, v0]), torch.cat([u * s, -u0 * s0], dim=1)

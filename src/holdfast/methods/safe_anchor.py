@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,13 @@ from holdfast.files import atomic_path, write_json
 from holdfast.functional.guardspace import unseen
 from holdfast.methods._glue.lora_layers import live_factors
 from holdfast.methods._glue.refusals import refusals
-from holdfast.methods.seqft import SeqFT, SeqFTConfig, draw, step_seed
-from holdfast.models.encode import encode_training
-from holdfast.models.families import editable_linears
+from holdfast.methods._glue.repair import repaired
+from holdfast.methods._glue.sample_gradients import answer_loss, sample_gradients
+from holdfast.methods.seqft import SeqFT, SeqFTConfig, draw
 from holdfast.models.held import load
 from holdfast.models.loaded import LoadedModel
 from holdfast.stream.protocol import Checkpoint, TaskContext
-from holdfast.training.supervised import lora_adapter, train
+from holdfast.training.supervised import lora_adapter
 from holdfast.training.training_config import TrainingConfig
 
 _SUBSPACES, _RECORD = "safety-subspaces.safetensors", "safety.json"
@@ -85,7 +85,10 @@ class SafeAnchor(SeqFT):
         after = mean_loss(load(tuned, dtype=self.config.train_dtype), safe)
         drifted = after > before * (1 + self.config.tolerance)
         write_json(ctx.work_dir / _RECORD, {"before": before, "after": after, "repaired": drifted})
-        return self._repaired(ctx, tuned, safe) if drifted else tuned
+        if not drifted:
+            return tuned
+        size = min(self.config.training.batch_size, len(safe))
+        return repaired(ctx, tuned, safe, self.config, steps=self.config.repair_steps, batch_size=size)
 
     def training_options(self, ctx: TaskContext) -> dict[str, Any]:
         """An adapter whose gradients keep off the safety subspaces."""
@@ -93,50 +96,20 @@ class SafeAnchor(SeqFT):
         return {"adapter": lambda loaded, config: anchored_adapter(loaded, config, subspaces)}
 
     def _subspaces(self, ctx: TaskContext, safe: Sequence[Sample]) -> tuple[dict[str, Tensor], float]:
-        loaded = load(ctx.previous, dtype="float32")
-        weights = {name: linear.weight for name, linear in editable_linears(loaded.model).items()}
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        outputs = {n: w.new_zeros(w.shape[0], w.shape[0], dtype=torch.float32) for n, w in weights.items()}
-        inputs = {n: w.new_zeros(w.shape[1], w.shape[1], dtype=torch.float32) for n, w in weights.items()}
+        outputs: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {}
         total = 0.0
-        for number, sample in enumerate(safe, 1):
-            loaded.model.zero_grad()
-            loss = loaded.model(**_encoded(loaded, sample)).loss
-            loss.backward()
-            total += float(loss.detach())
+        for weights, loss in sample_gradients(ctx, ctx.previous, safe):
+            total += loss
             for name, weight in weights.items():
+                if name not in outputs:
+                    outputs[name], inputs[name] = (weight.new_zeros(size, size) for size in weight.shape)
                 if weight.grad is not None:
                     outputs[name] += weight.grad @ weight.grad.T
                     inputs[name] += weight.grad.T @ weight.grad
-            ctx.progress("calibrate", done=number, total=len(safe))
-        # As it came: the same model is trained next.
-        loaded.model.requires_grad_(False)
-        loaded.model.zero_grad(set_to_none=True)
         found = {f"{name}/out": top_directions(value, self.config.directions) for name, value in outputs.items()}
         found |= {f"{name}/in": top_directions(value, self.config.directions) for name, value in inputs.items()}
         return {name: value.cpu().contiguous() for name, value in found.items()}, total / len(safe)
-
-    def _repaired(self, ctx: TaskContext, tuned: Checkpoint, safe: Sequence[Sample]) -> Checkpoint:
-        size = min(self.config.training.batch_size, len(safe))
-        steps = replace(
-            self.config.training,
-            max_steps=self.config.repair_steps,
-            batch_size=size,
-            micro_batch_size=None,
-            schedule="constant",
-            warmup_ratio=0.0,
-            save_steps=None,
-        )
-        repaired = train(
-            load(tuned, dtype=self.config.train_dtype),
-            safe,
-            steps,
-            work_dir=ctx.scratch_dir / "repair",
-            seed=step_seed(ctx),
-            progress=ctx.progress,
-        )
-        return Checkpoint(base=tuned.base, adapters=(*tuned.adapters, str(repaired.adapter)))
 
 
 def top_directions(square: Tensor, count: int) -> Tensor:
@@ -165,11 +138,7 @@ def anchored_adapter(loaded: LoadedModel, config: TrainingConfig, subspaces: Map
 def mean_loss(loaded: LoadedModel, samples: Sequence[Sample]) -> float:
     """Mean over samples of the loss on the answer."""
     with torch.no_grad():
-        return sum(float(loaded.model(**_encoded(loaded, sample)).loss) for sample in samples) / len(samples)
-
-
-def _encoded(loaded: LoadedModel, sample: Sample) -> dict[str, Tensor]:
-    return {name: value.to(loaded.device) for name, value in encode_training(loaded, [sample]).items()}
+        return sum(float(answer_loss(loaded, sample)) for sample in samples) / len(samples)
 
 
 def _stored_loss(path: Path) -> float:

@@ -20,6 +20,7 @@ from holdfast.data.types import Sample, Stream
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.errors import CalibrationError, ConfigError, unknown_name
 from holdfast.files import write_json
+from holdfast.methods._glue.refusals import refusals
 from holdfast.models.held import load
 from holdfast.rules.base import EditRule
 from holdfast.rules.keep import KeepUpdate
@@ -208,13 +209,7 @@ def safety_answers(stream: Stream, config: EditingConfig, name: str) -> list[Sam
 
     name: of the method that asks.
     """
-    safety = list(stream.safety_calibration)[: config.safety_samples]
-    if not safety:
-        raise CalibrationError(
-            f"{name} needs safety calibration samples, and stream {stream.name!r} has none. Give the stream "
-            "`safety_calibration` prompts (theta_0 answers them itself)."
-        )
-    return safety
+    return refusals(stream, name)[: config.safety_samples]
 
 
 def safety_set(stream: Stream, config: EditingConfig, name: str) -> list[Sample]:

@@ -82,10 +82,16 @@ def lora_adapter(loaded: LoadedModel, config: TrainingConfig, blocks: Collection
         target_modules=list(editable_linears(loaded.model, blocks)),
         bias="none",
     )
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 for an attribute that was renamed.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    with quiet_peft():
         return get_peft_model(loaded.model, lora)  # type: ignore[return-value]
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warning that PEFT 0.21 asks transformers 5.23 for an attribute that was renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 def train(

@@ -38,7 +38,7 @@ def step(training, extras, samples):
 
 
 def gradients(training):
-    return {n: p.grad.clone() for n, p in training._trained().items() if p.grad is not None}
+    return {n: p.grad.clone() for n, p in training.trained().items() if p.grad is not None}
 
 
 def test_gradient_reaches_every_trained_factor_and_nothing_else(make, requests):  # (e), (f)
@@ -48,7 +48,7 @@ def test_gradient_reaches_every_trained_factor_and_nothing_else(make, requests):
     (loss + penalty).backward()
     grads = gradients(training)
     assert len(grads) == 2 * len(training.cram.layers) and all(g.any() for g in grads.values())
-    trained = {id(p) for p in training._trained().values()}
+    trained = {id(p) for p in training.trained().values()}
     assert all(p.grad is None for p in training.model.parameters() if id(p) not in trained)
     assert {id(p) for p in training.parameters() if p.requires_grad} == trained
     for name, tensor in training.model.state_dict().items():
@@ -270,7 +270,7 @@ def test_state_holds_the_trained_factors_alone_and_loads_back(make, requests):
     state = {k: v.clone() for k, v in training.state_dict().items()}
     assert len(state) == 2 * len(training.cram.layers)
     with torch.no_grad():
-        for p in training._trained().values():
+        for p in training.trained().values():
             p.zero_()
     training.load_state_dict(state)
     assert all(torch.equal(v, state[k]) for k, v in training.state_dict().items())

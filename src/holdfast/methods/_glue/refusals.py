@@ -1,4 +1,4 @@
-"""theta_0's safe answers as training samples, for methods that learn from them."""
+"""theta_0's safe answers as samples, for methods that learn from them or calibrate on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def refusals(stream: Stream, name: str) -> list[Sample]:
     found = list(stream.safety_calibration)
     if not found:
         raise CalibrationError(
-            f"{name} learns from safety calibration samples, and stream {stream.name!r} has none. Give the stream "
+            f"{name} needs safety calibration samples, and stream {stream.name!r} has none. Give the stream "
             "`safety_calibration` prompts (theta_0 answers them itself)."
         )
     return found

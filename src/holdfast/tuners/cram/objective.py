@@ -19,6 +19,7 @@ from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, DataError
 from holdfast.functional.cram import column_basis, orthogonality_penalty, row_basis
 from holdfast.models.families import decoder_blocks
+from holdfast.models.trained_state import TrainedState
 from holdfast.tuners.cram.folder import base_for_peft, save_expert
 from holdfast.tuners.cram.layer import ExpertPass
 from holdfast.tuners.cram.model import Cram, Factors
@@ -44,7 +45,7 @@ def buffer_factors(cram: Cram, *, seed: int) -> dict[str, tuple[Tensor, Tensor]]
     return factors
 
 
-class CramTraining(nn.Module):
+class CramTraining(TrainedState):
     """The model with trained factors in it. `unload` takes them and CRAM off again.
 
     card: of the task being learned; its group is settled. stable: False in the warm-up.
@@ -167,26 +168,8 @@ class CramTraining(nn.Module):
             found[p.name] = (_whole(p.trained_a), _whole(p.trained_b) * p.factor)
         return found
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trained tensors alone, detached: a checkpoint of the trainer never holds the base."""
-        del args, kwargs
-        return {name: value.detach() for name, value in self._trained().items()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Take back the trained tensors that `state_dict` gave; everything else is the base's.
-
-        Raises: AdapterError: other tensors than are in training.
-        """
-        del args, kwargs
-        own = self._trained()
-        if set(own) != set(state_dict):
-            raise AdapterError(f"The saved training state holds {len(state_dict)} tensors, expected {len(own)}.")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state_dict[name])
-        return nn.modules.module._IncompatibleKeys([], [])
-
-    def _trained(self) -> dict[str, nn.Parameter]:
+    def trained(self) -> dict[str, nn.Parameter]:
+        """A (rank, in) and B (out, rank) of the new expert, and a centroid where one is learned."""
         found: dict[str, nn.Parameter] = {}
         for p in self.cram.layers:
             assert p.trained_a is not None and p.trained_b is not None
