@@ -483,11 +483,12 @@ class _Run:
 
 
 def _add_to_card(folder: Path, record: Mapping[str, Any]) -> None:
-    """Before, tuned, restored: appended to the model card that the editor wrote."""
+    """Before, tuned, restored: the first section of the model card that the editor wrote."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    head, section, rest = text.partition("\n## ")
     with atomic_path(path) as temporary:
-        temporary.write_text(f"{text.rstrip()}\n\n{card_section(record)}", encoding="utf-8")
+        temporary.write_text(f"{head.rstrip()}\n\n{card_section(record)}{section}{rest}", encoding="utf-8")
 
 
 def _plan(
