@@ -32,7 +32,7 @@ def command(
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Check schema, ids, answers, images, aliases, counts, licences and memory. Exit code 1 when a run would fail."""
+    """Check a stream's or run's data, pictures, answers and memory before it starts. Exit code 1: a run would fail."""
     import json
     from dataclasses import replace
 

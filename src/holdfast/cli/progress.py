@@ -38,8 +38,8 @@ class _Work:
 class Shown:
     """Lines of work by their names, each in one phase at a time; a context manager.
 
-    On a terminal a bar each. Elsewhere a line when a phase begins, one a minute while it goes on, one when it ends; also
-    where the work itself says nothing for longer (a large model is read, one batch takes its time).
+    On a terminal a bar each. Elsewhere a line when a phase begins, one a minute while it goes on, one when it ends;
+    also where the work itself says nothing for longer (a large model is read, one batch takes its time).
 
     console: by default stderr. columns: of the bars. quiet: show nothing (a process that is not the chief).
     clock: seconds, for the lines.

@@ -19,6 +19,7 @@ def command(
     from rich.live import Live
     from rich.table import Table
 
+    from holdfast.cli.progress import Shown
     from holdfast.cli.terminal import Console
     from holdfast.errors import RunError
     from holdfast.experiment.sweep import read_grid, sweep
@@ -35,11 +36,18 @@ def command(
         return shown
 
     console = Console()
-    with Live(table(), console=console, auto_refresh=False) as live:
+    # In a log, lines: the table comes once, at the end.
+    lines = Shown(quiet=console.is_terminal)
+    with Live(table(), console=console, auto_refresh=False) as live, lines:
 
         def progress(event: str, *, name: str, state: str, **rest: Any) -> None:
             states[name] = state
             live.update(table(), refresh=console.is_terminal)
+            if state == "running":
+                lines.at(name, doing=state)
+            else:
+                lines.finish(name)
+                lines.say_line(f"{name}: {state}")
 
         found = sweep(cells, out or Path("runs") / grid.stem, jobs=jobs, retries=retries, progress=progress)
     failed = [result for result in found if result.state == "failed"]
