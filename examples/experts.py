@@ -11,13 +11,13 @@ from holdfast.tiny import model_path
 from holdfast.tiny.stream import StreamSize, write_stream
 from holdfast.tuners.cram.folder import open_folder
 
-size = StreamSize(train=64, test=4, validation=1, safety=1, safety_validation=1, calibration=8)
+size = StreamSize(train=64, test=2, validation=1, safety=1, safety_validation=1, calibration=4)
 stream = write_stream("example-tasks", seed=0, size=size, task_names=["classify", "digits"])
 run = {
     "model": str(model_path("aligned")),
     "stream": str(stream),
     "methods": ["cram"],
-    "defaults": {"training": {"learning_rate": 4e-3, "max_steps": 10, "batch_size": 8, "dropout": 0.0}},
+    "defaults": {"training": {"learning_rate": 4e-3, "max_steps": 4, "batch_size": 8, "dropout": 0.0}},
     "evaluation": {"judges": [{"name": "keyword"}], "limit": 1, "limit_between": 0},
     "store_dtype": "float32",
     "threads": 1,

@@ -9,11 +9,11 @@ from holdfast import experiment
 from holdfast.tiny import model_path
 from holdfast.tiny.stream import StreamSize, write_stream
 
-size = StreamSize(train=64, test=8, validation=1, safety=4, safety_validation=1, calibration=8)
-stream = write_stream("example-stream", seed=0, size=size, task_names=["classify", "digits"])
+size = StreamSize(train=96, test=6, validation=1, safety=2, safety_validation=1, calibration=4)
+stream = write_stream("example-stream", seed=0, size=size, task_names=["classify", "tally"])
 
-# What a run file says, as plain data. Four optimizer steps a task: enough to see it work, not to mean anything.
-training = {"rank": 16, "alpha": 32, "dropout": 0.0, "learning_rate": 7e-4, "max_steps": 4, "batch_size": 8}
+# What a run file says, as plain data. Twelve optimizer steps a task: enough to see it work, not to mean anything.
+training = {"rank": 16, "alpha": 32, "dropout": 0.0, "learning_rate": 2e-3, "max_steps": 12, "batch_size": 8}
 run = {
     "model": str(model_path("aligned")),
     "stream": str(stream),

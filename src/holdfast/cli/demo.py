@@ -8,14 +8,14 @@ from typing import Annotated, Any
 import typer
 
 # Sizes for five minutes on two cores without bf16 instructions: half of the batch and two thirds of the steps of the
-# published table (`holdfast.tiny.stream.SETTINGS`), and a fifth of its questions. Enough that plain tuning loses what
+# published table (`holdfast.tiny.stream.SETTINGS`), and a sixth of its questions. Enough that plain tuning loses what
 # it loses there; the intervals say how sure each figure is.
 STEPS, BATCH = 40, 8
-PROMPTS = {"test": 40, "safety": 40}
+PROMPTS = {"test": 32, "safety": 36}
 QUICK_PROMPTS = {"test": 24, "safety": 16}
 QUICK_TASKS = ("classify", "caption", "guide")
 # Task samples that an edit takes its statistics from.
-CALIBRATED_ON = 64
+CALIBRATED_ON = 48
 # Requests in a batch: a pass of so small a model costs the same for one request as for sixty.
 ANSWERED_AT_ONCE = 60
 
@@ -32,7 +32,7 @@ def command(
     harmful: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of harmful samples hidden in every task's training data.")
     ] = 0.01,
-    jobs: Annotated[int, typer.Option(min=1, help="So many methods at once, a thread and about 0.6 GB each.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="So many methods at once, a thread and half a gigabyte each.")] = 1,
     as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
 ) -> dict[str, Any]:
     """Tune a small safety-aligned model on six tasks; show what plain tuning loses and what two edits give back."""
