@@ -37,7 +37,7 @@ def command(
     probe_task: Annotated[Path | None, typer.Option(help="Task samples to measure on; part of --task.")] = None,
     target_asr: Annotated[
         str | None,
-        typer.Option(help="Most forbidden requests that may go unrefused, such as 3%; without it the knee is taken."),
+        typer.Option(help="Most forbidden requests that may go unrefused, such as 3%; else the best trade-off."),
     ] = None,
     max_over_refusal: Annotated[str | None, typer.Option(help="Most harmless requests that may be refused.")] = None,
     max_drop: Annotated[

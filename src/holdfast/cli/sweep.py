@@ -15,7 +15,7 @@ def command(
     retries: Annotated[int, typer.Option(min=0, help="How often a cell whose process died is started again.")] = 2,
     as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
 ) -> dict[str, Any]:
-    """Run every cell of a grid, side by side. Finished cells are kept, killed ones resume."""
+    """Repeat a run with other seeds, methods or options, side by side. Finished runs are kept, killed ones resume."""
     from rich.live import Live
     from rich.table import Table
 
