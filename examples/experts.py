@@ -11,7 +11,7 @@ from holdfast.tiny import model_path
 from holdfast.tiny.stream import StreamSize, write_stream
 from holdfast.tuners.cram.folder import open_folder
 
-size = StreamSize(train=64, test=2, validation=1, safety=1, safety_validation=1, calibration=4)
+size = StreamSize(train=64, test=2, validation=1, safety=1, safety_validation=1, calibration=8)
 stream = write_stream("example-tasks", seed=0, size=size, task_names=["classify", "digits"])
 run = {
     "model": str(model_path("aligned")),

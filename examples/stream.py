@@ -9,7 +9,7 @@ from holdfast import experiment
 from holdfast.tiny import model_path
 from holdfast.tiny.stream import StreamSize, write_stream
 
-size = StreamSize(train=96, test=6, validation=1, safety=2, safety_validation=1, calibration=4)
+size = StreamSize(train=96, test=6, validation=1, safety=2, safety_validation=1, calibration=8)
 stream = write_stream("example-stream", seed=0, size=size, task_names=["classify", "tally"])
 
 # What a run file says, as plain data. Twelve optimizer steps a task: enough to see it work, not to mean anything.

@@ -79,6 +79,9 @@ QUICKER = {
     r"\btest=\d+, ": "test=1, ",
     r"\bsafety=\d+, ": "safety=1, ",
     r"\b0\.1,0\.35,0\.8\b": "0.35",
+    # One report of a run is enough: its pictures cost as much as the run.
+    r"(--out team/run)\b": r"\1 --no-report",
+    r"(--out lab/run --method seqft)\b": r"\1 --no-report",
     r"--probes 16 --task-samples 32": "--probes 4 --task-samples 12",
 }
 
