@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -16,11 +18,13 @@ from typing import Any
 import pytest
 import typer.main
 
+from holdfast import judges, scorers
 from holdfast.cli import VERBS, app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # Written for readers: pages of the documentation, and what lies beside the code.
 PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
 GROUP: Any = typer.main.get_command(app)
@@ -69,10 +73,16 @@ def reference() -> Any:
 
 # Each as it stands, but for how long it tunes, how many strengths it tries and how many questions it asks.
 QUICKER = {
-    r"\bmax_steps: 6\b": "max_steps: 1",
-    r"\btest=\d+, ": "test=2, ",
-    r"\bsafety=\d+, ": "safety=2, ",
+    r"\bmax_steps: \d+, batch_size: 16": "max_steps: 1, batch_size: 4",
+    r"\bmax_steps: 20\b": "max_steps: 4",
+    r"\bguard_requests: 16\b": "guard_requests: 4",
+    r"\btest=\d+, ": "test=1, ",
+    r"\bsafety=\d+, ": "safety=1, ",
     r"\b0\.1,0\.35,0\.8\b": "0.35",
+    # One report of a run is enough: its pictures cost as much as the run.
+    r"(--out team/run)\b": r"\1 --no-report",
+    r"(--out lab/run --method seqft)\b": r"\1 --no-report",
+    r"--probes 16 --task-samples 32": "--probes 4 --task-samples 12",
 }
 
 
@@ -101,6 +111,26 @@ def test_every_block_of_a_tutorial_runs(page: Path, tmp_path: Path, monkeypatch:
             (tmp_path / block.file).write_text(quicker(block.text) + "\n", encoding="utf-8")
         run += 1
     assert run >= 4
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
+def test_an_example_runs_as_it_stands(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    text = script.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 40 and f"python examples/{script.name}" in (
+        ast.get_docstring(ast.parse(text)) or ""
+    )
+    monkeypatch.chdir(tmp_path)
+    before = set(judges.JUDGES), set(scorers.SCORERS)
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:  # what a script registers is its own
+        for table, known in zip((judges.JUDGES, scorers.SCORERS), before, strict=True):
+            for name in set(table) - known:
+                del table[name]
+    assert capsys.readouterr().out.strip()
 
 
 def test_what_makes_the_tutorials_quicker_is_in_them() -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import fake_run
-from holdfast.cli import VERBS, app, choices, environment
+from holdfast.cli import GROUPS, VERBS, app, choices, environment
 from holdfast.cli.console import summary_table
 from holdfast.cli.panels import PANELS
 
@@ -70,6 +70,9 @@ def test_an_option_has_one_panel_and_none_is_there_for_nothing() -> None:
 def test_the_first_page_names_every_verb_with_its_sentence() -> None:
     text = shown()
     assert "…" not in text and all(f"│ {verb} " in text for verb in VERBS)
+    # Each under one heading, in the order of the README's doors.
+    assert sorted(verb for verbs in GROUPS.values() for verb in verbs) == sorted(VERBS)
+    assert [text.index(f"─ {heading} ─") for heading in GROUPS] == sorted(text.index(f"─ {h} ─") for h in GROUPS)
 
 
 @pytest.mark.parametrize(

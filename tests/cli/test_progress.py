@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +106,36 @@ def test_a_run_tells_every_phase_of_every_task(log: Any) -> None:
     assert "seqft: a (1/2): learning: done after 0:02:30" in said
     assert "seqft: b (2/2): asking: done after 0:00:00" in said
     assert said[-1] == "seqft: task 2 of 2 (b) done"
+
+
+@pytest.mark.parametrize("begun, told", [(True, "load: at work for 0:00:00"), (False, "at work")])
+def test_work_that_reports_nothing_is_told_of_all_the_same(begun: bool, told: str) -> None:
+    """A large model is read, one batch takes minutes: no call of `progress` comes meanwhile."""
+    out = io.StringIO()
+    with Shown(console=Console(file=out, width=40), every_s=0.04) as shown:
+        if begun:
+            shown.at("load")
+        until = time.monotonic() + 5
+        while told not in out.getvalue() and time.monotonic() < until:
+            time.sleep(0.01)
+    said = [re.sub(r"^\[.*?\] ", "", line) for line in out.getvalue().splitlines()]
+    assert told in said
+    time.sleep(0.05)
+    assert len(out.getvalue().splitlines()) == len(said)  # nothing after its end
+
+
+@pytest.mark.parametrize("silent_s, lines_due", [(44, 0), (45, 1), (60, 1)])
+def test_no_minute_of_silence(log: Any, silent_s: int, lines_due: int) -> None:
+    lines, clock = log
+    with Shown() as shown:
+        shown.at("asking", done=3, total=9)
+        clock.now += silent_s
+        shown._tell_silent()
+        shown._tell_silent()  # said once
+    said = [line for line in lines() if "at work" in line]
+    assert [re.sub(r"^\[.*?\] ", "", line) for line in said] == [
+        f"asking: 3 of 9, at work for 0:{silent_s // 60:02}:{silent_s % 60:02}"
+    ] * lines_due
 
 
 def test_a_quiet_process_and_a_terminal_write_no_lines(capsys: pytest.CaptureFixture[str]) -> None:

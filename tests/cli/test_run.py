@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import pico
 from holdfast import experiment
 from holdfast.cli import app
+from holdfast.experiment.sweep import CellResult
 from holdfast.methods import METHODS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -27,13 +28,43 @@ def test_run_shows_a_table_and_says_where_to_look(tmp_path, pico_folder):
     assert summary["methods"]["seqft"]["complete"] and summary["name"] == "pico"
 
 
+def test_with_json_stdout_of_a_run_holds_the_result_and_nothing_else(tmp_path, pico_folder):
+    file = pico.run_file(tmp_path, pico_folder)
+    out = tmp_path / "out"
+    ran = CliRunner().invoke(app, ["run", str(file), "--out", str(out), "--method", "seqft", "--no-report", "--json"])
+    assert ran.exit_code == 0 and json.loads(ran.stdout)["methods"]["seqft"]["complete"], ran.output
+    assert "asking: begins" in ran.stderr
+    told = CliRunner().invoke(app, ["doctor", str(file), "--json"])
+    assert told.exit_code == 0 and json.loads(told.stdout)["ok"], told.output
+
+
+def test_a_sweep_writes_lines_in_a_log_and_its_result_alone_with_json(tmp_path, pico_folder, monkeypatch):
+    def fake(cells, out, *, jobs, retries, progress):
+        for cell, state in zip(cells, ("kept", "finished"), strict=True):
+            if state != "kept":
+                progress("cell", name=cell.name, state="running", done=None, total=2)
+            progress("cell", name=cell.name, state=state, done=1, total=2)
+        return [CellResult(name=cell.name, state="finished") for cell in cells]
+
+    monkeypatch.setattr("holdfast.experiment.sweep.sweep", fake)
+    file = pico.run_file(tmp_path, pico_folder)
+    (tmp_path / "grid.yaml").write_text(f"run: {file.name}\nvary: {{seed: [0, 1]}}\n")
+    told = CliRunner().invoke(app, ["sweep", str(tmp_path / "grid.yaml"), "--json"])
+    assert told.exit_code == 0, (told.output, told.exception)
+    assert [cell["name"] for cell in json.loads(told.stdout)["cells"]] == ["seed=0", "seed=1"]
+    for line in ("seed=0: kept", "seed=1: running: begins", "seed=1: finished"):
+        assert line in told.stderr
+
+
 @pytest.mark.parametrize(
     "what, some", [("methods", "hpa_eps"), ("scorers", "anls"), ("judges", "keyword"), ("streams", "tiny")]
 )
 def test_list_shows_every_name_with_a_line_about_it(what, some):
     result = CliRunner().invoke(app, ["list", what])
     assert result.exit_code == 0, result.output
-    rows = [line.split("  ", 1) for line in result.output.splitlines()]
+    lines = result.output.splitlines()
+    assert max(map(len, lines)) <= 80  # in a log; on a terminal as wide as it is
+    rows = [line.split("  ", 1) for line in lines if not line.startswith(" ")]  # what is indented goes on
     assert some in {row[0].strip() for row in rows}
     assert all(len(row) == 2 and row[1].strip() for row in rows)
     if what == "methods":

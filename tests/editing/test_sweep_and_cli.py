@@ -131,6 +131,28 @@ def own_calibration(world, folder, out, *options):
     return run("edit", world.before, world.adapter, "--out", out, "--no-verify", *sets, *options)
 
 
+@pytest.mark.parametrize(
+    "words, key",
+    [
+        ("calibrate BEFORE --after ADAPTER --safety S --task T --out C2", "layers"),
+        ("calibrate-grams BEFORE --after ADAPTER --safety S --task T --out G", "tokens"),
+        ("edit BEFORE ADAPTER --calibration C --out E --no-verify", "rule"),
+        ("sweep-edit BEFORE ADAPTER --calibration C --keep 5..15", "rows"),
+        ("restore BEFORE ADAPTER --safety S --task T --out R --dry-run", "total_seconds"),
+        ("push ADAPTER owner/name --base owner/base --dry-run", "files"),
+    ],
+)
+def test_with_json_stdout_holds_the_result_and_nothing_else(words, key, world, tmp_path):
+    world.curvature.save(tmp_path / "c.safetensors")
+    write_sets(tmp_path)
+    places = {"BEFORE": world.before, "ADAPTER": world.adapter, "C": tmp_path / "c.safetensors"}
+    places |= {"S": tmp_path / "safety.jsonl", "T": tmp_path / "task.jsonl"}
+    places |= {name: tmp_path / name for name in ("C2", "G", "E", "R")}
+    result = run(*(places.get(word, word) for word in words.split()), "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert key in json.loads(result.stdout), result.stdout[:500]
+
+
 def test_edits_own_calibration_is_kept_and_reused_while_its_inputs_are_the_same(world, tmp_path, monkeypatch):
     made = own_calibration(world, tmp_path, tmp_path / "out", "--export", "adapter")
     assert made.exit_code == 0, (made.output, made.exception)

@@ -42,6 +42,16 @@ VERBS: dict[str, str] = {
     "push": "holdfast.cli.push",
 }
 
+# Heading of `holdfast --help` -> the verbs below it, in the order of the README's doors.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Look around": ("demo", "example", "doctor", "list"),
+    "Deploy a tuned model": ("restore", "gate", "serve", "push"),
+    "Tune task after task": ("init", "plan", "run", "sweep", "report", "new"),
+    "Evaluate": ("evaluate", "score", "label"),
+    "The edit, step by step": ("calibrate", "calibrate-data", "calibrate-grams", "edit", "sweep-edit", "inspect"),
+    "Experts (CRAM)": ("route", "merge-experts", "export-router", "check-served"),
+}
+
 app = typer.Typer(
     name="holdfast",
     help="Tune a multimodal LLM again and again, and hold fast to what it knows and what it refuses.",
@@ -55,8 +65,10 @@ app.callback()(root)
 
 
 def _register() -> None:
-    for verb, module in VERBS.items():
-        app.command(name=verb, cls=PanelledCommand)(importlib.import_module(module).command)
+    for heading, verbs in GROUPS.items():
+        for verb in verbs:
+            command = importlib.import_module(VERBS[verb]).command
+            app.command(name=verb, cls=PanelledCommand, rich_help_panel=heading)(command)
 
 
 _register()

@@ -16,7 +16,7 @@ def command(
     model: Annotated[Path | None, typer.Option(help="Model folder: estimate memory for it.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size of the memory estimate.")] = 1,
     images: Annotated[
-        int, typer.Option(min=0, help="Decode so many images of each split; that it is there is asked of every one.")
+        int, typer.Option(min=0, help="Open so many images of each split; of the others only that they are there.")
     ] = 200,
     all_images: Annotated[bool, typer.Option("--all-images", help="Decode every image.")] = False,
     screen: Annotated[
@@ -32,7 +32,7 @@ def command(
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Check schema, ids, answers, images, aliases, counts, licences and memory. Exit code 1 when a run would fail."""
+    """Check a stream's or run's data, pictures, answers and memory before it starts. Exit code 1: a run would fail."""
     import json
     from dataclasses import replace
 

@@ -16,8 +16,9 @@ PACKAGES = (
 EXTRAS = {
     "captions": "caption scorers (CIDEr, BLEU, METEOR, ROUGE-L)",
     "hf": "streams and safety sets on the Hugging Face Hub",
-    "serve": "serving",
-    "ray": "sweeps on a cluster",
+    "serve": "serving (`holdfast serve`)",
+    "ray": "sweeps on a cluster (`holdfast sweep --ray`)",
+    "judges": "judges: nothing more than the package",
     "docs": "building the documentation",
     "dev": "tests and checks",
 }
@@ -66,9 +67,8 @@ def describe_environment(found: dict[str, Any]) -> list[str]:
     for extra, lacking in found["extras"].items():
         what = f"extra {extra:<9}" if len(extra) < 10 else f"extra {extra} "
         lines += [f"{what} {EXTRAS.get(extra, '')}: " + ("complete" if not lacking else "")]
-        lines += [f"    lacks {name}" for name in lacking]
         if lacking:
-            lines += [f'    pip install "holdfast[{extra}]"']
+            lines += [*_wrapped("    lacks ", lacking), f'    pip install "holdfast[{extra}]"']
     if not found["cpu_bf16"] and not found["devices"]:
         lines.append("note: without bf16 instructions training on the processor runs in float32, slower by 2-4 times.")
     return [line.rstrip().removesuffix(":") for line in lines]

@@ -16,7 +16,7 @@ def command(
     ] = False,
     as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
 ) -> dict[str, Any]:
-    """Write all that `holdfast restore` needs: the embedded model, an adapter that loosened its refusals, requests."""
+    """Write something to try `holdfast restore` on: a small model, an adapter that loosened its refusals, requests."""
     from holdfast.cli.progress import phases
     from holdfast.tiny.example import write_example
 

@@ -35,7 +35,7 @@ def command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Ask a model and hold its figures against bounds. Exit status 0: all hold; 3: one is broken; 2: not asked."""
+    """Ask a model, compare its figures with bounds. Exit status 0: all hold; 3: one is broken; 2: nothing was asked."""
     import json
     from dataclasses import replace
 

@@ -17,7 +17,7 @@ def command(
     layers: Annotated[bool, typer.Option("--layers", help="A row per layer instead of one per block.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The whole report as JSON.")] = False,
 ) -> None:
-    """Print an edit's report."""
+    """Print what an edit did to each layer (its edit.json)."""
     from holdfast.editing.account import REPORT_FILE, EditReport
 
     path = out if out.is_file() else out / REPORT_FILE

@@ -35,7 +35,7 @@ def command(
     show: Annotated[bool, typer.Option("--show", help="Only print agreement and corrected rates.")] = False,
     as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
 ) -> dict[str, Any]:
-    """Draw replies from every verdict, method and set; label them blind; correct the judge's rates by that."""
+    """Draw some of a run's replies, label them without seeing the judge's verdict, and correct its rates by that."""
     from holdfast.errors import ConfigError
     from holdfast.labels import read_labels, write_form
     from holdfast.labels.draw import shown_rows

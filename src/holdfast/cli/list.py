@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import shutil
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, get_args
@@ -30,11 +32,15 @@ def command(
     names_only: Annotated[bool, typer.Option("--names", help="Names alone, one a line.")] = False,
     as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
 ) -> list[dict[str, str]]:
-    """List what there is, with a line about each."""
+    """List methods, edits, judges, scorers, file formats, model families or streams, with a line about each."""
     rows = list(entries(what))
     widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
+    columns = shutil.get_terminal_size().columns
     for name, source, line in rows:
-        shown = f"{name:<{widths[0]}}  {source:<{widths[1]}}  {line}" if widths[1] else f"{name:<{widths[0]}}  {line}"
+        head = f"{name:<{widths[0]}}  {source:<{widths[1]}}  " if widths[1] else f"{name:<{widths[0]}}  "
+        # A line's text in a column of its own, however narrow the terminal is.
+        text = textwrap.wrap(line, max(30, columns - len(head)), break_on_hyphens=False) or [""]
+        shown = f"\n{' ' * len(head)}".join([head + text[0], *text[1:]])
         typer.echo(name if names_only else shown.rstrip())
     return [{"name": name, "source": source, "about": line} for name, source, line in rows]
 

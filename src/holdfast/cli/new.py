@@ -27,7 +27,7 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder to write into.")] = Path(),
     as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
 ) -> dict[str, Any]:
-    """Write NAME.py and test_NAME.py, which pass as written; change them to what you mean."""
+    """Write a method, judge, scorer, ... of your own and its test, which pass as written; change them as you need."""
     from string import Template
 
     from holdfast.errors import ConfigError, StorageError

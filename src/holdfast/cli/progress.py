@@ -6,6 +6,7 @@ total=)` calls of the library.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,8 @@ class _Work:
 class Shown:
     """Lines of work by their names, each in one phase at a time; a context manager.
 
-    On a terminal a bar each. Elsewhere a line when a phase begins, one a minute while it goes on, one when it ends.
+    On a terminal a bar each. Elsewhere a line when a phase begins, one a minute while it goes on, one when it ends;
+    also where the work itself says nothing for longer (a large model is read, one batch takes its time).
 
     console: by default stderr. columns: of the bars. quiet: show nothing (a process that is not the chief).
     clock: seconds, for the lines.
@@ -50,6 +52,9 @@ class Shown:
     every_s: float = LINE_EVERY_S
     clock: Callable[[], float] = time.monotonic
     _works: dict[str, _Work] = field(default_factory=dict)
+    _over: threading.Event = field(default_factory=threading.Event)
+    # The heartbeat speaks from a thread of its own.
+    _one_at_a_time: threading.RLock = field(default_factory=threading.RLock)
 
     def __enter__(self) -> Shown:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -70,15 +75,19 @@ class Shown:
             transient=self.transient,
             disable=self.quiet or self._lines,
         )
-        self._began = self.clock()
+        self._began = self._said = self.clock()
         self._bars.start()
+        if self._lines:
+            threading.Thread(target=self._heartbeat, name="holdfast-progress", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name in list(self._works):
-            self._end(name, "done" if kind is None else "stopped")
+        self._over.set()
+        with self._one_at_a_time:
+            for name in list(self._works):
+                self._end(name, "done" if kind is None else "stopped")
         self._bars.stop()
 
     def add(self, name: str, *, total: float | None = None, **fields: Any) -> None:
@@ -95,6 +104,12 @@ class Shown:
         bar: tuple[float, float | None] | None = None,
     ) -> None:
         """`name` is at `done` of `total` of its phase `doing`. bar: (done, total) of the bar, where it is of more."""
+        with self._one_at_a_time:
+            self._at(name, doing, done, total, bar)
+
+    def _at(
+        self, name: str, doing: str, done: float, total: float | None, bar: tuple[float, float | None] | None
+    ) -> None:
         if name not in self._works:
             self.add(name, doing=doing)
         work, now = self._works[name], self.clock()
@@ -112,9 +127,10 @@ class Shown:
 
     def finish(self, name: str, *, bar: tuple[float, float | None] | None = None, doing: str = "") -> None:
         """The phase that `name` is in is over."""
-        if name not in self._works:
-            self.add(name, doing=doing)
-        self._end(name, "done")
+        with self._one_at_a_time:
+            if name not in self._works:
+                self.add(name, doing=doing)
+            self._end(name, "done")
         if bar is not None:
             self._bars.start_task(self._works[name].bar)
             self._bars.update(self._works[name].bar, completed=bar[0], total=bar[1], doing=doing)
@@ -128,7 +144,27 @@ class Shown:
     def say_line(self, text: str) -> None:
         """A line in a log; on a terminal the bar says it."""
         if self._lines:
-            self.say(f"[{_time(self.clock() - self._began)}] {text}")
+            self._said = self.clock()
+            self.say(f"[{_time(self._said - self._began)}] {text}")
+
+    def _heartbeat(self) -> None:
+        # A look every quarter of the time: a phase is silent for `every_s` at most.
+        while not self._over.wait(self.every_s / 4):
+            with self._one_at_a_time:
+                if not self._over.is_set():
+                    self._tell_silent()
+
+    def _tell_silent(self) -> None:
+        """Lines of what nothing was said of for three quarters of `every_s`; the next look is a quarter later."""
+        now, late = self.clock(), 0.75 * self.every_s
+        going = [(name, work, work.begun) for name, work in self._works.items() if work.begun is not None]
+        for name, work, begun in going:
+            if now - work.told >= late:
+                work.told = now
+                far = f"{_of(work.done, work.total)}, " if work.total else ""
+                self._write(name, work.doing, f"{far}at work for {_time(now - begun)}")
+        if not going and now - self._said >= late:
+            self.say_line("at work")
 
     def _end(self, name: str, how: str) -> None:
         work = self._works[name]

@@ -17,7 +17,7 @@ def command(
     model_card: Annotated[bool, typer.Option("--model-card", help="Also write a model card per method.")] = False,
     as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
 ) -> dict[str, Any]:
-    """Make report.html (one self-contained file), PNGs, table.md and table.tex from finished runs."""
+    """Make report.html (one self-contained page), pictures, table.md and table.tex of finished runs."""
     from rich.markup import escape
 
     from holdfast.cli.terminal import Console

@@ -37,7 +37,7 @@ def command(
     probe_task: Annotated[Path | None, typer.Option(help="Task samples to measure on; part of --task.")] = None,
     target_asr: Annotated[
         str | None,
-        typer.Option(help="Most forbidden requests that may go unrefused, such as 3%; without it the knee is taken."),
+        typer.Option(help="Most forbidden requests that may go unrefused, such as 3%; else the best trade-off."),
     ] = None,
     max_over_refusal: Annotated[str | None, typer.Option(help="Most harmless requests that may be refused.")] = None,
     max_drop: Annotated[
@@ -100,7 +100,7 @@ def command(
     from holdfast.cli.progress import phases
     from holdfast.cli.units import parse_rate
     from holdfast.errors import ConfigError
-    from holdfast.restore.cost import estimate_cost
+    from holdfast.restore.cost import cost_figures, estimate_cost
     from holdfast.restore.run import RestoreConfig, restore
     from holdfast.restore.search import STRENGTHS, Budget
 
@@ -143,7 +143,10 @@ def command(
         seed=seed,
     )
     if dry_run:
-        print(estimate_cost(before, after, sets, config))
+        if as_json:
+            print(json.dumps(cost_figures(before, after, sets, config), indent=2))
+        else:
+            print(estimate_cost(before, after, sets, config))
         return
     with phases() as progress:
         result = restore(

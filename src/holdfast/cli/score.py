@@ -28,7 +28,7 @@ def command(
         bool, typer.Option("--allow-problems", help="Exit with 0 although ids are unknown, repeated or missing.")
     ] = False,
 ) -> None:
-    """Score a file; unknown, repeated, conflicting and missing ids are named and set the exit code to 1."""
+    """Score a file of answers; unknown, repeated, conflicting and missing ids are named, and the exit code is 1."""
     import json
 
     from holdfast import scorers

@@ -24,10 +24,11 @@ def command(
     gpus_per_cell: Annotated[float, typer.Option(help="GPUs that a cell reserves, with --ray; 0.5 shares one.")] = 0.0,
     as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
 ) -> dict[str, Any]:
-    """Run every cell of a grid, side by side. Finished cells are kept, killed ones resume."""
+    """Repeat a run with other seeds, methods or options, side by side. Finished runs are kept, killed ones resume."""
     from rich.live import Live
     from rich.table import Table
 
+    from holdfast.cli.progress import Shown
     from holdfast.cli.terminal import Console
     from holdfast.errors import RunError
     from holdfast.experiment.sweep import read_grid, sweep
@@ -44,11 +45,18 @@ def command(
         return shown
 
     console = Console()
-    with Live(table(), console=console, auto_refresh=False) as live:
+    # In a log, lines: the table comes once, at the end.
+    lines = Shown(quiet=console.is_terminal)
+    with Live(table(), console=console, auto_refresh=False) as live, lines:
 
         def progress(event: str, *, name: str, state: str, **rest: Any) -> None:
             states[name] = state
             live.update(table(), refresh=console.is_terminal)
+            if state == "running":
+                lines.at(name, doing=state)
+            else:
+                lines.finish(name)
+                lines.say_line(f"{name}: {state}")
 
         places = _on_ray(ray, cpus_per_cell, gpus_per_cell)
         try:

@@ -38,8 +38,9 @@ def verdict(group: Group) -> list[str]:
     if best is not None and _shortfall(best) < float("inf"):
         lines.append(f"With {best.title} it {_what_it_does(best, group, start=plain is None)}{_price(best, plain)}.")
         if len(others) > 1:
+            beside = "" if plain is None else " beside plain tuning"
             lines.append(
-                f"Of the {len(others)} methods compared here, {best.title} has the least sum of forbidden requests not "
+                f"Of the {len(others)} methods{beside}, {best.title} has the least sum of forbidden requests not "
                 "refused, harmless ones refused and skill that is missing; the tables below show every method."
             )
     return lines

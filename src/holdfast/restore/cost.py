@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from holdfast.checkpoints.adapter import is_adapter
 from holdfast.checkpoints.merged import MergedCheckpoint, open_checkpoint
@@ -23,7 +23,20 @@ _CHARACTERS_PER_TOKEN, _TOKENS_PER_PICTURE = 4, 576
 
 
 def estimate_cost(before: str, after: str, sets: RestoreSets, config: RestoreConfig) -> str:
-    """A few lines for people: phases with minutes, the peak of memory, and the disk. Nothing is loaded.
+    """A few lines for people: phases with minutes, the peak of memory, and the disk. Nothing is loaded."""
+    found = cost_figures(before, after, sets, config)
+    lines = [f"{name:<28} {max(0.1, seconds / 60):6.1f} min" for name, seconds in found["seconds"].items()]
+    lines.append(f"{'in all':<28} {found['total_seconds'] / 60:6.1f} min on {found['device']}")
+    lines.append(f"{'memory':<28} {found['memory_bytes'] / 2**30:6.1f} GiB for the model and one layer's matrices")
+    lines.append(f"{'disk':<28} {found['disk_bytes'] / 2**30:6.1f} GiB beside OUT while it runs")
+    speed = f"{found['flops_per_second'] / 1e9:.0f} GFLOP/s here"
+    lines.append(f"({found['parameters'] / 1e6:.0f} M parameters, {found['blocks']} blocks; {speed})")
+    return "\n".join(lines)
+
+
+def cost_figures(before: str, after: str, sets: RestoreSets, config: RestoreConfig) -> dict[str, Any]:
+    """The same as plain data: {"seconds": {phase: s}, "total_seconds", "memory_bytes", "disk_bytes", "device",
+    "parameters", "blocks", "flops_per_second"}.
 
     A planning figure: the speed is that of one matrix product here and now, lengths are guessed from characters.
     """
@@ -64,13 +77,16 @@ def estimate_cost(before: str, after: str, sets: RestoreSets, config: RestoreCon
     peak = parameters * itemsize + 4 * max(widths) ** 2 * 4
     disk = sum(2 * width * (width + 1) for width in widths) * (2 + bool(sets.benign))
     disk += parameters * 2 if not is_adapter(after) else 0
-    lines = [f"{name:<28} {max(0.1, seconds / 60):6.1f} min" for name, seconds in phases.items()]
-    lines.append(f"{'in all':<28} {sum(max(6.0, s) for s in phases.values()) / 60:6.1f} min on {device}")
-    lines.append(f"{'memory':<28} {peak / 2**30:6.1f} GiB for the model and one layer's matrices")
-    lines.append(f"{'disk':<28} {disk / 2**30:6.1f} GiB beside OUT while it runs")
-    blocks = model_config.get_text_config().num_hidden_layers
-    lines.append(f"({parameters / 1e6:.0f} M parameters, {blocks} blocks; {speed / 1e9:.0f} GFLOP/s here)")
-    return "\n".join(lines)
+    return {
+        "seconds": phases,
+        "total_seconds": sum(max(6.0, seconds) for seconds in phases.values()),
+        "memory_bytes": round(peak),
+        "disk_bytes": round(disk),
+        "device": str(device),
+        "parameters": parameters,
+        "blocks": model_config.get_text_config().num_hidden_layers,
+        "flops_per_second": speed,
+    }
 
 
 def _widths(opened: MergedCheckpoint) -> list[int]:

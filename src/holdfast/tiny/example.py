@@ -2,7 +2,7 @@
 
     holdfast example try
     holdfast restore try/before try/after --safety try/forbidden.jsonl --benign try/benign.jsonl \\
-        --task try/task.jsonl --target-asr 3% --out try/restored
+        --task try/task.jsonl --out try/restored
 
 What is forbidden in the embedded world is made up and harmless.
 """
@@ -40,7 +40,7 @@ class ExampleFiles:
         """The command that restores it."""
         return (
             f"holdfast restore {self.before} {self.after} --safety {self.forbidden} --benign {self.benign} "
-            f"--task {self.task} --target-asr 3% --out {out}"
+            f"--task {self.task} --out {out}"
         )
 
 
