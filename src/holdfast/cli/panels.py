@@ -14,9 +14,9 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Data and models": (
         "adapter", "after", "align", "base", "benign", "calibration", "category_key", "earlier", "encoder",
         "every_linear", "grams", "image", "image_mode", "images", "judge", "limit", "max_pixels", "model", "option",
-        "past", "probe_benign", "probe_safety", "probe_task", "prompt", "prompts", "reference", "reference_task",
-        "references", "root", "run", "safety", "safety_images", "samples", "scorer", "stream", "task", "task_images",
-        "tasks", "test_set",
+        "past", "probe_benign", "probe_safety", "probe_task", "processor", "prompt", "prompts", "reference",
+        "reference_task", "references", "root", "run", "safety", "safety_images", "samples", "scorer", "stream", "task",
+        "task_images", "tasks", "test_set",
     ),
     "The budget": ("max_asr", "max_drop", "max_over_refusal", "target_asr"),
     "The rule": ("options", "past_weight", "rule", "set_", "strengths"),
