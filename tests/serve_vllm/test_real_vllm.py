@@ -38,20 +38,39 @@ def run():
     }
 
 
-def evaluated(python: str, run, out: Path, *options: str) -> dict[str, str]:
-    """Sample id -> answer of `holdfast evaluate`, whose stdout must be JSON and nothing else."""
+def evaluated(python: str, run, out: Path, *options: str) -> dict[str, tuple[str, str]]:
+    """Request -> (answer, who gave it) of `holdfast evaluate`, whose stdout must be JSON and nothing else."""
     command = [python, "-m", "holdfast", "evaluate", str(run["base"]), "--adapter", str(run["cram"]), "--json"]
     command += ["--tasks", str(run["stream"]), "--safety", str(run["stream"]), "--out", str(out), *options]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     result = json.loads(said)
     assert ("vllm" in result["versions"]) == ("--backend" in options)
+    return recorded(out)
+
+
+def recorded(out: Path) -> dict[str, tuple[str, str]]:
+    """As `evaluated`, from the files of an evaluation."""
     answers = {}
     for path in sorted((out / "predictions").glob("[ts]a*.jsonl")):
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            answers[f"{path.stem}/{row.get('side', '')}/{row['id']}"] = row.get("prediction", row.get("reply"))
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        routes = [json.loads(line) for line in (path.parent / f"routing-{path.name}").read_text().splitlines()]
+        for row, route in zip(rows, routes, strict=True):
+            assert row["id"] == route["id"]
+            best = max(route["weights"], key=route["weights"].get)
+            who = best if route["weights"][best] > 0 and not route["guarded"] else "base"
+            key = f"{path.stem}/{row.get('side', '')}/{row['id']}"
+            answers[key] = (row.get("prediction", row.get("reply")), who)
     return answers
+
+
+def told(found: dict[str, tuple[str, str]], expected: dict[str, tuple[str, str]]) -> list[str]:
+    """The requests that are answered otherwise, after a word on how many are not."""
+    for part in sorted({key.partition("/")[0] for key in found}):
+        keys = [key for key in found if key.startswith(f"{part}/")]
+        answers, routes = (sum(found[key][i] == expected[key][i] for key in keys) for i in (0, 1))
+        print(f"{part}: {answers} of {len(keys)} answers equal, {routes} of {len(keys)} routes")
+    return [key for key in found if found[key] != expected[key]]
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +94,7 @@ def questions(run):
 def test_an_evaluation_by_vllm_is_that_by_transformers(run, answers):
     found = evaluated(PYTHON, run, ROOT / "evaluated-vllm", "--backend", "vllm", "--batch-size", "512", *ENGINE)
     assert found.keys() == answers.keys() and len(found) >= REQUESTS
-    different = [key for key in found if found[key] != answers[key]]
-    print(f"{len(found) - len(different)} of {len(found)} answers equal")
+    different = told(found, answers)
     assert len(different) <= 0.01 * len(found), different[:5]  # near ties
 
 
@@ -101,7 +119,8 @@ def test_openais_client_gets_the_answers_of_an_evaluation(server, run, answers):
     from holdfast.serving.check import to_messages
 
     client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=600)
-    asked = dict(list(questions(run).items())[:REQUESTS])
+    asked = questions(run)
+    assert len(asked) >= REQUESTS
 
     def ask(item):
         sample, tokens = item
@@ -110,11 +129,9 @@ def test_openais_client_gets_the_answers_of_an_evaluation(server, run, answers):
 
     with ThreadPoolExecutor(16) as pool:
         found = dict(zip(asked, pool.map(ask, asked.values()), strict=True))
-    different = [key for key in found if found[key][0] != answers[key]]
-    who = {name: sum(by == name for _, by in found.values()) for name in {by for _, by in found.values()}}
-    print(f"{len(found) - len(different)} of {len(found)} answers equal; answered by {who}")
+    different = told(found, answers)
     assert len(different) <= 0.01 * len(found), different[:5]
-    assert "base" in who and len(who) > 2
+    assert {by for _, by in found.values()} == {"base", "classify", "caption", "guide"}
 
 
 def test_check_served_tells_experts_from_the_base(server, run):

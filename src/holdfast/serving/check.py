@@ -128,7 +128,8 @@ def judge(given: Sequence[str], ours: Sequence[str], before: Sequence[str] | Non
     if not telling:
         verdict = "unknown" if equal >= _ENOUGH * len(given) else "other"
     elif as_folder >= _ENOUGH * len(telling):
-        verdict = "active"
+        # The others count as well: one telling request may be answered alike by something else.
+        verdict = "active" if equal >= _ENOUGH * len(given) else "other"
     else:
         verdict = "base" if as_base > as_folder else "other"
     return Served(

@@ -24,6 +24,9 @@ from holdfast.errors import ConfigError, DataError
 from holdfast.models.encode import IMAGE_MARK
 from holdfast.serving.api_error import ApiError, bad_request
 
+# Tokens of an answer to a request that names no number.
+LONGEST_UNASKED = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -66,6 +69,10 @@ class ChatRequest:
     stream: bool = False
     include_usage: bool = False
     folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    def most_tokens(self, limits: Limits) -> int:
+        """The most tokens of the answer, also where the client left it open."""
+        return self.max_tokens or min(LONGEST_UNASKED, limits.max_tokens)
 
     def close(self) -> None:
         """Remove the pictures."""
@@ -317,4 +324,4 @@ def _allowed_file(url: str, limits: Limits, where: str) -> Path:
     return path
 
 
-__all__ = ["ApiError", "ChatRequest", "Limits", "read_body", "read_request"]
+__all__ = ["LONGEST_UNASKED", "ApiError", "ChatRequest", "Limits", "read_body", "read_request"]

@@ -200,7 +200,7 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
         encoder.
     """
     stored = read_router(folder)
-    _check_experts(folder, stored)
+    check_experts(folder, stored)
     check_base(folder, stored, loaded)
     encoder = encoder or make_encoder(stored.router.config.encoder, loaded)
     check_encoder(folder, stored, encoder)
@@ -270,7 +270,7 @@ def folder_stamp(folder: Path) -> Stamp | None:
     return tuple((state.st_mtime_ns, state.st_ino) for state in found)
 
 
-def _check_experts(folder: Path, stored: StoredRouter) -> None:
+def check_experts(folder: Path, stored: StoredRouter) -> None:
     """Raises AdapterError unless every expert's weights are the ones that the router was written with."""
     missing = [path for path in stored.folders if not _is_expert(path)]
     if missing:
