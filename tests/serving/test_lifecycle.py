@@ -177,6 +177,8 @@ def test_files_are_read_below_the_allowed_folder_alone(tmp_path):
         ("ab", "ab", "ab", "unknown"),
         ("ab", "ab", None, "active"),
         ("pq", "ab", None, "other"),
+        # The one that tells is right by chance.
+        ("apqrs", "abcde", "xbcde", "other"),
     ],
 )
 def test_the_verdict_of_a_check(given, ours, before, verdict):

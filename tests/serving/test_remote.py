@@ -32,7 +32,7 @@ from holdfast.tuners.cram.standalone import Decision, export_router
 class StandIn:
     """A server of vLLM's kind. models: what it lists. asked, told: (path, body), of requests and of adapters.
 
-    failing: status and sentence of the next answer. roots: folder behind a model.
+    failing: status and sentence of the next answer. roots: folder behind a model. context: tokens, as it says.
     """
 
     models: list[str]
@@ -41,6 +41,7 @@ class StandIn:
     failing: tuple[int, str] | None = None
     first_token: dict[int, float] = field(default_factory=dict)
     roots: dict[str, str] = field(default_factory=dict)
+    context: int | None = None
     url: str = ""
 
 
@@ -50,7 +51,8 @@ def serve_stand_in(state: StandIn) -> ThreadingHTTPServer:
             pass
 
         def do_GET(self) -> None:
-            rows = {"data": [{"id": name, "root": state.roots.get(name)} for name in state.models]}
+            listed = [{"id": name, "root": state.roots.get(name)} for name in state.models]
+            rows = {"data": [row | {"max_model_len": state.context} for row in listed]}
             self._send(200, rows if self.path == "/v1/models" else {})
 
         def do_POST(self) -> None:
@@ -363,7 +365,7 @@ def test_other_weights_behind_an_experts_name_are_refused(world, stand_in, route
 
 def test_a_request_that_names_no_length_keeps_the_servers_bound(world, stand_in, router):
     open_ended = [replace(request(world), max_tokens=None)]
-    for bound, expected in ((1024, 256), (100, 100)):
+    for bound, stand_in.context, expected in ((1024, None, 256), (100, None, 100), (100, 64, 64), (1024, 8192, 256)):
         run(engine(world, stand_in, router=router, limits=Limits(timeout_s=30, max_tokens=bound)), *open_ended)
         assert stand_in.asked[-1][1]["max_tokens"] == expected
 

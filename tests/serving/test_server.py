@@ -141,6 +141,7 @@ BAD = {
     "too many tokens": (chat("x", max_tokens=65), 400, "invalid_value", "expected 1 to 64"),
     "no tokens": (chat("x", max_tokens=0), 400, "invalid_value", "expected 1 to 64"),
     "tokens of text": (chat("x", max_tokens="4"), 400, "invalid_value", "expected a whole number"),
+    "a seed of 65 bits": (chat("x", seed=2**63), 400, "invalid_value", "64 bits"),
     "hot": (chat("x", temperature=3), 400, "invalid_value", "from 0 to 2"),
     "a stop of numbers": (chat("x", stop=[1]), 400, "invalid_value", "expected a text, or up to 4"),
     "two choices": (chat("x", n=2), 400, "invalid_value", "n = 2 is not served here"),
@@ -198,11 +199,18 @@ def test_a_client_that_goes_away_leaves_its_place(server):
     assert server.get("/health")[1]["waiting"] == 0
 
 
-def test_check_served_tells_the_folder_from_its_base(server, world):
+def test_check_served_tells_the_folder_from_its_base(server, world, monkeypatch):
+    from holdfast.serving import check
     from holdfast.serving.check import check_served
 
     texts = world.samples["maths"][:6]
     active = check_served(server.url, str(world.cram), samples=texts, max_new_tokens=6)
-    assert active.verdict == "active" and active.telling and active.equal == 6
+    assert active.verdict == "active" and active.telling and active.equal == active.requests == 6 + 3 * 6
     silent = check_served(server.url, str(world.cram), samples=texts, max_new_tokens=6, model="cram:base")
     assert silent.verdict == "base" and "NOT ACTIVE" in silent.sentence("u", "f")
+    # One expert is dead, which no request that the router sends elsewhere would show.
+    ask = check._Endpoint.ask
+    dead = {"cram:cold": "cram:base"}
+    monkeypatch.setattr(check._Endpoint, "ask", lambda self, model, *rest: ask(self, dead.get(model, model), *rest))
+    found = check_served(server.url, str(world.cram), samples=texts, max_new_tokens=6)
+    assert found.verdict == "base" and found.wrong == ("cold",) and "not served: cold" in found.sentence("u", "f")

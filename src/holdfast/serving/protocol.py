@@ -154,7 +154,7 @@ def read_request(data: Mapping[str, Any], limits: Limits, *, id: str) -> ChatReq
     asked: dict[str, Any] = {
         "max_tokens": _max_tokens(data, limits),
         "temperature": _temperature(data.get("temperature")),
-        "seed": _whole(data.get("seed"), "seed"),
+        "seed": _seed(data.get("seed")),
         "stop": _stop(data.get("stop")),
         "stream": _flag(data.get("stream"), "stream"),
         "include_usage": _flag((options or {}).get("include_usage"), "stream_options.include_usage"),
@@ -185,6 +185,13 @@ def _whole(value: Any, name: str) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise bad_request(f"{name} is {value!r:.80}; expected a whole number.", param=name)
     return value
+
+
+def _seed(value: Any) -> int | None:
+    seed = _whole(value, "seed")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise bad_request(f"seed is {value!r:.80}; expected a number of 64 bits.", param="seed")
+    return seed
 
 
 def _temperature(value: Any) -> float:

@@ -398,13 +398,15 @@ class RemoteEngine:
         self, target: str, route: Mapping[str, Any] | None, request: ChatRequest, messages: Mapping[str, Any]
     ) -> AsyncIterator[Piece]:
         assert self._client is not None
+        # vLLM shortens an answer to what its context leaves, but refuses a bound above the context.
+        most = min(request.most_tokens(self._limits), self._client.context_length or sys.maxsize)
         body: dict[str, Any] = {
             **messages,
             "model": target,
             "temperature": request.temperature,
             "top_p": 1.0,
             "repetition_penalty": 1.0,
-            "max_tokens": request.most_tokens(self._limits),
+            "max_tokens": most,
         }
         if request.temperature:
             # The full distribution, as the transformers backend samples.

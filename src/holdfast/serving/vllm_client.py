@@ -33,6 +33,8 @@ class VllmClient:
         bound = httpx2.Timeout(limits.timeout_s, connect=10.0)
         pool = httpx2.Limits(max_connections=2 * limits.waiting, max_keepalive_connections=64)
         self._client = httpx2.AsyncClient(base_url=self.url, timeout=bound, limits=pool, trust_env=False)
+        # Tokens of prompt and answer together, once the server has said it (`modules`).
+        self.context_length: int | None = None
 
     async def close(self) -> None:
         """Close the connections."""
@@ -50,6 +52,8 @@ class VllmClient:
         """Every name that it serves -> the folder behind it, where it says so. Raises ModelError."""
         try:
             listed = (await self._client.get("/v1/models")).json()["data"]
+            lengths = [row["max_model_len"] for row in listed if row.get("max_model_len")]
+            self.context_length = min(lengths, default=None)
             return {str(row["id"]): row.get("root") for row in listed}
         except (httpx2.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ModelError(f"{self.url}/v1/models says nothing that can be read: {error!r}") from error
