@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import adapter_kit
 from holdfast.checkpoints.value import Checkpoint
@@ -361,6 +362,17 @@ def test_other_weights_behind_an_experts_name_are_refused(world, stand_in, route
     shutil.copytree(folder / "experts/01-cold", folder / "experts/00-warm", dirs_exist_ok=True)
     with pytest.raises(AdapterError, match="are not those that its router was written with"):
         run(engine(world, stand_in, router=router, cram=folder))
+
+
+def test_an_exported_router_does_not_hide_another_base(world, stand_in, router, tmp_path):
+    other = shutil.copytree(world.base, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    name = next(key for key in tensors if "layers.1." in key and key.endswith("q_proj.weight"))
+    save_file(tensors | {name: tensors[name] + 0.01}, other / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint(base=str(other), adapters=(str(world.cram),))
+    made = RemoteEngine(checkpoint, name="cram", limits=Limits(), url=stand_in.url, router=router)
+    with pytest.raises(AdapterError, match=r"was trained on another base .*: 1 of \d+ weights have other values"):
+        run(made)
 
 
 def test_a_request_that_names_no_length_keeps_the_servers_bound(world, stand_in, router):

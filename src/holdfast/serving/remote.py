@@ -39,7 +39,15 @@ from holdfast.serving.engine import BASE, Piece, chosen_part, model_names
 from holdfast.serving.protocol import ChatRequest, Limits
 from holdfast.serving.vllm_client import UnknownModuleError, VllmClient
 from holdfast.serving.vllm_process import VllmProcess, free_port, server_command
-from holdfast.tuners.cram.folder import Stamp, StoredRouter, check_experts, folder_stamp, read_router, save_expert
+from holdfast.tuners.cram.folder import (
+    Stamp,
+    StoredRouter,
+    check_base_files,
+    check_experts,
+    folder_stamp,
+    read_router,
+    save_expert,
+)
 from holdfast.tuners.cram.merge import mixture_of_folders, quantised, save_nothing
 from holdfast.tuners.cram.standalone import Decision, StandaloneRouter, open_exported, open_on_base
 
@@ -179,6 +187,9 @@ class RemoteEngine:
         if self._router_folder is not None:
             # Its encoder alone: what decides is the folder's own router, which may have learned since.
             self._router = open_exported(self._router_folder).with_router(stored, self._folder)
+            if Path(self._checkpoint.base).is_dir():
+                # It may lie on the server's machine alone; a canary tells the rest.
+                check_base_files(self._folder, stored, Path(self._checkpoint.base))
         else:
             self._router = open_on_base(self._folder, base=self._checkpoint.base)
         if self._router.guard is not None and self._router.guard.form != "openings":
