@@ -358,6 +358,9 @@ def test_other_weights_behind_an_experts_name_are_refused(world, stand_in, route
     stand_in.roots = {"warm": str(world.cram / "experts" / "01-cold"), "cold": "/not/of/this/machine"}
     with pytest.raises(ModelError, match=r"serves .*01-cold as warm, whose weights are not those in .*00-warm"):
         run(engine(world, stand_in, router=router))
+    stand_in.roots = {"base": "hub/base", "warm": str(world.cram / "experts" / "00-warm"), "cold": "hub/base"}
+    with pytest.raises(ModelError, match=r"serves its base, hub/base, under the name cold"):
+        run(engine(world, stand_in, router=router))
     folder = shutil.copytree(world.cram, tmp_path / "cram")
     shutil.copytree(folder / "experts/01-cold", folder / "experts/00-warm", dirs_exist_ok=True)
     with pytest.raises(AdapterError, match="are not those that its router was written with"):

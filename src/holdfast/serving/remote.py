@@ -284,6 +284,11 @@ class RemoteEngine:
             )
         for name, folder in modules.items():
             root = served[name]
+            if root is not None and root == served[BASE]:
+                raise ModelError(
+                    f"The server at {client.url} serves its base, {root}, under the name {name}, so the adapter would "
+                    f"be silently absent. Start it with --served-model-name {BASE} --lora-modules {name}={folder}."
+                )
             other = root is not None and await asyncio.to_thread(_is_another, Path(root), folder)
             if other:
                 raise ModelError(
