@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 # One thread a worker: as many workers as cores (four at most: each holds about 1 GB).
 TEST_JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 
-.PHONY: demo test lint docs serve-test clean
+.PHONY: demo test lint docs tables serve-test clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,11 @@ serve-test: $(STAMP) $(SERVE_VENV)/.installed
 # The pages, in build/site; `mkdocs serve` shows them while you write.
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
+
+# Every table of docs/REPRODUCTION.md from nothing: days on two cores, goes on where it was stopped. Some of them:
+# `make tables TABLES="rivals order --seeds 0 --prompts 100"`; what there is: `make tables TABLES=--list`.
+tables: $(STAMP)
+	$(BIN)/python benchmarks/tables.py $(TABLES)
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

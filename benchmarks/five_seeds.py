@@ -10,6 +10,7 @@ validation draw: choose settings there, report on `test`.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -27,7 +28,7 @@ from holdfast import experiment
 from holdfast.errors import HoldfastError
 from holdfast.files import atomic_path, write_json
 from holdfast.metrics.intervals import over_seeds
-from holdfast.metrics.paired import paired_seeds
+from holdfast.metrics.paired import holm, paired_seeds, paired_t
 from holdfast.stream.summary import summarize_run
 from holdfast.tiny.recipe import DAMPING, KEEP_BOUNDS, run_data
 from holdfast.tiny.stream import SETTINGS, StreamSize, write_stream
@@ -136,7 +137,9 @@ def publish(options: argparse.Namespace) -> None:
         rows = {m: row_of([s["methods"].get(m) for s in summaries.values()]) for m in options.methods}
         start = row_of([s["theta_0"] for s in summaries.values()])
         plain[condition] = {"seeds": list(summaries), "theta_0": start, "methods": rows}
-        parts.append(markdown(condition, options, list(summaries), start, rows))
+        costs = {m: costs_of(options, condition, summaries, m) for m in options.methods}
+        plain[condition]["costs"] = costs
+        parts.append(markdown(condition, options, list(summaries), start, rows, costs))
     write_json(options.out / "table.json", plain)
     with atomic_path(options.out / "table.md") as temporary:
         temporary.write_text("\n".join(parts))
@@ -162,8 +165,34 @@ def row_of(methods: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
     return row
 
 
+def costs_of(
+    options: argparse.Namespace, condition: str, summaries: Mapping[int, Mapping[str, Any]], method: str
+) -> dict[str, float]:
+    """Means over seeds, of a whole stream: seconds of this machine, and MB that are kept beside one released model.
+
+    Kept are what the last step carries to the next, and adapters of its checkpoint.
+    """
+    found: list[dict[str, float]] = []
+    for seed, summary in summaries.items():
+        seconds = summary["methods"][method]["seconds"]
+        run = cell_dir(options, condition, seed)
+        last = max(
+            (run / "methods" / method).glob("*/record.json"), key=lambda path: int(path.parent.name.split("-")[0])
+        )
+        adapters = json.loads(last.read_text())["checkpoint"]["adapters"]
+        kept = [last.parent / "carry", *(run / str(place).removeprefix("run:") for place in adapters)]
+        size = sum(file.stat().st_size for folder in kept for file in folder.rglob("*") if file.is_file())
+        found.append({"train": seconds["train"], "edit": seconds["begin"] + seconds["end"], "kept_mb": size / 1e6})
+    return {key: sum(row[key] for row in found) / len(found) for key in found[0]}
+
+
 def markdown(
-    condition: str, options: argparse.Namespace, seeds: Sequence[int], start: Mapping[str, Any], rows: Mapping[str, Any]
+    condition: str,
+    options: argparse.Namespace,
+    seeds: Sequence[int],
+    start: Mapping[str, Any],
+    rows: Mapping[str, Any],
+    costs: Mapping[str, Mapping[str, float]],
 ) -> str:
     name = "clean" if condition == "clean" else f"{100 * options.harmful:g} % harmful samples in every task"
     bounds = "-".join(f"{b:g}" for b in options.keep_bounds)
@@ -173,41 +202,55 @@ def markdown(
         "",
         "% over seeds: mean ± standard deviation [95 % interval of the mean]",
         "",
-        "| method | " + " | ".join(heading for _, heading, _ in FIGURES) + " |",
-        "|---|" + "---:|" * len(FIGURES),
-        "| before any task | " + " | ".join(cell(start.get(key)) for key, _, _ in FIGURES) + " |",
+        "| method | " + " | ".join(heading for _, heading, _ in FIGURES) + " | training, s | edit, s | kept, MB |",
+        "|---|" + "---:|" * (len(FIGURES) + 3),
+        "| before any task | " + " | ".join(cell(start.get(key)) for key, _, _ in FIGURES) + " | | | |",
     ]
-    lines += [f"| {m} | " + " | ".join(cell(row.get(key)) for key, _, _ in FIGURES) + " |" for m, row in rows.items()]
-    return "\n".join([*lines, "", *differences(rows), ""])
+    for method, row in rows.items():
+        figures = " | ".join(cell(row.get(key)) for key, _, _ in FIGURES)
+        cost = costs[method]
+        lines.append(f"| {method} | {figures} | {cost['train']:.0f} | {cost['edit']:.0f} | {cost['kept_mb']:.1f} |")
+    lines += ["", "Seconds are this machine's, of a whole stream; kept: beside one released model."]
+    return "\n".join([*lines, "", *differences(rows, options.against), ""])
 
 
 # What the methods are compared by, seed by seed.
 COMPARED = ("ap", "bwt", "masr", "compliance_mean", "over_refusal")
 
 
-def differences(rows: Mapping[str, Any]) -> list[str]:
-    """HPA minus every other method, paired by seed: all methods of a seed share data, prompts and initial factors."""
-    hpa = rows.get("hpa", {})
+def differences(rows: Mapping[str, Any], against: str) -> list[str]:
+    """`against` minus every other method, by seed: the methods of a seed share data, prompts and initial factors."""
+    first = rows.get(against, {})
     headings = {key: heading.removeprefix("= ") for key, heading, _ in FIGURES}
+    others = [
+        name for name, row in rows.items() if name != against and all(key in row and key in first for key in COMPARED)
+    ]
+    if not others or len(first[COMPARED[0]]["values"]) < 2:
+        return []
+    # A column is a family: what is said of many methods at once is corrected for their number.
+    corrected = {
+        key: holm([paired_t(first[key]["values"], rows[name][key]["values"]).p for name in others]) for key in COMPARED
+    }
     lines = [
-        "HPA minus the other, paired by seed, in points: mean [95 % interval]; * where the interval leaves out zero",
+        f"{against} minus the other, paired by seed, in points: mean [95 % interval]; * where the interval leaves out "
+        f"zero, ** where it does so among {len(others)} comparisons too (paired t, Holm)",
         "",
-        "| hpa minus | " + " | ".join(headings[key] for key in COMPARED) + " |",
+        f"| {against} minus | " + " | ".join(headings[key] for key in COMPARED) + " |",
         "|---|" + "---:|" * len(COMPARED),
     ]
-    for other, row in rows.items():
-        if other == "hpa" or not all(key in row and key in hpa for key in COMPARED):
-            continue
-        lines.append(f"| {other} | " + " | ".join(difference(hpa[key], row[key]) for key in COMPARED) + " |")
-    return lines if len(lines) > 4 else []
+    for place, name in enumerate(others):
+        cells = [difference(first[key], rows[name][key], corrected[key][place]) for key in COMPARED]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
 
 
-def difference(hpa: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    test = paired_seeds(hpa["values"], other["values"])
+def difference(first: Mapping[str, Any], other: Mapping[str, Any], corrected: float) -> str:
+    test = paired_seeds(first["values"], other["values"])
     assert test.interval is not None
     paired = test.interval.to_json()
     clear = paired["low"] is not None and (paired["low"] > 0 or paired["high"] < 0)
-    return cell({**paired, "std": None}) + interval(paired) + (" *" if clear else "")
+    star = " **" if clear and corrected < 0.05 else " *" if clear else ""
+    return cell({**paired, "std": None}) + interval(paired) + star
 
 
 def interval(figure: Mapping[str, Any]) -> str:
@@ -238,6 +281,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--order", type=names, default=None, help="tasks in this order; give it an --out of its own")
     parser.add_argument("--draw", choices=("test", "validation"), default="test")
     parser.add_argument("--keep-bounds", type=bounds, default=KEEP_BOUNDS, help="p_min,p_max in percent")
+    parser.add_argument("--against", default="hpa", help="the method that the others are compared with")
     parser.add_argument("--table-only", action="store_true", help="of the cells that are finished; run nothing")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/five_seeds"))

@@ -32,7 +32,7 @@ def five_seeds() -> ModuleType:
 )
 def test_a_paired_difference_is_the_mean_over_seeds_with_its_t_interval(five_seeds, ours, others):
     wanted = over_seeds([a - b for a, b in zip(ours, others, strict=True)])
-    text = five_seeds.difference({"values": ours}, {"values": others}).replace("−", "-")
+    text = five_seeds.difference({"values": ours}, {"values": others}, 1.0).replace("−", "-")
     assert text.startswith(f"{100 * wanted.value:.1f}")
     if len(ours) == 1:
         assert "[" not in text
@@ -43,4 +43,23 @@ def test_a_paired_difference_is_the_mean_over_seeds_with_its_t_interval(five_see
 
 def test_other_seeds_are_no_pairs(five_seeds):
     with pytest.raises(DataError, match="over the same samples"):
-        five_seeds.difference({"values": [0.1, 0.2]}, {"values": [0.1]})
+        five_seeds.difference({"values": [0.1, 0.2]}, {"values": [0.1]}, 1.0)
+
+
+def test_among_many_methods_a_difference_needs_more(five_seeds):
+    figures = ("ap", "bwt", "masr", "compliance_mean", "over_refusal")
+
+    def row(*values):
+        return {key: {"values": list(values)} for key in figures}
+
+    rows = {
+        "hpa": row(0.70, 0.71, 0.72, 0.73, 0.74),
+        "far": row(0.20, 0.22, 0.21, 0.24, 0.23),
+        "near": row(0.69, 0.695, 0.71, 0.725, 0.738),
+        **{f"same {i}": row(0.70, 0.72, 0.71, 0.74, 0.73) for i in range(8)},
+    }
+    lines = {line.split(" | ")[0]: line for line in five_seeds.differences(rows, "hpa")}
+    assert lines["| far"].count("**") == 5
+    assert " *" in lines["| near"] and "**" not in lines["| near"]
+    assert "*" not in lines["| same 0"].replace("| same 0", "")
+    assert five_seeds.differences({"hpa": row(0.7), "far": row(0.2)}, "hpa") == []

@@ -106,3 +106,30 @@ def test_many_seeds_p_is_never_zero_and_counts_the_pattern_seen():
 def test_sixteen_seeds_are_enumerated_and_seventeen_drawn(seeds):
     result = paired.paired_seeds(np.arange(1.0, seeds + 1), np.zeros(seeds), draws=500)
     assert result.p == (2 / 2**16 if seeds == 16 else pytest.approx(1 / 501, abs=1e-2))
+
+
+def test_the_t_test_is_scipys():
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(0.3, 1, 5), rng.normal(0, 1, 5)
+    found = paired.paired_t(a, b)
+    assert found.p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
+    assert found.interval == paired.paired_seeds(a, b).interval
+    assert paired.paired_t([0.5, 0.5], [0.5, 0.5]).p == 1 and paired.paired_t([0.5, 0.5], [0.25, 0.25]).p == 0
+    assert np.isnan(paired.paired_t([0.5], [0.25]).p)
+
+
+def test_holm_is_the_published_example():
+    # Holm 1979 by hand: 0.01 x 4, 0.013 x 3, 0.03 x 2, 0.04 x 1, each at least the one before.
+    assert paired.holm([0.04, 0.01, 0.03, 0.013]) == pytest.approx([0.06, 0.04, 0.06, 0.04])
+    assert paired.holm([]) == [] and paired.holm([0.9, 0.8]) == [1.0, 1.0]
+    kept = paired.holm([0.02, float("nan"), 0.01])
+    assert kept[0] == 0.02 and np.isnan(kept[1]) and kept[2] == 0.02
+    with pytest.raises(DataError, match=r"1\.5 is no p-value"):
+        paired.holm([0.1, 1.5])
+
+
+def test_holm_finds_nothing_where_nothing_is():
+    rng = np.random.default_rng(0)
+    families = rng.uniform(size=(2000, 20))
+    false = np.mean([min(paired.holm(list(family))) < 0.05 for family in families])
+    assert false < 0.065  # 0.05 plus three standard errors

@@ -36,7 +36,11 @@ def test_it_publishes_an_adapter_with_its_record_and_page(done: Done) -> None:
     page = (done.out / "restore.html").read_text(encoding="utf-8")
     assert "forbidden requests the tuned model did not refuse" in page
     assert "<svg" in page
-    assert "## Restored" in (done.out / "README.md").read_text(encoding="utf-8")
+    card = (done.out / "README.md").read_text(encoding="utf-8")
+    sections = [line for line in card.splitlines() if line.startswith("## ")]
+    assert sections[:2] == ["## Restored", "## Options"]
+    # Every table of the card says something: a rule without figures of its own has the distances.
+    assert "| block | layers | distance from BEFORE, of AFTER's |" in card and "| 0 | 7 | " in card
 
 
 def test_the_record_says_what_was_measured(done: Done) -> None:

@@ -29,6 +29,7 @@ FIGURES = (
     ("coefficient", "coefficient", "{:.1e}"),
     ("coefficient_error", "error without it", "{:.1e}"),
     ("share_reverted", "change taken back", "{:.1%}"),
+    ("left", "distance from BEFORE, of AFTER's", "{:.1%}"),
 )
 
 
@@ -235,7 +236,7 @@ def _section(title: str, body: Sequence[str]) -> list[str]:
 
 
 def _safety_table(safety: Mapping[str, Any]) -> list[str]:
-    rows = ["| set | attack success before | after |", "|---|---|---|"]
+    rows = ["| set | attack success before the edit | after the edit |", "|---|---|---|"]
     return rows + [f"| {name} | {value['before']:.1%} | {value['after']:.1%} |" for name, value in safety.items()]
 
 
@@ -280,17 +281,25 @@ def _table(layers: Sequence[Mapping[str, Any]], *, by_layer: bool = False) -> li
 
 def shown_figures(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     """Those of `FIGURES` that some row has."""
-    return [figure for figure in FIGURES if any(isinstance(row.get(figure[0]), int | float) for row in layers)]
+    rows = [_with_left(row) for row in layers]
+    return [figure for figure in FIGURES if any(isinstance(row.get(figure[0]), int | float) for row in rows)]
+
+
+def _with_left(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A layer's row, and how far the edited weight is from BEFORE as a share of how far AFTER is."""
+    change, distance = row.get("change"), row.get("distance")
+    return {**row, "left": distance / change} if change and distance is not None else row
 
 
 def grouped(
     layers: Sequence[Mapping[str, Any]], *, by_layer: bool = False
 ) -> list[tuple[str, list[Mapping[str, Any]]]]:
     """(name, rows) by block, or (block.linear, [row]) by layer."""
+    rows = [_with_left(row) for row in layers]
     if by_layer:
-        return [(f"{row['block']}.{row['linear']}", [row]) for row in layers]
-    blocks = sorted({row["block"] for row in layers})
-    return [(str(block), [row for row in layers if row["block"] == block]) for block in blocks]
+        return [(f"{row['block']}.{row['linear']}", [row]) for row in rows]
+    blocks = sorted({row["block"] for row in rows})
+    return [(str(block), [row for row in rows if row["block"] == block]) for block in blocks]
 
 
 def mean_text(rows: Sequence[Mapping[str, Any]], key: str, form: str) -> str:

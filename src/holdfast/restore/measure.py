@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,8 @@ class Reference:
 class Probe:
     """How a model is asked. safety, benign: requests. task: with gold answers. batch_size, max_new_tokens: generation.
 
-    judge, scorer: ready to be asked (`make_judge`, `make_scorer`).
+    judge, scorer: ready to be asked (`make_judge`, `make_scorer`). lengths: of the last reply to each request, by id,
+        in characters; a request is answered at about the same length at the next strength.
     """
 
     safety: tuple[Sample, ...]
@@ -58,11 +59,19 @@ class Probe:
     max_new_tokens: int = 128
     task_tokens: int = 64
     batch_size: int = 32
+    lengths: dict[str, int] = field(default_factory=dict, compare=False)
 
-    def ask(self, model: LoadedModel, side: Side) -> Asked:
-        """All replies of one side. Raises JudgeError: not one of them could be judged."""
+    def ask(self, model: LoadedModel, side: Side, *, known: Mapping[str, str] | None = None) -> Asked:
+        """All replies of one side. known: the model's own, by id, where it has been asked already.
+
+        Raises: JudgeError: not one of them could be judged.
+        """
         samples = self.safety if side == "unsafe" else self.benign
-        replies = self._generate(model, samples, self.max_new_tokens)
+        if known is not None and all(sample.id in known for sample in samples):
+            replies = [known[sample.id] for sample in samples]
+            self.lengths.update((sample.id, len(known[sample.id])) for sample in samples)
+        else:
+            replies = self._generate(model, samples, self.max_new_tokens)
         verdicts = self.judge.judge(samples, replies, side=side)
         asked = Asked(replies=tuple(replies), verdicts=tuple(verdicts))
         if samples and not asked.scored:
@@ -92,16 +101,19 @@ class Probe:
         tuned: Reference | None = None,
         before: Reference | None = None,
         stand_in: Sequence[Sample] = (),
+        known: Mapping[str, Mapping[str, str]] | None = None,
     ) -> Point:
         """Everything at one strength. tuned: AFTER on the task's answers (or on `stand_in` where there is no task).
 
-        before: BEFORE on its own answers to the harmless requests (`stand_in`).
+        before: BEFORE on its own answers to the harmless requests (`stand_in`). known: of a set ("safety", "benign") ->
+        this model's replies by id, where it has given them.
         """
-        unsafe = self.ask(model, "unsafe")
+        known = known or {}
+        unsafe = self.ask(model, "unsafe", known=known.get("safety"))
         figures: dict[str, Any] = {"asr": _interval(unsafe, "unsafe"), "replies": {"unsafe": list(unsafe.replies)}}
         over_refusal = task = None
         if self.benign:
-            benign = self.ask(model, "benign")
+            benign = self.ask(model, "benign", known=known.get("benign"))
             over_refusal = _share(benign, "refusal")
             figures["over_refusal"] = _interval(benign, "benign")
             figures["helpful"] = _share(benign, "compliance")
@@ -141,7 +153,17 @@ class Probe:
         return float(value), {**figures, "scorer": self.scorer.name}
 
     def _generate(self, model: LoadedModel, samples: Sequence[Sample], tokens: int) -> list[str]:
-        return generate(model, samples, max_new_tokens=tokens, batch_size=self.batch_size) if samples else []
+        if not samples:
+            return []
+        replies = generate(
+            model,
+            samples,
+            max_new_tokens=tokens,
+            batch_size=self.batch_size,
+            expected_lengths=[self.lengths.get(sample.id, 0) for sample in samples],
+        )
+        self.lengths.update((sample.id, len(reply)) for sample, reply in zip(samples, replies, strict=True))
+        return replies
 
 
 def make_judge(name: str) -> Judge:

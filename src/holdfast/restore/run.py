@@ -133,7 +133,7 @@ class _Run:
         self._check_answers(answers, probe)
         own = tuple(_answered(s, answers["benign"][s.id]) for s in self.sets.benign.probe)
         own = tuple(sample for sample in own if sample.answer)
-        before_point = self._end("before", probe, as_checkpoint(self.before), own)
+        before_point = self._end("before", probe, as_checkpoint(self.before), own, replies=answers)
         samples, screened = self._calibration(answers)
         began = time.perf_counter()
         grams = calibrate(
@@ -301,8 +301,18 @@ class _Run:
         found = {"safety": safety, "benign": benign, "past": list(sets.past), "task": task or benign or safety}
         return found, {"asked": len(refused["task"]), "refused": sorted(ids)}
 
-    def _end(self, name: str, probe: Probe, checkpoint: Checkpoint, samples: Sequence[Sample]) -> Point:
-        """One end of the curve, kept with its distributions on `samples`, which the others are compared with."""
+    def _end(
+        self,
+        name: str,
+        probe: Probe,
+        checkpoint: Checkpoint,
+        samples: Sequence[Sample],
+        replies: Mapping[str, Any] | None = None,
+    ) -> Point:
+        """One end of the curve, kept with its distributions on `samples`, which the others are compared with.
+
+        replies: the model's own, as `Probe.point` takes them.
+        """
         known = self.work.known(name)
         if known is not None:
             return known
@@ -311,7 +321,7 @@ class _Run:
         began = time.perf_counter()
         kept = reference(model, samples, batch_size=probe.batch_size)
         self.work.keep_reference(name, kept)
-        point = probe.point(model, math.inf if name == "before" else 0.0)
+        point = probe.point(model, math.inf if name == "before" else 0.0, known=replies)
         if name == "tuned" and not probe.task and samples:
             point = replace(point, task=1.0)  # it agrees with itself
         self.work.keep_point(name, point)
@@ -473,11 +483,12 @@ class _Run:
 
 
 def _add_to_card(folder: Path, record: Mapping[str, Any]) -> None:
-    """Before, tuned, restored: appended to the model card that the editor wrote."""
+    """Before, tuned, restored: the first section of the model card that the editor wrote."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    head, section, rest = text.partition("\n## ")
     with atomic_path(path) as temporary:
-        temporary.write_text(f"{text.rstrip()}\n\n{card_section(record)}", encoding="utf-8")
+        temporary.write_text(f"{head.rstrip()}\n\n{card_section(record)}{section}{rest}", encoding="utf-8")
 
 
 def _plan(

@@ -30,10 +30,14 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "safe_delta": {"strength": 10.0, "calibration": {"damping": 0.01}},
     "model_tailor": {"calibration": {"damping": 0.01}},
 }
+# These ask for the model before its alignment, which is shipped too.
+_NEED_UNALIGNED = ("safe_lora", "resta")
 
 
 def own_options(name: str) -> dict[str, Any]:
     """What the method `name` needs beside the defaults of the embedded stream."""
+    if name in _NEED_UNALIGNED:
+        return {"unaligned": str(model_path("base"))}
     return METHOD_OPTIONS.get(name, METHOD_OPTIONS.get(name.partition("_")[0], {}))
 
 

@@ -1,0 +1,78 @@
+"""`make tables`: what it runs exists, what it writes lands between its marks, orderings are paired by seed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from holdfast import methods
+from holdfast.tiny.recipe import own_options
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def tables():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield importlib.import_module("tables")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize("name", ["main", "rivals", "harm-0.1", "harm-5", "order", "edit-once", "guard"])
+def test_every_command_names_a_program_and_methods_that_exist(tables, tmp_path, name):
+    args = argparse.Namespace(seeds="0..1", prompts=10, jobs=1, methods=None)
+    five_seeds = importlib.import_module("five_seeds")
+    for program, *words in tables.TABLES[name].commands(args, tmp_path / "out"):
+        assert (BENCHMARKS / program).is_file()
+        if "--methods" in words:
+            for label in words[words.index("--methods") + 1].split(","):
+                options = own_options(label) | five_seeds.VARIANTS.get(label, {})
+                methods.get(str(options.pop("method", label)), **options)
+
+
+def test_no_method_is_left_out(tables):
+    ran = {*tables.METHODS, *tables.RIVALS, *tables.FEW}
+    # A class without a row of its own would be a rival that no table shows.
+    classes = {methods.METHODS[name][0] for name in ran if name in methods.METHODS}
+    assert {place for place, _ in methods.METHODS.values()} == classes
+
+
+def test_a_table_lands_between_its_marks_and_nowhere_else(tables, tmp_path):
+    document = tmp_path / "page.md"
+    document.write_text(
+        "before\n<!-- table a -->\nold\n<!-- end of table -->\nafter\n<!-- table b -->\n<!-- end of table -->\n"
+    )
+    assert tables.insert("a", "| new \\1 |\n\n", document)
+    assert not tables.insert("c", "x", document)
+    assert document.read_text() == (
+        "before\n<!-- table a -->\n| new \\1 |\n<!-- end of table -->\nafter\n<!-- table b -->\n<!-- end of table -->\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "word"),
+    [
+        ([0.7, 0.72, 0.71], [0.5, 0.53, 0.5], "AP seen"),
+        ([0.5, 0.53, 0.5], [0.7, 0.72, 0.71], "AP opposite"),
+        ([0.5, 0.6, 0.7], [0.6, 0.5, 0.7], "AP not seen"),
+        ([0.7], [0.5], "AP in its direction by 20.0 (one seed)"),
+    ],
+)
+def test_an_ordering_is_seen_where_the_paired_interval_says_so(tables, better, worse, word):
+    rows = {"hpa": {"ap": {"values": better}}, "safe_delta": {"ap": {"values": worse}}}
+    found = tables.orderings({"clean": {"methods": rows}})
+    assert [line for line in found if line.startswith("- clean: hpa better than safe_delta")] == [
+        f"- clean: hpa better than safe_delta: {word}"
+    ]
+    assert tables.orderings({"clean": {"methods": {}}}) == []
+
+
+def test_less_is_better_where_it_is(tables):
+    rows = {"hpa": {"masr": {"values": [0.1, 0.12, 0.11]}}, "safe_delta": {"masr": {"values": [0.5, 0.53, 0.5]}}}
+    assert any(line.endswith("MASR seen") for line in tables.orderings({"clean": {"methods": rows}}))
