@@ -352,11 +352,17 @@ class RemoteEngine:
         if (part := chosen_part(request.model)) is not None:
             return self._served[part], {"answered_by": part, "reason": "asked for by name"}
         router = self._router
-        async with self._deciding:
-            # One at a time: the encoder's threads would only fight each other.
-            (decision,) = await asyncio.to_thread(router.decide, [request.sample])
-        if router.guard is not None:
-            decision = router.under_guard(decision, await self._first_token(messages))
+        if router.guard is None:
+            decision = await self._decide(router, request.sample)
+        else:
+            # The server computes while the encoder does.
+            asking = asyncio.ensure_future(self._first_token(messages))
+            try:
+                decision = router.under_guard(await self._decide(router, request.sample), await asking)
+            finally:
+                asking.cancel()
+                # Where the router has refused, nobody asks what became of it.
+                asking.add_done_callback(lambda done: done.cancelled() or done.exception())
         route: dict[str, Any] = decision.to_json()
         if decision.is_one_hot:
             return self._served[decision.expert or BASE], route
@@ -373,6 +379,12 @@ class RemoteEngine:
         if len(served) == 1:
             return self._served[next(iter(served))], route
         return await self._mixture(router, served), route
+
+    async def _decide(self, router: StandaloneRouter, sample: Sample) -> Decision:
+        async with self._deciding:
+            # One at a time: the encoder's threads would only fight each other.
+            (decision,) = await asyncio.to_thread(router.decide, [sample])
+        return decision
 
     async def _mixture(self, router: StandaloneRouter, weights: Mapping[str, float]) -> str:
         """The server's name of a LoRA that is this mixture, made where it is asked for the first time."""
