@@ -401,6 +401,18 @@ def test_what_vllm_would_serve_in_part_or_not_at_all_is_refused_at_the_start(wor
     made = RemoteEngine(Checkpoint(base=str(world.base), adapters=(str(text),)), name="x", limits=limits)
     command = " ".join(made.command(7))
     assert "--enable-lora --max-lora-rank 8 --max-loras 1" in command and f"--lora-modules x={text}" in command
+    # As an edit with `--coefficient keep` writes it beside the factors.
+    scaled = shutil.copytree(text, tmp_path / "scaled")
+    modules = [key for key in load_file(text / "adapter_model.safetensors") if key.endswith("lora_A.weight")]
+    name = modules[0].removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+    width = load_file(text / "adapter_model.safetensors")[modules[0]].shape[1]
+    save_file({name: torch.full((width,), 1.5)}, scaled / "holdfast_input_scale.safetensors")
+    with pytest.raises(AdapterError, match=r"input-scaling vectors of 1 modules .* by up to 0.5 away from 1"):
+        run(
+            RemoteEngine(
+                Checkpoint(base=str(world.base), adapters=(str(scaled),)), name="x", limits=limits, url="http://x"
+            )
+        )
     if "vllm" not in sys.modules:
         with pytest.raises(ConfigError, match=r"has no vLLM, .*pip install vllm.*--vllm-python.*--vllm-url"):
             run(made)
