@@ -16,6 +16,7 @@ VERBS: dict[str, str] = {
     "demo": "holdfast.cli.demo",
     "init": "holdfast.cli.init",
     "run": "holdfast.cli.run",
+    "plan": "holdfast.cli.plan",
     "sweep": "holdfast.cli.sweep",
     "list": "holdfast.cli.list",
     "new": "holdfast.cli.new",

@@ -17,6 +17,7 @@ EXTRAS = {
     "captions": "caption scorers (CIDEr, BLEU, METEOR, ROUGE-L)",
     "hf": "streams and safety sets on the Hugging Face Hub",
     "serve": "serving",
+    "ray": "sweeps on a cluster",
     "docs": "building the documentation",
     "dev": "tests and checks",
 }

@@ -35,9 +35,9 @@ PANELS: dict[str, tuple[str, ...]] = {
         "title", "verify",
     ),
     "Machine": (
-        "backend", "batch_size", "device", "dtype", "eager", "environment", "gpu_memory", "jobs", "max_lora_rank",
-        "max_model_len", "max_new_tokens", "memory", "retries", "tensor_parallel", "vllm_args", "vllm_python",
-        "vllm_url",
+        "backend", "batch_size", "device", "dtype", "eager", "environment", "gpu_memory", "gpus", "jobs",
+        "max_lora_rank", "max_model_len", "max_new_tokens", "memory", "retries", "tensor_parallel", "tflops",
+        "vllm_args", "vllm_python", "vllm_url",
     ),
     "The endpoint": ("canary", "folder", "host", "mixed", "port", "router", "served_name"),
     "What clients may ask": (

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-import torch
 
 from holdfast.checkpoints.adapter import is_adapter
 from holdfast.checkpoints.merged import MergedCheckpoint, open_checkpoint
@@ -15,6 +12,7 @@ from holdfast.checkpoints.value import as_checkpoint
 from holdfast.data.types import Sample
 from holdfast.models.load import default_device, read_config, resolve_dtype
 from holdfast.models.memory import find_device
+from holdfast.models.speed import DECODE_SHARE, FORWARD_SHARE, flops_per_second
 from holdfast.restore.sets import RestoreSets
 
 if TYPE_CHECKING:
@@ -22,8 +20,6 @@ if TYPE_CHECKING:
 
 # Typical tokenisers make one token of about four characters of English; a picture takes a few hundred.
 _CHARACTERS_PER_TOKEN, _TOKENS_PER_PICTURE = 4, 576
-# Share of a matrix product's speed that a forward pass reaches, and that greedy decoding of a batch reaches.
-_FORWARD_SHARE, _DECODE_SHARE = 0.5, 0.15
 
 
 def estimate_cost(before: str, after: str, sets: RestoreSets, config: RestoreConfig) -> str:
@@ -32,7 +28,7 @@ def estimate_cost(before: str, after: str, sets: RestoreSets, config: RestoreCon
     A planning figure: the speed is that of one matrix product here and now, lengths are guessed from characters.
     """
     device = find_device(config.device) if config.device else default_device()
-    speed = _flops_per_second(device)
+    speed = flops_per_second(device)
     with open_checkpoint(before) as opened:
         parameters = sum(entry.numel for entry in opened.entries.values())
         widths = _widths(opened)
@@ -50,7 +46,7 @@ def estimate_cost(before: str, after: str, sets: RestoreSets, config: RestoreCon
 
     def asking(samples: Sequence[Sample], count: int) -> float:
         # Replies are mostly shorter than the bound.
-        return flops * (tokens(samples) / _FORWARD_SHARE + count * config.tokens / 2 / _DECODE_SHARE) / speed
+        return flops * (tokens(samples) / FORWARD_SHARE + count * config.tokens / 2 / DECODE_SHARE) / speed
 
     calibrated = (*sets.safety.calibration, *sets.benign.calibration, *sets.task.calibration, *sets.past)
     gram = sum(2 * width**2 for width in widths) * tokens(calibrated) / speed
@@ -59,7 +55,7 @@ def estimate_cost(before: str, after: str, sets: RestoreSets, config: RestoreCon
     factor = sum(width**3 / 3 for width in widths) / speed
     phases = {
         "ask BEFORE": asking(asked, len(asked)) + asking(probes, len(probes)),
-        "calibrate": flops * tokens(calibrated) / _FORWARD_SHARE / speed + gram,
+        "calibrate": flops * tokens(calibrated) / FORWARD_SHARE / speed + gram,
         "ask AFTER": asking(probes, len(probes)),
         f"search, about {points} strengths": points * (asking(probes, len(probes)) + factor),
         "export and ask again": asking(probes, len(probes)) + factor + 30,
@@ -75,16 +71,6 @@ def estimate_cost(before: str, after: str, sets: RestoreSets, config: RestoreCon
     blocks = model_config.get_text_config().num_hidden_layers
     lines.append(f"({parameters / 1e6:.0f} M parameters, {blocks} blocks; {speed / 1e9:.0f} GFLOP/s here)")
     return "\n".join(lines)
-
-
-def _flops_per_second(device: torch.device, size: int = 1024) -> float:
-    left = torch.randn(size, size, device=device)
-    best = math.inf
-    for _ in range(3):
-        began = time.perf_counter()
-        float((left @ left)[0, 0])  # reading a value waits for the device
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
 
 
 def _widths(opened: MergedCheckpoint) -> list[int]:
