@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -21,7 +22,7 @@ from transformers import AutoModelForImageTextToText as Auto
 from holdfast import experiment
 from holdfast.models import held
 from holdfast.tiny.recipe import run_data
-from holdfast.tiny.stream import StreamSize, write_stream
+from holdfast.tiny.stream import SETTINGS, StreamSize, write_stream
 
 TASKS = ("classify", "caption")
 
@@ -29,6 +30,7 @@ TASKS = ("classify", "caption")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", default="seqft,hpa,cram,cram_hpa")
+    parser.add_argument("--steps", type=int, default=6, help="training steps of each task")
     parser.add_argument("--train", type=int, default=96, help="training samples of each task")
     parser.add_argument("--prompts", type=int, default=8, help="test prompts of each task and side")
     options = parser.parse_args()
@@ -39,11 +41,11 @@ def main() -> None:
             train=options.train, test=options.prompts, safety=options.prompts, validation=1, safety_validation=1
         )
         write_stream(root / "data", seed=0, size=size, task_names=TASKS)
-        one_run(root, "seqft", "warm-up", nullcontext)  # imports and caches
+        one_run(root, "seqft", "warm-up", nullcontext, options.steps)  # imports and caches
         for method in options.methods.split(","):
             (reads, seconds), (reads_anew, seconds_anew) = (
-                one_run(root, method, "held", held.holding),
-                one_run(root, method, "anew", nullcontext),
+                one_run(root, method, "held", held.holding, options.steps),
+                one_run(root, method, "anew", nullcontext, options.steps),
             )
             print(
                 f"{method:<12} {reads_anew:>8} -> {reads:<6} {seconds_anew:>7.1f} -> {seconds:<5.1f} "
@@ -51,7 +53,7 @@ def main() -> None:
             )
 
 
-def one_run(root: Path, method: str, kind: str, holding: object) -> tuple[int, float]:
+def one_run(root: Path, method: str, kind: str, holding: object, steps: int) -> tuple[int, float]:
     """(reads of weights in the second task, CPU seconds of the whole run)."""
     reads: Counter[int] = Counter()
     step = -1
@@ -66,7 +68,9 @@ def one_run(root: Path, method: str, kind: str, holding: object) -> tuple[int, f
         reads[step] += 1
         return usual(*args, **more)
 
-    config = experiment.decode_run(run_data(root / "data" / "stream.yaml", [method], seed=0), base=root)
+    settings = replace(SETTINGS, steps=steps)
+    plain = run_data(root / "data" / "stream.yaml", [method], seed=0, settings=settings)
+    config = experiment.decode_run(plain, base=root)
     with mock.patch.object(Auto, "from_pretrained", counting), mock.patch.object(held, "holding", holding):
         began = time.process_time()
         experiment.run(config, root / f"{method}-{kind}", progress=progress)

@@ -21,6 +21,7 @@ from holdfast.serving.check import judge
 from holdfast.serving.engine import model_names
 from holdfast.serving.protocol import Limits, read_request
 from holdfast.serving.run import listening_socket, serve, served_checkpoint
+from holdfast.tuners.cram.standalone import export_router
 from serving_kit import chat_text, ended, started
 
 pytest.importorskip("uvicorn", reason="needs the extra holdfast[serve]")
@@ -33,8 +34,15 @@ def test_a_folder_is_one_of_three(world, tmp_path):
     expert = next((world.cram / "experts").iterdir())
     assert served_checkpoint(str(expert)).base == str(world.base)
     (tmp_path / "none").mkdir()
-    with pytest.raises(ModelError, match=r"neither a checkpoint .* nor a PEFT adapter .* nor a CRAM folder"):
-        served_checkpoint(str(tmp_path / "none"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"methods": ["cram"]}')
+    (tmp_path / "file").write_text("x")
+    for place in ("none", "run", "file", "run/config.json"):
+        with pytest.raises(ModelError, match=r"neither a checkpoint .* nor a PEFT adapter .* nor a CRAM folder"):
+            served_checkpoint(str(tmp_path / place))
+    export_router(world.cram, tmp_path / "router")
+    with pytest.raises(ModelError, match="is an exported router, which answers nothing"):
+        served_checkpoint(str(tmp_path / "router"))
     nameless = shutil.copytree(expert, tmp_path / "nameless")
     config = json.loads((nameless / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     (nameless / "adapter_config.json").write_text(json.dumps(config))
@@ -177,6 +185,8 @@ def test_files_are_read_below_the_allowed_folder_alone(tmp_path):
         ("ab", "ab", "ab", "unknown"),
         ("ab", "ab", None, "active"),
         ("pq", "ab", None, "other"),
+        # The one that tells is right by chance.
+        ("apqrs", "abcde", "xbcde", "other"),
     ],
 )
 def test_the_verdict_of_a_check(given, ours, before, verdict):

@@ -108,6 +108,34 @@ TEXT = [{"type": "text", "text": "What?"}]
 BAD = {
     "no JSON": (b"{", 400, "invalid_json", "no JSON"),
     "half a character": (rb'{"model": "cram", "\ud800": 1}', 400, "invalid_json", "no JSON"),
+    "nothing": (b"", 400, "invalid_json", "no JSON"),
+    "no UTF-8": (b'{"model": "\xff"}', 400, "invalid_json", "no JSON"),
+    "too deep": (b"[" * 100_000, 400, "invalid_json", "no JSON"),
+    "too many digits": (b'{"model": "cram", "seed": 1' + b"0" * 5000 + b"}", 400, "invalid_json", "no JSON"),
+    "no number": (
+        b'{"model": "cram", "temperature": NaN, "messages": [{"role": "user", "content": "x"}]}',
+        400,
+        "invalid_value",
+        "from 0 to 2",
+    ),
+    "a list of models": ({"model": ["cram"], "messages": []}, 400, "invalid_value", "GET /v1/models"),
+    "messages by name": ({"model": "cram", "messages": {"role": "user"}}, 400, "invalid_value", "at least one message"),
+    "a message of text": ({"model": "cram", "messages": ["x"]}, 400, "invalid_value", "messages[0] is a str"),
+    "a role of lists": ({"model": "cram", "messages": [{"role": ["user"]}]}, 400, "invalid_value", "role is"),
+    "a part of numbers": (chat([1]), 400, "invalid_value", "expected text, or image_url"),
+    "a part without text": (chat([{"type": "text"}]), 400, "invalid_value", "expected text, or image_url"),
+    "sound": (chat([{"type": "input_audio"}]), 400, "invalid_value", "expected text, or image_url"),
+    "a picture of the system's": (
+        {"model": "cram", "messages": [{"role": "system", "content": [picture(data_uri())]}]},
+        400,
+        "invalid_value",
+        "in the user's",
+    ),
+    "half a picture": (chat([*TEXT, picture(data_uri(300, 300)[:-200])]), 400, "invalid_value", "cannot"),
+    "a stream of text": (chat("x", stream="yes"), 400, "invalid_value", "expected true or false"),
+    "options of a list": (chat("x", stream_options=[1]), 400, "invalid_value", "expected an object"),
+    "JSON only": (chat("x", response_format={"type": "json_object"}), 400, "invalid_value", "response_format"),
+    "log-probabilities": (chat("x", logprobs=True), 400, "invalid_value", "logprobs"),
     "no object": (b"[1]", 400, "invalid_value", "expected an object"),
     "no model": ({"messages": []}, 400, "invalid_value", "GET /v1/models"),
     "unknown model": (chat("x") | {"model": "crom"}, 404, "model_not_found", "nearest is 'cram'"),
@@ -141,6 +169,7 @@ BAD = {
     "too many tokens": (chat("x", max_tokens=65), 400, "invalid_value", "expected 1 to 64"),
     "no tokens": (chat("x", max_tokens=0), 400, "invalid_value", "expected 1 to 64"),
     "tokens of text": (chat("x", max_tokens="4"), 400, "invalid_value", "expected a whole number"),
+    "a seed of 65 bits": (chat("x", seed=2**63), 400, "invalid_value", "64 bits"),
     "hot": (chat("x", temperature=3), 400, "invalid_value", "from 0 to 2"),
     "a stop of numbers": (chat("x", stop=[1]), 400, "invalid_value", "expected a text, or up to 4"),
     "two choices": (chat("x", n=2), 400, "invalid_value", "n = 2 is not served here"),
@@ -198,11 +227,18 @@ def test_a_client_that_goes_away_leaves_its_place(server):
     assert server.get("/health")[1]["waiting"] == 0
 
 
-def test_check_served_tells_the_folder_from_its_base(server, world):
+def test_check_served_tells_the_folder_from_its_base(server, world, monkeypatch):
+    from holdfast.serving import check
     from holdfast.serving.check import check_served
 
     texts = world.samples["maths"][:6]
     active = check_served(server.url, str(world.cram), samples=texts, max_new_tokens=6)
-    assert active.verdict == "active" and active.telling and active.equal == 6
+    assert active.verdict == "active" and active.telling and active.equal == active.requests == 6 + 3 * 6
     silent = check_served(server.url, str(world.cram), samples=texts, max_new_tokens=6, model="cram:base")
     assert silent.verdict == "base" and "NOT ACTIVE" in silent.sentence("u", "f")
+    # One expert is dead, which no request that the router sends elsewhere would show.
+    ask = check._Endpoint.ask
+    dead = {"cram:cold": "cram:base"}
+    monkeypatch.setattr(check._Endpoint, "ask", lambda self, model, *rest: ask(self, dead.get(model, model), *rest))
+    found = check_served(server.url, str(world.cram), samples=texts, max_new_tokens=6)
+    assert found.verdict == "base" and found.wrong == ("cold",) and "not served: cold" in found.sentence("u", "f")

@@ -16,6 +16,7 @@ from holdfast.checkpoints.contents import ADAPTER_WEIGHTS
 from holdfast.checkpoints.hub_names import memory_name
 from holdfast.checkpoints.naming import normalised
 from holdfast.checkpoints.reader import read_json
+from holdfast.errors import AdapterError
 from holdfast.files import write_json
 
 # Lists of an adapter's configuration whose order means nothing.
@@ -155,6 +156,21 @@ def largest_rank(adapter: LoraAdapter) -> int:
     return max((entry.rank for entry in adapter.modules.values()), default=0)
 
 
+def rank_for_vllm(folder: Path) -> int:
+    """The rank of an adapter that vLLM serves whole. Raises AdapterError: one that it would serve in part."""
+    adapter = LoraAdapter(folder)
+    try:
+        dropped, rank = what_vllm_drops(adapter), largest_rank(adapter)
+    finally:
+        adapter.close()
+    if dropped:
+        raise AdapterError(
+            f"{folder}: vLLM would not serve all of this adapter: {'; '.join(dropped)}. Merge it into its base "
+            "(`holdfast edit BASE ADAPTER --rule keep --export dense`), or use backend transformers."
+        )
+    return rank
+
+
 def _plain_scaling(config: Mapping[str, Any]) -> float:
     rank = float(config["r"])
     return float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -191,6 +207,7 @@ __all__: Sequence[str] = [
     "known_base",
     "largest_rank",
     "max_lora_rank",
+    "rank_for_vllm",
     "serving_notes",
     "settle_adapter_config",
     "squared_update",

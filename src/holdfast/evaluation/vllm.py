@@ -16,8 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoints.adapter import LoraAdapter
-from holdfast.checkpoints.adapter_config import largest_rank, max_lora_rank, what_vllm_drops
+from holdfast.checkpoints.adapter_config import max_lora_rank, rank_for_vllm
 from holdfast.checkpoints.adapter_settings import describe_overlay, has_settings
 from holdfast.checkpoints.merged import locate
 from holdfast.checkpoints.rewrite import side_contents
@@ -268,20 +267,7 @@ def adapters_to_serve(checkpoint: Checkpoint) -> dict[str, int]:
                 "that base as a checkpoint of its own, or use backend transformers."
             )
         folders = list(stored.folders)
-    found = {}
-    for path in folders:
-        adapter = LoraAdapter(path)
-        try:
-            dropped, rank = what_vllm_drops(adapter), largest_rank(adapter)
-        finally:
-            adapter.close()
-        if dropped:
-            raise AdapterError(
-                f"{path}: vLLM would not serve all of this adapter: {'; '.join(dropped)}. Merge it into its base "
-                "(`holdfast edit BASE ADAPTER --rule keep --export dense`), or use backend transformers."
-            )
-        found[str(path)] = rank
-    return found
+    return {str(path): rank_for_vllm(path) for path in folders}
 
 
 __all__ = ["GUARD_LOGPROBS", "HOW_TO_INSTALL", "VllmBackend", "adapters_to_serve"]

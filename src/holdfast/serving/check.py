@@ -1,7 +1,9 @@
 """Is what a running endpoint serves what lies in the folder? An adapter that was not loaded answers as its base does.
 
 The folder is loaded here with transformers and asked the same requests, with and without its adapter or experts. Only
-requests on which the two differ say anything; the endpoint's answers to those are compared with both.
+requests on which the two differ say anything; the endpoint's answers to those are compared with both. Where the
+endpoint serves a CRAM folder's experts by name (`holdfast serve` does), each of them is asked as well: texts of a probe
+are rarely like any task's, so the router would send them all to the base.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import http.client
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +26,13 @@ from holdfast.models.encode import IMAGE_MARK
 from holdfast.models.generate import generate
 from holdfast.models.load import load
 from holdfast.serving.run import served_checkpoint
+from holdfast.tuners.cram.model import Cram
 
 Verdict = Literal["active", "base", "other", "unknown"]
 # Of the telling answers, so many must be the folder's. Not all: kernels of a server round differently from ours.
 _ENOUGH = 0.8
+# Requests that each expert is asked by name.
+_PER_EXPERT = 6
 _PROMPTS = (
     "What colour is the sky?",
     "Describe a red square.",
@@ -52,6 +58,7 @@ class Served:
     """What was found. telling: probe requests whose answers the folder and its base give differently.
 
     as_folder, as_base: of those, answers of the endpoint that are the one's or the other's. equal: of all requests.
+    wrong: experts that were asked by name and are not what answered.
     """
 
     verdict: Verdict
@@ -60,6 +67,7 @@ class Served:
     as_folder: int
     as_base: int
     equal: int
+    wrong: tuple[str, ...] = ()
 
     def sentence(self, url: str, folder: str) -> str:
         """For a screen."""
@@ -67,6 +75,8 @@ class Served:
             f"{self.equal} of {self.requests} answers are the folder's; of {self.telling} that tell it from its base, "
             f"{self.as_folder} are the folder's and {self.as_base} the base's"
         )
+        if self.wrong:
+            counts += f"; experts that are not served: {', '.join(self.wrong)}"
         if self.verdict == "active":
             return f"active: {url} serves {folder} ({counts})."
         if self.verdict == "base":
@@ -104,17 +114,62 @@ def check_served(
     """
     asked = list(samples) if samples else probe_samples()
     endpoint = _Endpoint(url, key=key, timeout_s=timeout_s)
-    name = model or endpoint.only_model(Path(folder).resolve().name)
+    served = endpoint.models()
+    name = model or endpoint.only_model(served, Path(folder).resolve().name)
     checkpoint = served_checkpoint(folder, base=base)
     given = [endpoint.ask(name, sample, max_new_tokens) for sample in asked]
-    ours = _answers(checkpoint, asked, max_new_tokens)
+    loaded = load(checkpoint)
+    ours = generate(loaded, asked, max_new_tokens=max_new_tokens)
+    if isinstance(cram := loaded.tuner, Cram):
+
+        def of(expert: str | None, samples: Sequence[Sample]) -> list[str]:
+            return generate(replace(loaded, tuner=_Alone(cram, expert)), samples, max_new_tokens=max_new_tokens)
+
+        before, few = of(None, asked), asked[:_PER_EXPERT]
+        parts = {}
+        for card in cram.router.experts:
+            if (named := f"{name}:{card.name}") in served:
+                said = [endpoint.ask(named, sample, max_new_tokens) for sample in few]
+                parts[card.name] = judge(said, of(card.name, few), before[: len(few)])
+        return _together(judge(given, ours, before), parts)
     if checkpoint.adapters:
-        before = _answers(replace(checkpoint, adapters=checkpoint.adapters[:-1]), asked, max_new_tokens)
+        under = Checkpoint(base=checkpoint.base, adapters=checkpoint.adapters[:-1])
     elif base is not None:
-        before = _answers(Checkpoint(base=base), asked, max_new_tokens)
+        under = Checkpoint(base=base)
     else:
-        before = None
-    return judge(given, ours, before)
+        return judge(given, ours, None)
+    return judge(given, ours, generate(load(under), asked, max_new_tokens=max_new_tokens))
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """A tuner that sends every request to one expert, or to none."""
+
+    cram: Cram
+    expert: str | None
+
+    def serving(self, samples: Sequence[Sample]) -> AbstractContextManager[None]:
+        """Within, the expert answers."""
+        return self.cram.weighted([{} if self.expert is None else {self.expert: 1.0}] * len(samples))
+
+    def explain(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+        """The weights that every request has."""
+        return [{"id": s.id, "weights": {} if self.expert is None else {self.expert: 1.0}} for s in samples]
+
+
+def _together(routed: Served, experts: Mapping[str, Served]) -> Served:
+    """One verdict for a CRAM folder: the worst that something telling says."""
+    parts = [routed, *experts.values()]
+    verdicts: tuple[Verdict, ...] = ("other", "base", "active", "unknown")
+    return Served(
+        verdict=next(verdict for verdict in verdicts if any(part.verdict == verdict for part in parts)),
+        requests=sum(part.requests for part in parts),
+        telling=sum(part.telling for part in parts),
+        as_folder=sum(part.as_folder for part in parts),
+        as_base=sum(part.as_base for part in parts),
+        equal=sum(part.equal for part in parts),
+        wrong=tuple(name for name, part in experts.items() if part.verdict in ("base", "other")),
+    )
 
 
 def judge(given: Sequence[str], ours: Sequence[str], before: Sequence[str] | None) -> Served:
@@ -128,7 +183,8 @@ def judge(given: Sequence[str], ours: Sequence[str], before: Sequence[str] | Non
     if not telling:
         verdict = "unknown" if equal >= _ENOUGH * len(given) else "other"
     elif as_folder >= _ENOUGH * len(telling):
-        verdict = "active"
+        # The others count as well: one telling request may be answered alike by something else.
+        verdict = "active" if equal >= _ENOUGH * len(given) else "other"
     else:
         verdict = "base" if as_base > as_folder else "other"
     return Served(
@@ -141,10 +197,6 @@ def judge(given: Sequence[str], ours: Sequence[str], before: Sequence[str] | Non
     )
 
 
-def _answers(checkpoint: Checkpoint, samples: Sequence[Sample], max_new_tokens: int) -> list[str]:
-    return generate(load(checkpoint), samples, max_new_tokens=max_new_tokens)
-
-
 class _Endpoint:
     def __init__(self, url: str, *, key: str | None, timeout_s: float) -> None:
         if not url.startswith(("http://", "https://")):
@@ -155,8 +207,11 @@ class _Endpoint:
         # No proxy: the endpoint is the one that was named.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def only_model(self, wanted: str) -> str:
+    def models(self) -> list[str]:
         names: list[str] = self._ask("/models", lambda found: [str(row["id"]) for row in found["data"]])
+        return names
+
+    def only_model(self, names: Sequence[str], wanted: str) -> str:
         if wanted in names:
             return wanted
         if len(names) != 1:

@@ -39,7 +39,6 @@ from holdfast.tuners.cram.standalone import Decision, decisions
 _log = logging.getLogger(__name__)
 # How long the first request of a batch waits for others.
 _GATHER_S = 0.005
-_LONGEST_DEFAULT = 256
 
 
 @dataclass(eq=False)
@@ -287,7 +286,7 @@ class _Batch:
 
     def _room(self, prompt: int, request: ChatRequest) -> int:
         bound = self.loaded.context_length
-        most = request.max_tokens or min(_LONGEST_DEFAULT, self.limits.max_tokens)
+        most = request.most_tokens(self.limits)
         return most if bound is None else max(1, min(most, bound - prompt))
 
     def _asked(self) -> Any:

@@ -24,6 +24,9 @@ from holdfast.errors import ConfigError, DataError
 from holdfast.models.encode import IMAGE_MARK
 from holdfast.serving.api_error import ApiError, bad_request
 
+# Tokens of an answer to a request that names no number.
+LONGEST_UNASKED = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -66,6 +69,10 @@ class ChatRequest:
     stream: bool = False
     include_usage: bool = False
     folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    def most_tokens(self, limits: Limits) -> int:
+        """The most tokens of the answer, also where the client left it open."""
+        return self.max_tokens or min(LONGEST_UNASKED, limits.max_tokens)
 
     def close(self) -> None:
         """Remove the pictures."""
@@ -147,7 +154,7 @@ def read_request(data: Mapping[str, Any], limits: Limits, *, id: str) -> ChatReq
     asked: dict[str, Any] = {
         "max_tokens": _max_tokens(data, limits),
         "temperature": _temperature(data.get("temperature")),
-        "seed": _whole(data.get("seed"), "seed"),
+        "seed": _seed(data.get("seed")),
         "stop": _stop(data.get("stop")),
         "stream": _flag(data.get("stream"), "stream"),
         "include_usage": _flag((options or {}).get("include_usage"), "stream_options.include_usage"),
@@ -178,6 +185,13 @@ def _whole(value: Any, name: str) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise bad_request(f"{name} is {value!r:.80}; expected a whole number.", param=name)
     return value
+
+
+def _seed(value: Any) -> int | None:
+    seed = _whole(value, "seed")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise bad_request(f"seed is {value!r:.80}; expected a number of 64 bits.", param="seed")
+    return seed
 
 
 def _temperature(value: Any) -> float:
@@ -317,4 +331,4 @@ def _allowed_file(url: str, limits: Limits, where: str) -> Path:
     return path
 
 
-__all__ = ["ApiError", "ChatRequest", "Limits", "read_body", "read_request"]
+__all__ = ["LONGEST_UNASKED", "ApiError", "ChatRequest", "Limits", "read_body", "read_request"]

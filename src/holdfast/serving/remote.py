@@ -1,7 +1,8 @@
 """vLLM behind the endpoint: the router in front, the experts as LoRA modules of one vLLM server.
 
-Nothing of a request is kept, so any number of these processes stand before one server. The server is started here, or
-one that runs is used. The guard asks the base for one token with its log-probabilities before a request goes on.
+Nothing of a request is kept, so any number of these processes stand before one server. The server is started here
+(`vllm_process`), or one that runs is used (`vllm_client`). The guard asks the base for one token with its
+log-probabilities before a request goes on.
 """
 
 from __future__ import annotations
@@ -9,40 +10,44 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import json
 import logging
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import threading
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import httpx2
-
-from holdfast.checkpoints.adapter import LoraAdapter
-from holdfast.checkpoints.adapter_config import largest_rank, max_lora_rank, what_vllm_drops
+from holdfast.checkpoints.adapter import WEIGHTS_FILE
+from holdfast.checkpoints.adapter_config import rank_for_vllm
 from holdfast.checkpoints.value import Checkpoint
 from holdfast.data.images import open_image
 from holdfast.data.types import Sample
-from holdfast.errors import AdapterError, ConfigError, DataError, HoldfastError, ModelError
-from holdfast.evaluation.engine_log import root_cause
-from holdfast.evaluation.vllm import GUARD_LOGPROBS, HOW_TO_INSTALL, adapters_to_serve
+from holdfast.errors import AdapterError, DataError, HoldfastError, ModelError
+from holdfast.evaluation.vllm import adapters_to_serve
 from holdfast.evaluation.vllm_options import VllmOptions
+from holdfast.files import sha256
 from holdfast.models.encode import adds_special_tokens, conversation, render
 from holdfast.models.load import read_processor
 from holdfast.models.tuner import is_tuner_folder
 from holdfast.serving.api_error import ApiError, bad_request
 from holdfast.serving.engine import BASE, Piece, chosen_part, model_names
 from holdfast.serving.protocol import ChatRequest, Limits
-from holdfast.tuners.cram.folder import Stamp, folder_stamp, read_router, save_expert
+from holdfast.serving.vllm_client import UnknownModuleError, VllmClient
+from holdfast.serving.vllm_process import VllmProcess, free_port, server_command
+from holdfast.tuners.cram.folder import (
+    Stamp,
+    StoredRouter,
+    check_base_files,
+    check_experts,
+    folder_stamp,
+    read_router,
+    save_expert,
+)
 from holdfast.tuners.cram.merge import mixture_of_folders, quantised, save_nothing
 from holdfast.tuners.cram.standalone import Decision, StandaloneRouter, open_exported, open_on_base
 
@@ -89,22 +94,25 @@ class RemoteEngine:
         self._router_folder = router
         self._options, self._dtype = options or VllmOptions(), dtype
         self._python, self._arguments = python or sys.executable, list(arguments)
-        self._given_url, self._url = url, url
+        self._url = url
         self._start_timeout_s = start_timeout_s
-        self._server: subprocess.Popen[bytes] | None = None
-        self._log_lines: list[str] = []
+        self._process: VllmProcess | None = None
+        self._client: VllmClient | None = None
         self._router: StandaloneRouter | None = None
         self._processor: Any = None
-        self._client: httpx2.AsyncClient | None = None
-        self._lock = asyncio.Lock()
+        self._deciding, self._mixing = asyncio.Lock(), asyncio.Lock()
         self._line = 0
         self._problem: str | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._zeros: Path | None = None
-        self._base_name = BASE
-        self._mixtures: dict[str, Path] = {}
-        self._mixture_folder: tempfile.TemporaryDirectory[str] | None = None
         self._stamp: Stamp | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        # Names at the server are told apart from those of other processes in front of it.
+        self._own = uuid.uuid4().hex[:8]
+        # Expert, or BASE -> its name at the server.
+        self._served: dict[str, str] = {BASE: BASE}
+        # Names at the server that were handed to it while it ran -> their folders, to be handed over again.
+        self._handed: dict[str, Path] = {}
+        self._mixtures: list[str] = []
 
     @property
     def models(self) -> Mapping[str, str]:
@@ -116,7 +124,7 @@ class RemoteEngine:
     @property
     def state(self) -> dict[str, Any]:
         """For /health."""
-        alive = self._client is not None and (self._server is None or self._server.poll() is None)
+        alive = self._client is not None and (self._process is None or self._process.alive)
         found: dict[str, Any] = {"ok": alive, "backend": "vllm", "model": self._name, "waiting": self._line}
         if self._router is not None:
             found["experts"] = [card.name for card in self._router.router.experts]
@@ -137,15 +145,16 @@ class RemoteEngine:
         try:
             adapters_to_serve(self._checkpoint)
             await asyncio.to_thread(self._open)
-            if self._given_url is None:
-                await asyncio.to_thread(self._start_server)
-            assert self._url is not None
-            bound = httpx2.Timeout(self._limits.timeout_s, connect=10.0)
-            pool = httpx2.Limits(max_connections=2 * self._limits.waiting, max_keepalive_connections=64)
-            base_url = self._url.rstrip("/").removesuffix("/v1")
-            self._client = httpx2.AsyncClient(base_url=base_url, timeout=bound, limits=pool, trust_env=False)
-            await self._wait_until_up()
-            await self._check_modules()
+            url = self._url
+            if url is None:
+                port = free_port()
+                command = self.command(port)
+                self._process = await asyncio.to_thread(VllmProcess, command)
+                _log.info("vLLM starts: %s", " ".join(command))
+                url = f"http://127.0.0.1:{port}"
+            self._client = VllmClient(url, self._limits)
+            await self._wait_until_up(self._client)
+            await self._check_modules(self._client)
         except BaseException:
             await self.stop()
             raise
@@ -157,23 +166,30 @@ class RemoteEngine:
         if self._watching is not None:
             self._watching.cancel()
         if self._client is not None:
-            await self._client.aclose()
-        if self._mixture_folder is not None:
-            self._mixture_folder.cleanup()
-        if self._server is not None and self._server.poll() is None:
-            self._server.terminate()
-            try:
-                await asyncio.to_thread(self._server.wait, 20)
-            except subprocess.TimeoutExpired:
-                # Its engine and workers too, which are processes of its session.
-                os.killpg(self._server.pid, signal.SIGKILL)
+            if self._process is None:
+                # Its folder goes with this process; a server that outlives it must not look for it.
+                for name in [*self._mixtures, *([self._served[BASE]] if self._served[BASE] in self._handed else [])]:
+                    with suppress(ApiError):
+                        await self._client.unload(name)
+            await self._client.close()
+        if self._process is not None:
+            await asyncio.to_thread(self._process.stop)
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
     def _open(self) -> None:
         if self._folder is None:
             self._processor = read_processor(self._checkpoint.base, adapters=self._plain)
             return
+        self._stamp = folder_stamp(self._folder)
+        stored = read_router(self._folder)
+        check_experts(self._folder, stored)
         if self._router_folder is not None:
-            self._router = open_exported(self._router_folder)
+            # Its encoder alone: what decides is the folder's own router, which may have learned since.
+            self._router = open_exported(self._router_folder).with_router(stored, self._folder)
+            if Path(self._checkpoint.base).is_dir():
+                # It may lie on the server's machine alone; a canary tells the rest.
+                check_base_files(self._folder, stored, Path(self._checkpoint.base))
         else:
             self._router = open_on_base(self._folder, base=self._checkpoint.base)
         if self._router.guard is not None and self._router.guard.form != "openings":
@@ -181,24 +197,22 @@ class RemoteEngine:
                 f"{self._folder}: its guard is a probe, which reads a state that no server gives. Fit the guard with "
                 "form openings, or serve with --backend transformers."
             )
+        _ = self.models  # names that cannot be served are known before a server starts
         self._processor = self._router.processor
-        self._stamp = self._folder_stamp()
-        if self._router.folders:
-            self._zeros = self._scratch() / ZEROS
-            like = next(iter(read_router(self._folder).folders))
-            save_nothing(self._zeros, like, base=self._checkpoint.base)
+        self._served |= {card.name: card.name for card in stored.router.experts}
+        if stored.folders:
+            save_nothing(self._place(ZEROS), stored.folders[0], base=self._checkpoint.base)
 
-    def _scratch(self) -> Path:
-        """A folder for adapters that are made here."""
-        if self._mixture_folder is None:
-            self._mixture_folder = tempfile.TemporaryDirectory(prefix="holdfast-mixtures-")
-        return Path(self._mixture_folder.name)
+    def _place(self, name: str) -> Path:
+        """Where an adapter lies that is made here."""
+        if self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="holdfast-adapters-")
+        return Path(self._scratch.name) / name
 
     def _modules(self) -> dict[str, Path]:
-        """LoRA module -> its folder."""
-        if self._folder is not None:
-            stored = read_router(self._folder)
-            return {card.name: path for card, path in zip(stored.router.experts, stored.folders, strict=True)}
+        """LoRA module that the server is started with -> its folder."""
+        if self._router is not None:
+            return dict(self._router.folders)
         # One at most: `evaluation.vllm.adapters_to_serve` has looked.
         return {self._name: Path(self._plain[0])} if self._plain else {}
 
@@ -208,117 +222,85 @@ class RemoteEngine:
         Raises: AdapterError: an adapter that it would serve in part, or has no room for.
         """
         modules = self._modules()
-        # `vllm serve` asks for the metadata of a package that the CPU build does not have.
-        made = [self._python, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
-        made += ["--model", self._checkpoint.base, "--served-model-name", BASE if modules else self._name]
-        made += ["--disable-log-stats", "--max-logprobs", str(max(20, GUARD_LOGPROBS))]
-        if modules:
-            ranks = {name: check_servable(folder) for name, folder in modules.items()}
-            rank = self._largest_mixture(ranks) if self._mixed == "merge" else max(ranks.values())
-            room = self._options.max_lora_rank or max_lora_rank(rank)
-            if room is None or room < rank:
-                raise AdapterError(
-                    f"{self._checkpoint}: an adapter has rank {rank} and vLLM is to have room for {room or 512}; raise "
-                    "--max-lora-rank, or merge it into its base (`holdfast edit --rule keep --export dense`)."
-                )
-            modules |= {} if self._zeros is None else {ZEROS: self._zeros}
-            made += ["--enable-lora", "--max-lora-rank", str(room), "--max-loras", str(min(8, len(modules)))]
-            made += ["--lora-modules", *(f"{name}={folder.resolve()}" for name, folder in modules.items())]
-        if self._dtype:
-            made += ["--dtype", self._dtype]
-        for flag, value in self._options.engine_arguments().items():
-            option = f"--{flag.replace('_', '-')}"
-            made += [option] if value is True else [option, str(value)]
-        return made + self._arguments
+        ranks = {name: rank_for_vllm(folder) for name, folder in modules.items()}
+        rank = self._largest_mixture(ranks) if self._mixed == "merge" else max(ranks.values(), default=0)
+        if self._folder is not None and modules:
+            modules[ZEROS] = self._place(ZEROS)
+        return server_command(
+            self._python,
+            port,
+            base=self._checkpoint.base,
+            served_name=BASE if modules or self._folder is not None else self._name,
+            modules=modules,
+            rank=rank,
+            options=self._options,
+            dtype=self._dtype,
+            arguments=self._arguments,
+        )
 
     def _largest_mixture(self, ranks: Mapping[str, int]) -> int:
         """The rank of all experts of a group together, of the largest group."""
         if self._router is None:
-            return max(ranks.values())
+            return max(ranks.values(), default=0)
         groups: dict[int, int] = {}
         for card in self._router.router.experts:
             groups[card.group] = groups.get(card.group, 0) + ranks.get(card.name, 0)
-        return max(groups.values())
+        return max(groups.values(), default=0)
 
-    def _start_server(self) -> None:
-        port = _free_port()
-        command = self.command(port)
-        found = subprocess.run(
-            [self._python, "-c", "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"],
-            capture_output=True,
-            check=False,
-        )
-        if found.returncode:
-            raise ConfigError(
-                f"{self._python} has no vLLM, so it cannot be started. {HOW_TO_INSTALL} Then name its Python with "
-                "--vllm-python, or the address of a running server with --vllm-url."
-            )
-        # So that experts can be added while it runs; it listens on this machine alone.
-        environment = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-        self._server = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            # Ctrl-C is for this process, which lets the server answer what has come.
-            start_new_session=True,
-        )
-        threading.Thread(target=self._read_log, name="holdfast-vllm-log", daemon=True).start()
-        self._url = f"http://127.0.0.1:{port}"
-        _log.info("vLLM starts: %s", " ".join(command))
-
-    def _read_log(self) -> None:
-        assert self._server is not None and self._server.stdout is not None
-        for raw in self._server.stdout:
-            line = raw.decode(errors="replace")
-            self._log_lines.append(line)
-            del self._log_lines[:-2000]
-            sys.stderr.write(line)
-
-    async def _wait_until_up(self) -> None:
-        assert self._client is not None
-        end = time.monotonic() + (self._start_timeout_s if self._server is not None else 10.0)
-        problem = ""
+    async def _wait_until_up(self, client: VllmClient) -> None:
+        end = time.monotonic() + (self._start_timeout_s if self._process is not None else 10.0)
+        problem: str | None = "no answer"
         while time.monotonic() < end:
-            if self._server is not None and self._server.poll() is not None:
-                await asyncio.sleep(0.3)
-                cause = root_cause("".join(self._log_lines), ModelError(f"exit status {self._server.returncode}"))
-                raise ModelError(f"{self._checkpoint}: vLLM does not start: {cause}")
-            try:
-                if (await self._client.get("/health")).status_code == 200:
-                    return
-            except httpx2.HTTPError as error:
-                problem = f"{type(error).__name__}: {error}"
+            if self._process is not None and not self._process.alive:
+                raise ModelError(f"{self._checkpoint}: vLLM does not start: {self._process.why_it_ended()}")
+            if (problem := await client.what_is_wrong()) is None:
+                return
             await asyncio.sleep(0.5)
-        raise ModelError(
-            f"No vLLM server answers at {self._url} ({problem or 'not healthy'}); start it, or look at its log."
-        )
+        raise ModelError(f"No vLLM server answers at {client.url} ({problem}); start it, or look at its log.")
 
-    async def _check_modules(self) -> None:
-        """Every name that requests will be sent to must be there."""
-        assert self._client is not None
-        try:
-            listed = (await self._client.get("/v1/models")).json()["data"]
-            served = {row["id"] for row in listed}
-        except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{self._url}/v1/models says nothing that can be read: {error!r}") from error
-        if self._zeros is not None and ZEROS not in served:
-            try:
-                await self._told("/v1/load_lora_adapter", {"lora_name": ZEROS, "lora_path": str(self._zeros)})
-                served.add(ZEROS)
-            except ApiError as error:
-                _log.warning(
-                    "the server takes no adapter while it runs (%s), so the base is asked without one; on vLLM's CPU "
-                    "build that is wrong beside other adapters: set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 there",
-                    error.message,
-                )
-        self._base_name = ZEROS if ZEROS in served else BASE
-        wanted = {BASE, *self._modules()} if self._modules() else {self._name}
-        if missing := sorted(wanted - served):
+    async def _check_modules(self, client: VllmClient) -> None:
+        """Every name that requests will be sent to must be there, and be what lies in the folder."""
+        served = await client.modules()
+        modules = self._modules()
+        if self._folder is not None and modules:
+            if ZEROS in served:
+                self._served[BASE] = ZEROS
+            else:
+                own = f"{ZEROS}-{self._own}"
+                try:
+                    await self._hand_over(own, self._place(ZEROS))
+                    self._served[BASE] = own
+                except ApiError as error:
+                    _log.warning(
+                        "the server takes no adapter while it runs (%s), so the base is asked without one; on vLLM's "
+                        "CPU build that is wrong beside other adapters: set VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 there",
+                        error.message,
+                    )
+        wanted = {BASE, *modules} if modules or self._folder is not None else {self._name}
+        if missing := sorted(wanted - set(served)):
             raise ModelError(
-                f"The server at {self._url} serves {', '.join(sorted(served))}, but not {', '.join(missing)}. Start it "
-                f"with --served-model-name {BASE} and --lora-modules NAME=FOLDER for each expert."
+                f"The server at {client.url} serves {', '.join(sorted(served))}, but not {', '.join(missing)}. Start "
+                f"it with --served-model-name {BASE} and --lora-modules NAME=FOLDER for each expert."
             )
+        for name, folder in modules.items():
+            root = served[name]
+            if root is not None and root == served[BASE]:
+                raise ModelError(
+                    f"The server at {client.url} serves its base, {root}, under the name {name}, so the adapter would "
+                    f"be silently absent. Start it with --served-model-name {BASE} --lora-modules {name}={folder}."
+                )
+            other = root is not None and await asyncio.to_thread(_is_another, Path(root), folder)
+            if other:
+                raise ModelError(
+                    f"The server at {client.url} serves {root} as {name}, whose weights are not those in {folder}. "
+                    f"Start it with --lora-modules {name}={folder}."
+                )
+
+    async def _hand_over(self, name: str, folder: Path) -> None:
+        """Register a LoRA module at the running server. Raises ApiError."""
+        assert self._client is not None
+        await self._client.load(name, str(folder.resolve()))
+        self._handed[name] = folder
 
     # Requests
 
@@ -341,12 +323,6 @@ class RemoteEngine:
                     return
         except TimeoutError:
             raise ApiError(504, f"no answer within {self._limits.timeout_s:g} s.", code="timeout") from None
-        except (httpx2.ConnectError, httpx2.RemoteProtocolError, httpx2.ReadError) as error:
-            raise ApiError(
-                503, f"the vLLM server does not answer: {type(error).__name__}", code="backend_down"
-            ) from None
-        except httpx2.TimeoutException:
-            raise ApiError(504, "the vLLM server took too long.", code="timeout") from None
         except DataError as error:
             raise bad_request(str(error), param="messages") from None
         finally:
@@ -374,16 +350,22 @@ class RemoteEngine:
         if self._router is None:
             return self._name, None
         if (part := chosen_part(request.model)) is not None:
-            return self._base_name if part == BASE else part, {"answered_by": part, "reason": "asked for by name"}
+            return self._served[part], {"answered_by": part, "reason": "asked for by name"}
         router = self._router
-        async with self._lock:
-            # One at a time: the encoder's threads would only fight each other.
-            (decision,) = await asyncio.to_thread(router.decide, [request.sample])
-        if router.guard is not None:
-            decision = router.under_guard(decision, await self._first_token(messages))
+        if router.guard is None:
+            decision = await self._decide(router, request.sample)
+        else:
+            # The server computes while the encoder does.
+            asking = asyncio.ensure_future(self._first_token(messages))
+            try:
+                decision = router.under_guard(await self._decide(router, request.sample), await asking)
+            finally:
+                asking.cancel()
+                # Where the router has refused, nobody asks what became of it.
+                asking.add_done_callback(lambda done: done.cancelled() or done.exception())
         route: dict[str, Any] = decision.to_json()
         if decision.is_one_hot:
-            return decision.expert or self._base_name, route
+            return self._served[decision.expert or BASE], route
         if self._mixed == "refuse":
             raise ApiError(
                 409, f"several experts share this request: {_shares(decision)}.", code="several_experts", param=None
@@ -394,173 +376,145 @@ class RemoteEngine:
         # How far what answers is from what the router asked for, at most, in one expert's share.
         off = max(abs(served.get(name, 0.0) - weight) for name, weight in decision.weights.items())
         route |= {"exact": False, "served_weights": served, "largest_share_off_by": round(off, 4)}
-        return (next(iter(served)) if len(served) == 1 else await self._mixture(router, served)), route
+        if len(served) == 1:
+            return self._served[next(iter(served))], route
+        return await self._mixture(router, served), route
+
+    async def _decide(self, router: StandaloneRouter, sample: Sample) -> Decision:
+        async with self._deciding:
+            # One at a time: the encoder's threads would only fight each other.
+            (decision,) = await asyncio.to_thread(router.decide, [sample])
+        return decision
 
     async def _mixture(self, router: StandaloneRouter, weights: Mapping[str, float]) -> str:
         """The server's name of a LoRA that is this mixture, made where it is asked for the first time."""
-        names = [card.name for card in router.router.experts]
-        name = "mixture-" + "-".join(f"{names.index(n)}x{round(w * MIXTURE_STEPS)}" for n, w in sorted(weights.items()))
-        async with self._lock:
+        assert self._client is not None
+        parts = "-".join(f"{self._served[n]}x{round(w * MIXTURE_STEPS)}" for n, w in sorted(weights.items()))
+        name = f"mixture-{self._own}-{parts}"
+        async with self._mixing:
             if name in self._mixtures:
                 return name
             if len(self._mixtures) >= _MIXTURES_KEPT:
-                oldest = next(iter(self._mixtures))
-                await self._told("/v1/unload_lora_adapter", {"lora_name": oldest})
-                shutil.rmtree(self._mixtures.pop(oldest), ignore_errors=True)
-            place = self._scratch() / name
-            await asyncio.to_thread(
-                lambda: save_expert(place, mixture_of_folders(router.folders, weights), base=self._checkpoint.base)
-            )
-            await self._told("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(place)})
-            self._mixtures[name] = place
+                oldest = self._mixtures.pop(0)
+                await self._client.unload(oldest)
+                shutil.rmtree(self._handed.pop(oldest), ignore_errors=True)
+            place = self._place(f"mixture-{uuid.uuid4().hex}")
+            factors = await asyncio.to_thread(mixture_of_folders, router.folders, weights)
+            await asyncio.to_thread(save_expert, place, factors, base=self._checkpoint.base)
+            await self._hand_over(name, place)
+            self._mixtures.append(name)
         return name
 
-    async def _told(self, path: str, body: Mapping[str, Any]) -> None:
-        assert self._client is not None
-        answer = await self._client.post(path, json=body)
-        if answer.status_code != 200:
-            raise ApiError(502, f"vLLM does not do {path}: {answer.text[:300]}", code="backend_error")
-
     async def _first_token(self, messages: Mapping[str, Any]) -> dict[int, float]:
-        body = {
-            **messages,
-            "model": self._base_name,
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "logprobs": True,
-            "top_logprobs": GUARD_LOGPROBS,
-            "return_tokens_as_token_ids": True,
-        }
-        answer = await self._post(body)
-        first = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        return {int(row["token"].removeprefix("token_id:")): min(0.0, float(row["logprob"])) for row in first}
-
-    async def _post(self, body: Mapping[str, Any]) -> Any:
         assert self._client is not None
-        response = await self._client.post("/v1/chat/completions", json=body)
-        if response.status_code != 200:
-            raise _from_server(response.status_code, response.text)
-        return response.json()
+        base = self._served[BASE]
+        try:
+            return await self._client.first_token(base, messages)
+        except UnknownModuleError:
+            if not await self._handed_over_again(base):
+                raise
+        return await self._client.first_token(base, messages)
+
+    async def _handed_over_again(self, name: str) -> bool:
+        """Whether a server that was restarted has an adapter again; False for those that it has to be started with."""
+        assert self._client is not None
+        if name in self._handed and name not in await self._client.modules():
+            await self._hand_over(name, self._handed[name])
+        return name in self._handed
 
     async def _ask(
         self, target: str, route: Mapping[str, Any] | None, request: ChatRequest, messages: Mapping[str, Any]
     ) -> AsyncIterator[Piece]:
+        assert self._client is not None
+        # vLLM shortens an answer to what its context leaves, but refuses a bound above the context.
+        most = min(request.most_tokens(self._limits), self._client.context_length or sys.maxsize)
         body: dict[str, Any] = {
             **messages,
             "model": target,
             "temperature": request.temperature,
             "top_p": 1.0,
             "repetition_penalty": 1.0,
+            "max_tokens": most,
         }
         if request.temperature:
             # The full distribution, as the transformers backend samples.
             body |= {"top_k": -1, "min_p": 0.0}
-        if request.max_tokens is not None:
-            body["max_tokens"] = request.max_tokens
         if request.seed is not None:
             body["seed"] = request.seed
         if request.stop:
             body["stop"] = list(request.stop)
-        if not request.stream:
-            answer = await self._post(body)
-            choice, usage = answer["choices"][0], answer["usage"]
-            yield Piece(
-                text=(choice["message"]["content"] or "").strip(),
-                finish=_finish(choice["finish_reason"]),
-                prompt_tokens=usage["prompt_tokens"],
-                completion_tokens=usage["completion_tokens"],
-                route=route,
-            )
-            return
-        async for piece in self._stream(body, route):
-            yield piece
-
-    async def _stream(self, body: dict[str, Any], route: Mapping[str, Any] | None) -> AsyncIterator[Piece]:
-        assert self._client is not None
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
-        began, held, finish, usage = False, "", None, {"prompt_tokens": 0, "completion_tokens": 0}
-        async with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
-            if response.status_code != 200:
-                raise _from_server(response.status_code, (await response.aread()).decode(errors="replace"))
-            async for line in response.aiter_lines():
-                data = line.removeprefix("data: ")
-                if data == line or data == "[DONE]":
-                    continue
-                event = json.loads(data)
-                if "error" in event:
-                    raise ApiError(502, str(event["error"])[:300], code="backend_error")
-                usage = event.get("usage") or usage
-                for choice in event["choices"]:
-                    finish = choice.get("finish_reason") or finish
-                    held += choice["delta"].get("content") or ""
-                # The answer is stripped, as everywhere: no blank at its beginning, none sent before it is inside.
-                held = held if began else held.lstrip()
-                ready = held.rstrip()
-                if ready:
-                    yield Piece(text=ready)
-                    began, held = True, held[len(ready) :]
-        yield Piece(
-            finish=_finish(finish),
-            prompt_tokens=usage["prompt_tokens"],
-            completion_tokens=usage["completion_tokens"],
-            route=route,
-        )
+        for attempt in (1, 2):
+            try:
+                if request.stream:
+                    async for piece in self._client.stream(body):
+                        yield piece if piece.finish is None else replace(piece, route=route)
+                else:
+                    yield replace(await self._client.complete(body), route=route)
+            except UnknownModuleError:
+                # Said before the first piece.
+                if attempt == 2 or not await self._handed_over_again(target):
+                    raise
+            else:
+                return
 
     # Experts that come while the server runs
 
-    def _folder_stamp(self) -> Stamp | None:
-        assert self._folder is not None
-        return folder_stamp(self._folder)
-
     async def _watch(self) -> None:
+        assert self._folder is not None
         while True:
             await asyncio.sleep(_WATCH_S)
-            stamp = self._folder_stamp()
+            stamp = folder_stamp(self._folder)
             if stamp is None or stamp == self._stamp:
                 continue
             self._stamp = stamp
             try:
                 await self._renew()
                 self._problem = None
-            except (HoldfastError, httpx2.HTTPError, OSError) as error:
+            except (HoldfastError, ApiError, OSError) as error:
                 self._problem = f"{self._folder} has changed and cannot be taken up, the old experts answer on: {error}"
                 _log.error("%s", self._problem)
 
     async def _renew(self) -> None:
-        """Hand new experts to the server, then let the new router decide."""
+        """Hand new and changed experts to the server, then let the new router decide."""
         assert self._folder is not None and self._router is not None and self._client is not None
         stored = await asyncio.to_thread(read_router, self._folder)
-        known = {card.name for card in self._router.router.experts}
-        for card, path in zip(stored.router.experts, stored.folders, strict=True):
-            if card.name in known:
+        renewed = self._router.with_router(stored, self._folder)
+        check_experts(self._folder, stored)
+        model_names(self._name, tuple(renewed.folders))
+        known = _digests(self._router.stored)
+        served = {BASE: self._served[BASE]}
+        there = await self._client.modules()
+        for name, digest in _digests(stored).items():
+            if known.get(name) == digest:
+                served[name] = self._served[name]
                 continue
-            check_servable(path)
-            body = {"lora_name": card.name, "lora_path": str(path.resolve())}
-            answer = await self._client.post("/v1/load_lora_adapter", json=body)
-            if answer.status_code != 200:
-                raise AdapterError(f"vLLM does not take expert {card.name!r}: {answer.text[:300]}")
-        self._router = self._router.with_router(stored, self._folder)
-        _log.info("experts now: %s", ", ".join(card.name for card in stored.router.experts))
+            rank_for_vllm(renewed.folders[name])
+            # A name of its own: under an old one the server would go on with what it has cached of the old weights.
+            served[name] = f"{name}-{digest[:12]}"
+            if served[name] not in there:
+                await self._hand_over(served[name], renewed.folders[name])
+        self._router, self._served = renewed, served
+        _log.info("experts now: %s", ", ".join(renewed.folders))
+
+
+def _digests(stored: StoredRouter) -> dict[str, str]:
+    """Expert -> sha256 of its weights."""
+    return {card.name: digest for card, digest in zip(stored.router.experts, stored.digests, strict=True)}
+
+
+def _is_another(there: Path, here: Path) -> bool:
+    """Whether an adapter's folder holds other weights than another; False where it cannot be read from here."""
+    if there.resolve() == here.resolve():
+        return False
+    try:
+        return bool(sha256(there / WEIGHTS_FILE).digest() != sha256(here / WEIGHTS_FILE).digest())
+    except (OSError, HoldfastError):
+        return False
 
 
 async def _before(deadline: float, what: Awaitable[_T]) -> _T:
     """Raises TimeoutError."""
     return await asyncio.wait_for(what, max(0.0, deadline - time.monotonic()))  # type: ignore[arg-type]
-
-
-def check_servable(folder: Path) -> int:
-    """The rank of an adapter that vLLM serves whole. Raises AdapterError: one that it would serve in part."""
-    adapter = LoraAdapter(folder)
-    try:
-        dropped, rank = what_vllm_drops(adapter), largest_rank(adapter)
-    finally:
-        adapter.close()
-    if dropped:
-        raise AdapterError(
-            f"{folder}: vLLM would not serve all of this adapter: {'; '.join(dropped)}. Merge it into its base "
-            "(`holdfast edit BASE ADAPTER --rule keep --export dense`), or serve with --backend transformers."
-        )
-    return rank
 
 
 def _shares(decision: Decision) -> str:
@@ -574,31 +528,4 @@ def _data_uri(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _finish(reason: Any) -> Literal["stop", "length"]:
-    return "length" if reason == "length" else "stop"
-
-
-def _from_server(status: int, text: str) -> ApiError:
-    """An error of vLLM, told on: what the client did wrong stays its fault."""
-    try:
-        error = json.loads(text)
-        error = error.get("error", error)
-        message, param = str(error.get("message", text)), error.get("param")
-    except (ValueError, AttributeError):
-        message, param = text, None
-    if status == 400 and ("context length" in message or "max_model_len" in message or "longer than" in message):
-        return bad_request(message[:500], param="messages", code="context_length_exceeded")
-    if status in (400, 404, 422):
-        return ApiError(400, message[:500], code="invalid_value", param=param)
-    if status == 429:
-        return ApiError(429, message[:500], code="overloaded")
-    return ApiError(502, f"the vLLM server answers {status}: {message[:300]}", code="backend_error")
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-__all__ = ["MixedName", "RemoteEngine", "check_servable"]
+__all__ = ["MixedName", "RemoteEngine"]

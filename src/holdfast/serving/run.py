@@ -33,6 +33,8 @@ def served_checkpoint(folder: str, *, base: str | None = None) -> Checkpoint:
 
     Raises: ModelError: none of the three. AdapterError: its base is not named.
     """
+    from holdfast.tuners.cram.standalone import is_router_export
+
     path = Path(folder)
     if is_tuner_folder(path):
         from holdfast.tuners.cram.folder import read_router
@@ -45,12 +47,20 @@ def served_checkpoint(folder: str, *, base: str | None = None) -> Checkpoint:
         if not named:
             raise AdapterError(f"{path / CONFIG_FILE} names no base; give it with --base.")
         return Checkpoint(base=str(named), adapters=(str(path),))
-    if path.exists() and not (path / "config.json").is_file():
+    if is_router_export(path):
+        raise ModelError(f"{folder} is an exported router, which answers nothing: give its CRAM folder, and --router.")
+    if path.exists() and not _is_checkpoint(path):
         raise ModelError(
-            f"{folder} is neither a checkpoint (config.json), nor a PEFT adapter ({CONFIG_FILE}), nor a CRAM folder "
-            "(holdfast_tuner.json); expected one of the three."
+            f"{folder or path} is neither a checkpoint (config.json), nor a PEFT adapter ({CONFIG_FILE}), nor a CRAM "
+            "folder (holdfast_tuner.json); expected one of the three."
         )
     return Checkpoint(base=folder)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    # A run of holdfast has a config.json of its own.
+    config = path / "config.json"
+    return config.is_file() and "model_type" in read_json(config, "a model's configuration")
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from holdfast.checkpoints.adapter import WEIGHTS_FILE, LoraAdapter, is_adapter
 from holdfast.checkpoints.adapter_config import settle_adapter_config
+from holdfast.checkpoints.reader import CheckpointReader
 from holdfast.checkpoints.value import Checkpoint
 from holdfast.config import decode, encode
 from holdfast.data.names import slug
@@ -49,6 +50,8 @@ ROUTER, TENSORS, EXPERTS = "router.json", "router.safetensors", "experts"
 # In TENSORS, followed by the name of a weight.
 BASE_PROBE, ENCODER_PROBE, HEAD_PROBE = "base.probe.", "encoder.probe.", "head.probe."
 _PROBED_VALUES = 16
+# Of a safetensors header.
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _RESTORE = f"Restore {ROUTER} and {TENSORS} from where the folder is intact, or learn the tasks again."
 
 
@@ -200,7 +203,7 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
         encoder.
     """
     stored = read_router(folder)
-    _check_experts(folder, stored)
+    check_experts(folder, stored)
     check_base(folder, stored, loaded)
     encoder = encoder or make_encoder(stored.router.config.encoder, loaded)
     check_encoder(folder, stored, encoder)
@@ -245,6 +248,43 @@ def check_base(folder: Path, stored: StoredRouter, loaded: LoadedModel) -> None:
         )
 
 
+def check_base_files(folder: Path, stored: StoredRouter, base: Path) -> None:
+    """`check_base` from a checkpoint's files, a few bytes of each weight; no model is built.
+
+    Weights that are stored under other names than in memory, or quantised, are not compared.
+
+    Raises: AdapterError: its experts were trained on another base. CheckpointError: no readable checkpoint.
+    """
+    known, found = stored.probe(BASE_PROBE), {}
+    with CheckpointReader(base) as files:
+        for name in known:
+            key = files.names.find(name)
+            if key is not None and (dtype := _FLOATS.get(files.entry(key).dtype)) is not None:
+                found[name] = _probe_of_file(files, key, dtype)
+    if not found:
+        raise AdapterError(
+            f"{folder} was trained on another base ({stored.base['base']}) than {base}, which holds none of its "
+            f"weights ({next(iter(known), 'none')}). Load the base that the experts were trained on."
+        )
+    _compare_probe(
+        {name: values for name, values in known.items() if name in found},
+        found,
+        f"{folder} was trained on another base ({stored.base['base']}) than {base}",
+        "Its experts are corrections to those weights; load the base they were trained on.",
+    )
+
+
+def _probe_of_file(files: CheckpointReader, key: str, dtype: torch.dtype) -> Tensor:
+    """(n,) the values of `probe`, of a weight in a file; probed again they are the same."""
+    count = files.entry(key).nbytes // dtype.itemsize
+    buffer = torch.empty(dtype.itemsize, dtype=torch.uint8)
+    values = []
+    for step in range(_PROBED_VALUES):
+        start = step * (count - 1) // (_PROBED_VALUES - 1) * dtype.itemsize
+        values.append(files.read_range(key, buffer, start, start + dtype.itemsize).clone())
+    return torch.cat(values).view(dtype)
+
+
 def check_encoder(folder: Path, stored: StoredRouter, encoder: Encoder) -> None:
     """Raises AdapterError unless a router's centroids were made with this encoder."""
     check_identity(stored.encoder, encoder)
@@ -270,7 +310,7 @@ def folder_stamp(folder: Path) -> Stamp | None:
     return tuple((state.st_mtime_ns, state.st_ino) for state in found)
 
 
-def _check_experts(folder: Path, stored: StoredRouter) -> None:
+def check_experts(folder: Path, stored: StoredRouter) -> None:
     """Raises AdapterError unless every expert's weights are the ones that the router was written with."""
     missing = [path for path in stored.folders if not _is_expert(path)]
     if missing:
