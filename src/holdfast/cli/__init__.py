@@ -46,7 +46,7 @@ VERBS: dict[str, str] = {
 GROUPS: dict[str, tuple[str, ...]] = {
     "Look around": ("demo", "example", "doctor", "list"),
     "Deploy a tuned model": ("restore", "gate", "serve", "push"),
-    "Tune task after task": ("init", "run", "sweep", "report", "new"),
+    "Tune task after task": ("init", "plan", "run", "sweep", "report", "new"),
     "Evaluate": ("evaluate", "score", "label"),
     "The edit, step by step": ("calibrate", "calibrate-data", "calibrate-grams", "edit", "sweep-edit", "inspect"),
     "Experts (CRAM)": ("route", "merge-experts", "export-router", "check-served"),
@@ -65,10 +65,11 @@ app.callback()(root)
 
 
 def _register() -> None:
-    for heading, verbs in GROUPS.items():
-        for verb in verbs:
-            command = importlib.import_module(VERBS[verb]).command
-            app.command(name=verb, cls=PanelledCommand, rich_help_panel=heading)(command)
+    heading_of = {verb: heading for heading, verbs in GROUPS.items() for verb in verbs}
+    # In the order of the groups; one that stands in none comes last, under "Commands".
+    for verb in [*heading_of, *(verb for verb in VERBS if verb not in heading_of)]:
+        command = importlib.import_module(VERBS[verb]).command
+        app.command(name=verb, cls=PanelledCommand, rich_help_panel=heading_of.get(verb))(command)
 
 
 _register()
