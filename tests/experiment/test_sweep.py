@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import ConfigError, RunError
+from holdfast.experiment.cell_process import HereProcesses
 from holdfast.experiment.sweep import read_grid, sweep
 
 RUN = """
@@ -103,10 +104,10 @@ if seed == 3:
 
 
 @pytest.fixture
-def fake(tmp_path) -> tuple[str, ...]:
+def fake(tmp_path) -> HereProcesses:
     path = tmp_path / "fake.py"
     path.write_text(FAKE)
-    return (sys.executable, "-S", str(path))
+    return HereProcesses((sys.executable, "-S", str(path)))
 
 
 def starts(folder: Path) -> int:
@@ -116,21 +117,21 @@ def starts(folder: Path) -> int:
 def test_killed_cells_are_retried_finished_ones_kept_and_mistakes_reported(grid, fake, tmp_path):
     cells = read_grid(grid("run: run.yaml\nvary: {seed: [0, 1, 2, 3]}"))
     out, seen = tmp_path / "out", []
-    found = sweep(cells, out, jobs=2, retries=2, command=fake, progress=lambda e, **v: seen.append(v))
+    found = sweep(cells, out, jobs=2, retries=2, places=fake, progress=lambda e, **v: seen.append(v))
     assert [(r.state, r.attempts) for r in found] == [("finished", 1), ("finished", 2), ("failed", 1), ("failed", 3)]
     assert found[2].error == "ConfigError: the data is not there." and "status -9" in found[3].error
     assert sorted(v["done"] for v in seen if v["done"]) == [1, 2, 3, 4] and {v["total"] for v in seen} == {4}
-    again = sweep(cells[:2], out, command=fake)
+    again = sweep(cells[:2], out, places=fake)
     assert [(r.state, r.attempts) for r in again] == [("kept", 0)] * 2
     assert [starts(out / c.name) for c in cells] == [1, 2, 1, 3], "a finished cell is never computed again"
 
 
 def test_a_finished_cell_with_other_settings_is_refused_before_anything_runs(grid, fake, tmp_path):
-    sweep(read_grid(grid("run: run.yaml\nvary: {seed: [0]}")), tmp_path / "out", command=fake)
+    sweep(read_grid(grid("run: run.yaml\nvary: {seed: [0]}")), tmp_path / "out", places=fake)
     changed = grid("run: run.yaml\nvary: {seed: [0, 4]}")
     (tmp_path / "run.yaml").write_text(RUN.replace("rank: 4", "rank: 8"))
     with pytest.raises(RunError, match=r"seed=0 is finished with other settings"):
-        sweep(read_grid(changed), tmp_path / "out", command=fake)
+        sweep(read_grid(changed), tmp_path / "out", places=fake)
     assert not (tmp_path / "out" / "seed=4").exists()
     assert json.loads((tmp_path / "out" / "seed=0" / "finished.json").read_text())["values"] == {"seed": "0"}
 
@@ -153,5 +154,5 @@ def test_what_stops_the_sweep_stops_its_cells_and_starts_none_again(grid, tmp_pa
             act(event, **values)
 
     with pytest.raises(KeyboardInterrupt):
-        sweep(cells, out, jobs=2, retries=2, command=(sys.executable, "-S", str(slow)), progress=progress)
+        sweep(cells, out, jobs=2, retries=2, places=HereProcesses((sys.executable, "-S", str(slow))), progress=progress)
     assert time.monotonic() < began + 30 and [starts(folder) for folder in folders] == [1, 0, 0]

@@ -18,6 +18,7 @@ EXTRAS = {
     "hf": "streams and safety sets on the Hugging Face Hub",
     "serve": "serving (`holdfast serve`)",
     "judges": "judges: nothing more than the package",
+    "ray": "sweeps on a cluster",
     "docs": "building the documentation",
     "dev": "tests and checks",
 }

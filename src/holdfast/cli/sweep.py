@@ -11,8 +11,17 @@ import typer
 def command(
     grid: Annotated[Path, typer.Argument(help="Grid: `run`, a run file, and `vary`, its keys with values to try.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the cells; by default runs/<name of the file>.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="So many cells at once, each in a process of its own.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="So many cells at once, each in a process of its own; 1, or all of them with --ray."),
+    ] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often a cell whose process died is started again.")] = 2,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Put cells on a Ray cluster: its address, auto, or local for one on this machine."),
+    ] = None,
+    cpus_per_cell: Annotated[float, typer.Option(help="CPUs that a cell reserves, with --ray.")] = 1.0,
+    gpus_per_cell: Annotated[float, typer.Option(help="GPUs that a cell reserves, with --ray; 0.5 shares one.")] = 0.0,
     as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
 ) -> dict[str, Any]:
     """Repeat a run with other seeds, methods or options, side by side. Finished runs are kept, killed ones resume."""
@@ -49,10 +58,34 @@ def command(
                 lines.finish(name)
                 lines.say_line(f"{name}: {state}")
 
-        found = sweep(cells, out or Path("runs") / grid.stem, jobs=jobs, retries=retries, progress=progress)
+        places = _on_ray(ray, cpus_per_cell, gpus_per_cell)
+        try:
+            found = sweep(
+                cells,
+                out or Path("runs") / grid.stem,
+                jobs=jobs or (1 if places is None else len(cells)),
+                retries=retries,
+                progress=progress,
+                places=places,
+            )
+        finally:
+            if places is not None:
+                places.close()
     failed = [result for result in found if result.state == "failed"]
     for result in failed:
         console.print(f"{result.name}: {result.error}", markup=False, soft_wrap=True)
     if failed:
         raise RunError(f"{len(failed)} of {len(cells)} cells failed; the others are finished. Repeat the command.")
     return {"cells": [{"name": result.name, "state": result.state} for result in found]}
+
+
+def _on_ray(address: str | None, cpus: float, gpus: float) -> Any:
+    from holdfast.errors import ConfigError
+
+    if address is None:
+        if (cpus, gpus) != (1.0, 0.0):
+            raise ConfigError("--cpus-per-cell and --gpus-per-cell only speak to Ray; add --ray, or leave them out.")
+        return None
+    from holdfast.experiment.ray_places import RayPlaces
+
+    return RayPlaces(address, cpus=cpus, gpus=gpus)

@@ -13,36 +13,30 @@ cell whose process died is started again and resumes, as any run does; a cell wi
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from holdfast import registry
-from holdfast.config import decode, encode
+from holdfast.config import encode
 from holdfast.data.streams import read_yaml
-from holdfast.errors import ConfigError, HoldfastError, RunError
+from holdfast.errors import ConfigError, RunError
+from holdfast.experiment.cell_process import MISTAKE, HereProcesses, Places
 from holdfast.experiment.run_config import RunConfig, decode_run
-from holdfast.failures import explain
 from holdfast.files import read_json, write_json
 from holdfast.stream.protocol import silent
 
 Progress = Callable[..., None]
 _DONE = "finished.json"
-_MISTAKE = 2  # exit status of a cell that says what is wrong with it: starting it again would say it again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +103,12 @@ def sweep(
     jobs: int = 1,
     retries: int = 2,
     progress: Progress = silent,
-    command: Sequence[str] = (sys.executable, "-c", "from holdfast.experiment.sweep import main; main()"),
+    places: Places | None = None,
 ) -> list[CellResult]:
     """Run the cells that are not finished, at most `jobs` at once; one that died is started again `retries` times.
 
-    progress: called as progress("cell", name=, state=, done=, total=). command: the process of a cell; it gets the job
-    as one line of JSON, and stops when its input ends.
+    progress: called as progress("cell", name=, state=, done=, total=). places: where the cells' processes run; None: on
+        this machine.
 
     Raises: RunError: `out` has a cell of this name with other settings. Nothing is run then. Whatever else ends this
         call, Ctrl-C too, ends the cells' processes with it.
@@ -122,11 +116,12 @@ def sweep(
     out = Path(out)
     for cell in cells:
         _refuse_other(cell, out / cell.name)
-    lock, done, processes = threading.Lock(), itertools.count(1), _Processes()
+    lock, done = threading.Lock(), itertools.count(1)
+    places = places or HereProcesses()
 
     def one(cell: Cell) -> CellResult:
         progress("cell", name=cell.name, state="running", done=None, total=len(cells))
-        result = _run_cell(cell, out / cell.name, command, retries, processes)
+        result = _run_cell(cell, out / cell.name, retries, places)
         with lock:
             progress("cell", name=cell.name, state=result.state, done=next(done), total=len(cells))
         return result
@@ -141,79 +136,28 @@ def sweep(
         except BaseException:
             for future in waiting:
                 future.cancel()
-            processes.stop()
+            places.stop()
             raise
 
 
-class _StoppedError(Exception):
-    """The sweep ends; no cell is started any more."""
-
-
-class _Processes:
-    """The cells' processes that run now; after `stop` none does, and none is started."""
-
-    def __init__(self) -> None:
-        self._running: set[subprocess.Popen[str]] = set()
-        self._lock = threading.Lock()
-        self._stopped = False
-
-    def start(self, command: Sequence[str], said: IO[str]) -> subprocess.Popen[str]:
-        """Raises: _StoppedError."""
-        with self._lock:
-            if self._stopped:
-                raise _StoppedError
-            process = subprocess.Popen(
-                list(command), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, text=True
-            )
-            self._running.add(process)
-            return process
-
-    def over(self, process: subprocess.Popen[str]) -> None:
-        with self._lock:
-            self._running.discard(process)
-
-    def stop(self) -> None:
-        with self._lock:
-            self._stopped = True
-            for process in self._running:
-                process.kill()
-
-
-def _run_cell(cell: Cell, folder: Path, command: Sequence[str], retries: int, processes: _Processes) -> CellResult:
+def _run_cell(cell: Cell, folder: Path, retries: int, places: Places) -> CellResult:
     if (folder / _DONE).is_file():
         return CellResult(name=cell.name, state="kept")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    job = {"names": encode(registry.export()), "config": encode(cell.config), "out": str(folder)}
+    # A process may start in another folder, or on another machine that sees this one.
+    job = {"names": encode(registry.export()), "config": encode(cell.config), "out": str(folder.absolute())}
+    job["cwd"] = str(Path.cwd())
     began, said = time.monotonic(), ""
     for attempt in range(1, retries + 2):
-        status, said = _process(command, job, processes)
+        status, said = places.run(job)
         seconds = time.monotonic() - began
         if status == 0:
             write_json(folder / _DONE, {"cell": cell.name, "digest": cell.digest, "values": dict(cell.values)})
             return CellResult(name=cell.name, state="finished", attempts=attempt, seconds=seconds)
-        if status == _MISTAKE:
+        if status == MISTAKE:
             break
     error = said.strip().splitlines()[-1] if said.strip() else f"its process ended with status {status}"
     return CellResult(name=cell.name, state="failed", attempts=attempt, seconds=seconds, error=error)
-
-
-def _process(command: Sequence[str], job: Mapping[str, Any], processes: _Processes) -> tuple[int, str]:
-    """(status, what it said on stderr) of one process of a cell."""
-    with tempfile.TemporaryFile(mode="w+") as said:
-        process = processes.start(command, said)
-        try:
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(json.dumps(job) + "\n")
-                process.stdin.flush()
-            # The pipe stays open meanwhile: its end would tell the cell that nobody waits for it any more.
-            status = process.wait()
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-        finally:
-            processes.over(process)
-        said.seek(0)
-        return status, said.read()
 
 
 def _refuse_other(cell: Cell, folder: Path) -> None:
@@ -255,33 +199,6 @@ def _put(data: dict[str, Any], key: str, value: object, *, where: str) -> None:
         place[part] = dict(found)
         place = place[part]
     place[last] = [value] if last == "methods" and not way and isinstance(value, str) else value
-
-
-def main() -> None:
-    """The process of one cell: a job on standard input; ends when that does."""
-    from holdfast.experiment.execute import run
-    from holdfast.experiment.workers import set_threads
-
-    job = json.loads(sys.stdin.readline())
-
-    def watch() -> None:
-        sys.stdin.read()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        registry.restore(job["names"])
-        config = decode(RunConfig, job["config"])
-        set_threads(config.threads)
-        run(config, Path(job["out"]))
-    except Exception as error:
-        sentence = explain(error)
-        if sentence is None:  # a bug: its traceback is what is said, and the cell is started again
-            raise
-        # In one line: the sweep shows the last one.
-        print(" ".join(sentence.split()), file=sys.stderr, flush=True)
-        os._exit(_MISTAKE if isinstance(error, HoldfastError) else 1)
-    os._exit(0)
 
 
 __all__ = ["Cell", "CellResult", "read_grid", "sweep"]
