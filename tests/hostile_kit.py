@@ -88,6 +88,34 @@ def write_adapter(folder: Path, base: Path, **config: Any) -> Path:
     return folder
 
 
+# Parts of a fast tokenizer's file.
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+PIECE = {"Sequence": {"id": "A", "type_id": 0}}
+AROUND = {
+    "type": "TemplateProcessing",
+    "single": [PIECE],
+    "pair": [PIECE, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {},
+}
+
+
+def sequence(key: str, parts: list[Any]) -> dict[str, Any]:
+    return {"type": "Sequence", key: parts}
+
+
+def replace(pattern: Any, content: str) -> dict[str, Any]:
+    return {
+        "type": "Replace",
+        "pattern": {"String": pattern} if isinstance(pattern, str) else pattern,
+        "content": content,
+    }
+
+
+def special(token: str) -> dict[str, Any]:
+    return {"SpecialToken": {"id": token, "type_id": 0}}
+
+
 def change_json(path: Path, **changes: Any) -> None:
     """Keys of a JSON object set anew; a value that is a `Raw` stands in the file as it is."""
     data = json.loads(path.read_text())
@@ -264,13 +292,16 @@ def spoiled() -> dict[str, tuple[str, Spoil]]:
         found[f"{file}: folder"] = (group, lambda w, f=file: replace_by_folder(w / f))
     base = "base/config.json"
 
-    def inner(name: str, part: str, **changes: Any) -> None:
+    def inner_of(file: str, part: str, name: str, **changes: Any) -> None:
         def spoil(w: Path) -> None:
-            data = json.loads((w / base).read_text())
+            data = json.loads((w / file).read_text())
             data[part].update(changes)
-            (w / base).write_text(json.dumps(data))
+            (w / file).write_text(json.dumps(data))
 
-        found[f"{base}: {name}"] = ("load", spoil)
+        found[f"{file}: {name}"] = ("load", spoil)
+
+    def inner(name: str, part: str, **changes: Any) -> None:
+        inner_of(base, part, name, **changes)
 
     inner("a million layers", "text_config", num_hidden_layers=10**6)
     inner("a million layers of the tower", "vision_config", num_hidden_layers=10**6)
@@ -300,6 +331,29 @@ def spoiled() -> dict[str, tuple[str, Spoil]]:
     text(template, "load", "recursion", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}")
     text(template, "load", "syntax", "{% for %}")
     text(template, "load", "sandbox", "{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    tokenizer = "base/tokenizer.json"
+    config(tokenizer, "load", "growth", normalizer=sequence("normalizers", [replace("o", "o" * 50)] * 8))
+    config(tokenizer, "load", "doubling", pre_tokenizer=sequence("pretokenizers", [BYTES] * 40))
+    config(tokenizer, "load", "bomb in a normalizer", normalizer=replace({"Regex": r"^(\w|\w)*(\s|.)*$y"}, "x"))
+    config(
+        tokenizer,
+        "load",
+        "bomb in a splitter",
+        pre_tokenizer=sequence("pretokenizers", [{**SPLIT, "pattern": {"Regex": r"(.|.|\w)*\z\A"}}, BYTES]),
+    )
+    config(tokenizer, "load", "no such piece", post_processor={**AROUND, "single": [special("<nope>"), PIECE]})
+    config(tokenizer, "load", "many pieces", post_processor={**AROUND, "single": [PIECE] * 5000})
+    for key, value in (("eos_token_id", "x"), ("eos_token_id", [10**30]), ("eos_token_id", {"a": 1})):
+        config("base/generation_config.json", "load", f"{key} {value!r}", **{key: value})
+    for key, value in (
+        ("size", {"shortest_edge": 10**6}),
+        ("crop_size", {"height": 40_000, "width": 40_000}),
+        ("image_std", [0, 0, 0]),
+        ("image_mean", ["a", "b", "c"]),
+    ):
+        inner_of("base/processor_config.json", "image_processor", f"{key} {value!r}", **{key: value})
+    config("base/processor_config.json", "load", "a billion image tokens", num_additional_image_tokens=10**9)
+    config("base/processor_config.json", "load", "patches of 0", patch_size=0)
     text("base/tokenizer.json", "load", "digits", '{"version": ' + DIGITS + "}")
     text("base/processor_config.json", "load", "surrogate", '{"processor_class": "\\ud800"}')
     text("base/processor_config.json", "load", "list", "[]")

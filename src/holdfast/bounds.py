@@ -27,6 +27,22 @@ class _OutOfTimeError(BaseException):
     """Raised within the block; no Exception, so that foreign code does not catch it."""
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether an error is what Rust code (tokenizers, safetensors) leaves when it breaks off; it is no Exception."""
+    return type(error).__module__ == "pyo3_runtime"
+
+
+@contextmanager
+def no_panic(what: str, *, error: type[HoldfastError]) -> Iterator[None]:
+    """Within, Rust code that breaks off raises `error`, with `what` as its subject."""
+    try:
+        yield
+    except BaseException as found:
+        if not is_panic(found):
+            raise
+        raise error(f"{what} cannot be used: {str(found).strip().splitlines()[0]:.300}. Its file is damaged.") from None
+
+
 @contextmanager
 def bounded(what: str, *, seconds: float, error: type[HoldfastError], memory: int | None = None) -> Iterator[None]:
     """Within, Python code (and `re`, which looks for signals) ends after `seconds` of the processor's time.
@@ -39,10 +55,14 @@ def bounded(what: str, *, seconds: float, error: type[HoldfastError], memory: in
     In another thread than the main one no signal can be had: there the bound holds for Python code alone, not within
     one call of a C function.
 
-    Raises: `error`: out of time, out of memory, or recursion without end.
+    Raises: `error`: out of time, out of memory, recursion without end, or Rust code that breaks off.
     """
     try:
-        with _memory(memory), _alarm(seconds) if _on_main_thread() else _watchdog(seconds):
+        with (
+            no_panic(what, error=error),
+            _memory(memory),
+            _alarm(seconds) if _on_main_thread() else _watchdog(seconds),
+        ):
             yield
     except _OutOfTimeError:
         raise error(f"{what} does not end within {seconds:g} s, and was stopped. Do not use such a file.") from None

@@ -36,7 +36,7 @@ def adapter(folder: Path, raw: str | None = None, **config: Any) -> Path:
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "MATCH_SECONDS", 0.3)
+    monkeypatch.setattr(patterns, "MATCH_SECONDS", 0.1)
 
 
 BOMBS = (kit.BOMB, r"(\w+\.?)+!", r"(.*)*(.*)*!", r"(?:(?:[a-z_]+|\d+)+\.?)+!", "(" + ".*" * 30 + "!)")
@@ -48,8 +48,27 @@ def test_a_pattern_that_never_ends_is_stopped_in_every_field(tmp_path: Path, hur
     fields: dict[str, Any] = {"target_modules": bomb, "exclude_modules": bomb, "layers_pattern": [f"({bomb})"]}
     fields |= {"rank_pattern": {bomb: 2}, "alpha_pattern": {bomb: 2}}
     for field, value in fields.items():
-        with pytest.raises(AdapterError, match=r"adapter_config\.json: .*does not end within 0.3 s"):
+        with pytest.raises(AdapterError, match=r"adapter_config\.json: .*does not end within 0.1 s"):
             LoraAdapter(adapter(tmp_path / "a", **{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("modules_to_save", [kit.BOMB]),
+        ("feedforward_modules", kit.BOMB),  # IA3
+        ("n_frequency_pattern", {kit.BOMB: 2}),  # FourierFT
+        ("block_size_pattern", {kit.BOMB: 2}),  # C3A
+        ("some_later_modules", [kit.BOMB]),
+    ],
+)
+def test_the_patterns_of_other_kinds_are_stopped_before_peft_sees_them(hurried: None, field: str, value: Any) -> None:
+    names = ["model.language_model.layers.0.self_attn.q_proj", "model.language_model.layers.1.mlp.up_proj"]
+    with pytest.raises(AdapterError, match=r"here: .*does not end within 0.1 s"):
+        patterns.try_patterns({"peft_type": "IA3", field: value}, names, where="here")
+    patterns.try_patterns(
+        {"modules_to_save": ["lm_head", "model.embed-tokens"], "target_modules": ["("]}, names, where=""
+    )
 
 
 @pytest.mark.timeout(60)

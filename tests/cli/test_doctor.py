@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,22 @@ def test_conversations_that_would_stop_a_run_are_found(stream: Path, turns: list
     (stream.parent / "train.json").write_text(json.dumps([item]))
     code, text = run(stream)
     assert code == 1 and message in " ".join(text.split()), text
+
+
+def test_an_answer_behind_a_system_text_is_for_the_template_to_judge(stream: Path, pico_folder: Path) -> None:
+    question = {"from": "human", "value": "<image>\nQ?"}
+    turns = [{"from": "system", "value": "Be kind."}, TALK[1], question, TALK[1]]
+    items = [sample(i, 3) for i in range(30)] + [{"id": "s", "image": "a.png", "conversations": turns}]
+    code, text = encoded(stream.parent, pico_folder, items)
+    assert code == 0 and "1 sample(s) have an answer right after the system text" in text
+    strict = shutil.copytree(pico_folder, stream.parent / "strict")
+    template = strict / "chat_template.jinja"
+    template.write_text(
+        "{% if messages[1] and messages[1]['role'] == 'assistant' %}{{ raise_exception('users first') }}{% endif %}"
+        + template.read_text()
+    )
+    code, text = encoded(stream.parent, strict, items)
+    assert code == 1 and "refuses it: users first" in text
 
 
 def encoded(folder: Path, model: Path, items: list[dict[str, Any]], **training: Any) -> tuple[int, str]:

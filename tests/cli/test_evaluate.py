@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import model_zoo
 from holdfast.cli import app
-from holdfast.errors import ConfigError, DataError, RunError, StorageError, UnknownNameError
+from holdfast.errors import ConfigError, DataError, ModelError, RunError, StorageError, UnknownNameError
 from holdfast.files import Lock
 
 
@@ -200,3 +200,44 @@ def test_two_processes_never_ask_for_one_folder_at_once(pico_folder, data, tmp_p
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(StorageError, match="All answers, as long as they may get, needs about"):
         call(*args)
+
+
+@pytest.fixture
+def weights_alone(pico_folder, tmp_path) -> Path:
+    """A tuned model as people save it: weights and configuration, no tokenizer, template or processor."""
+    folder = tmp_path / "after"
+    folder.mkdir()
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(pico_folder / name, folder / name)
+    return folder
+
+
+def test_a_folder_without_a_processor_is_asked_with_the_one_that_is_named(weights_alone, pico_folder, data, tmp_path):
+    args = (weights_alone, "--tasks", data / "stream.yaml", "--out", tmp_path / "out")
+    with pytest.raises(ModelError, match=r"processor cannot be loaded.*name that one with `--processor` \(`evaluate`"):
+        call(*args)
+    lender = shutil.copytree(pico_folder, tmp_path / "before")
+    (tmp_path / "out").rename(tmp_path / "refused")
+    assert call(*args, "--processor", lender).exit_code == 0
+    assert call(pico_folder, *args[1:3], "--out", tmp_path / "whole").exit_code == 0
+    answers = [
+        [row["prediction"] for row in map(json.loads, (tmp_path / out / name).read_text().splitlines())]
+        for out in ("out", "whole")
+        for name in ["predictions/task-colour.jsonl"]
+    ]
+    assert answers[0] == answers[1] and len(answers[0]) == 4
+    template = lender / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    with pytest.raises(RunError, match="lent"):
+        call(*args, "--processor", lender)
+    with pytest.raises(ConfigError, match="vLLM reads MODEL's own tokenizer"):
+        call(*args, "--processor", lender, "--backend", "vllm")
+
+
+@pytest.mark.parametrize("option", ["--processor", "--reference"])
+def test_gate_asks_a_folder_without_a_processor_with_a_given_one(option, weights_alone, pico_folder, data):
+    bounds = ["--safety", data / "unsafe.jsonl", "--max-asr", "100%", "--max-new-tokens", 2]
+    args = ["gate", *map(str, (weights_alone, *bounds))]
+    with pytest.raises(ModelError, match="--processor"):
+        CliRunner().invoke(app, args, catch_exceptions=False)
+    assert CliRunner().invoke(app, [*args, option, str(pico_folder)], catch_exceptions=False).exit_code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 import pico
 from holdfast import experiment
 from holdfast.cli import app
+from holdfast.errors import StorageError
 from holdfast.experiment.sweep import CellResult
 from holdfast.methods import METHODS
 
@@ -54,6 +56,16 @@ def test_a_sweep_writes_lines_in_a_log_and_its_result_alone_with_json(tmp_path, 
     assert [cell["name"] for cell in json.loads(told.stdout)["cells"]] == ["seed=0", "seed=1"]
     for line in ("seed=0: kept", "seed=1: running: begins", "seed=1: finished"):
         assert line in told.stderr
+
+
+def test_room_for_a_whole_checkpoint_is_asked_for_before_a_task_is_learned(tmp_path, pico_folder, monkeypatch):
+    weights = (pico_folder / "model.safetensors").stat().st_size
+    file = pico.run_file(tmp_path, pico_folder)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=weights - 1))
+    monkeypatch.setattr("holdfast.methods.seqft.train", None)  # is never called
+    args = ["run", str(file), "--out", str(tmp_path / "out"), "--no-report"]
+    with pytest.raises(StorageError, match=r"After the tuning, the edited checkpoint needs about .* GB below"):
+        CliRunner().invoke(app, args, catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -42,6 +44,62 @@ def test_two_writers_lose_nothing(tmp_path):
     for i in range(20):
         (one, two)[i % 2].put(f"k{i}", str(i))
     assert len(VerdictCache(path)) == 20
+
+
+ASKER = """
+import sys, time
+from pathlib import Path
+from holdfast.judges.cache import VerdictCache
+folder, name = Path(sys.argv[1]), sys.argv[2]
+cache = VerdictCache(folder / "v.jsonl")
+(folder / f"{name}.ready").touch()
+while len(list(folder.glob("*.ready"))) < 3:
+    time.sleep(0.005)
+keys = [f"k{i}" for i in range(24)]
+for start in range(0, 24, 4):
+    with cache.asking(keys[start : start + 4]) as still:
+        for key in still:
+            with (folder / "paid.txt").open("a") as bill:
+                bill.write(key + chr(10))
+            time.sleep(0.002)
+            cache.put(key, key.upper())
+assert all(cache.get(key) == key.upper() for key in keys)
+"""
+
+
+def test_three_processes_pay_for_every_answer_once(tmp_path):
+    children = [subprocess.Popen([sys.executable, "-c", ASKER, tmp_path, str(i)]) for i in range(3)]
+    assert [child.wait(60) for child in children] == [0, 0, 0]
+    assert sorted((tmp_path / "paid.txt").read_text().split()) == sorted(f"k{i}" for i in range(24))
+    found = VerdictCache(tmp_path / "v.jsonl")
+    assert len(found) == 24 and found.torn == 0
+
+
+def test_an_answer_that_another_process_got_meanwhile_is_not_asked_for(tmp_path):
+    path = tmp_path / "v.jsonl"
+    one, other = VerdictCache(path), VerdictCache(path)
+    other.put("k1", "safe")
+    with one.asking(["k1", "k2", "k2"]) as still:
+        assert still == ["k2"]
+    assert one.get("k1") == "safe"
+    with path.open("ab") as file:  # a line that somebody is still writing
+        file.write(b'{"key": "k3", ')
+    with one.asking(["k3"]) as still:
+        assert still == ["k3"] and one.torn == 0
+    with path.open("ab") as file:
+        file.write(b'"text": "safe"}\n')
+    with one.asking(["k3"]) as still:
+        assert still == []
+
+
+def test_a_line_that_another_process_did_not_end_spoils_no_answer(tmp_path):
+    path = tmp_path / "v.jsonl"
+    one = VerdictCache(path)
+    one.put("k1", "safe")
+    with path.open("ab") as file:
+        file.write(b'{"key": "k2"')  # and then it was killed
+    one.put("k3", "unsafe")
+    assert VerdictCache(path).get("k3") == "unsafe"
 
 
 def test_the_key_sees_content_and_not_names(tmp_path):

@@ -132,6 +132,15 @@ def test_nothing_is_paid_for_twice(server, make):
     assert len(server.requests) == 5  # the other side is another question
 
 
+def test_what_another_run_pays_for_meanwhile_is_not_paid_for_again(server, make):
+    samples, replies = asks(6)
+    mine, others = make(), make()
+    assert mine.judge(samples[:2], replies[:2])  # has read the cache as it was
+    others.judge(samples, replies)
+    assert len(mine.judge(samples, replies)) == 6
+    assert len(server.requests) == 6
+
+
 def test_a_run_that_stops_half_way_goes_on_where_it_stopped(server, make):
     server.behave = lambda number, body: verdict("REFUSAL") if number <= 2 else (401, {}, {"error": "quota"})
     with pytest.raises(JudgeError, match="answers 401"):

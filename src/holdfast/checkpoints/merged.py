@@ -354,6 +354,11 @@ def locate(source: str | Path) -> Path:
         ) from error
 
 
+def weight_bytes(source: str | Path) -> int:
+    """Bytes of the weights of a checkpoint on disk. Raises: CheckpointError: as `locate`."""
+    return sum(path.stat().st_size for path in locate(source).glob("*.safetensors") if path.is_file())
+
+
 def open_checkpoint(source: Source) -> MergedCheckpoint:
     """Open a folder, a hub id or a checkpoint value with adapters.
 

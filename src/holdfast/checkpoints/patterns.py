@@ -24,6 +24,9 @@ MAX_PATTERN = 100_000
 _WHOLE = "(?:{})\\Z"
 _END = r"(.*\.)?({})$"
 _LAYERS = r".*\.{}\.(\d+)\."
+_ANYWHERE = r"(^|.*\.){}($|\..*)"
+# Of other kinds than LoRA, or of a later PEFT: what is called so holds patterns, as text, in a list or as keys.
+_PATTERN_FIELD = re.compile(r"(_|^)(modules?|patterns?|parameters?|layers?)$|^(target|exclude|modules)_")
 
 
 def values_by_module(patterns: Mapping[str, Any], modules: Sequence[str], *, where: str) -> dict[str, Any]:
@@ -62,12 +65,26 @@ def try_patterns(config: Mapping[str, Any], names: Iterable[str], *, where: str)
         if not isinstance(patterns, Mapping):
             raise AdapterError(f"{where}: {name} is {one_line(repr(patterns), 80)}; expected {{pattern: number}}.")
         fields += [(name, pattern, _END) for pattern in patterns]
+    told = {"target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"}
+    for name, value in config.items():
+        if name in told or not _PATTERN_FIELD.search(name):
+            continue
+        if isinstance(value, str):
+            fields.append((name, value, _WHOLE))
+        # PEFT puts some of these names into patterns (`modules_to_save`).
+        texts = value if isinstance(value, list | Mapping) else ()
+        fields += [(name, text, _ANYWHERE) for text in texts if isinstance(text, str) and not _is_plain(text)]
     tried = list(names)
     with bounded(f"{where}: matching its patterns", seconds=MATCH_SECONDS, error=AdapterError):
         for name, pattern, form in fields:
             compiled = _compile(pattern, form, f"{where}: {name}")
             for module in tried:
                 compiled.match(module)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a name is matched as it stands: nothing in it repeats or chooses."""
+    return re.fullmatch(r"[\w.\-/ ]*", text) is not None
 
 
 def _is_texts(value: Any) -> bool:

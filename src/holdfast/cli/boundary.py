@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from holdfast.bounds import is_panic
 from holdfast.cli.terminal import guarded_output
 from holdfast.errors import HoldfastError
 from holdfast.failures import explain, keep_traceback, report_bug
@@ -52,6 +53,11 @@ def _code_of(command: Callable[[], object]) -> int:
         if os.environ.get("HOLDFAST_DEBUG"):
             traceback.print_exception(error)
         return _told(error)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        print(report_bug(error), file=sys.stderr)
+        return BUG
     return 0
 
 

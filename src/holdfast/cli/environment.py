@@ -17,8 +17,8 @@ EXTRAS = {
     "captions": "caption scorers (CIDEr, BLEU, METEOR, ROUGE-L)",
     "hf": "streams and safety sets on the Hugging Face Hub",
     "serve": "serving (`holdfast serve`)",
+    "ray": "sweeps on a cluster (`holdfast sweep --ray`)",
     "judges": "judges: nothing more than the package",
-    "ray": "sweeps on a cluster",
     "docs": "building the documentation",
     "dev": "tests and checks",
 }

@@ -20,6 +20,10 @@ def command(
         "runs/evaluation"
     ),
     adapter: Annotated[list[str] | None, typer.Option(help="PEFT adapter on top of MODEL; repeat for more.")] = None,
+    processor: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id whose tokenizer, template, processor serve where MODEL has none."),
+    ] = None,
     task: Annotated[list[str] | None, typer.Option(help="Only this task of --tasks; repeat for more.")] = None,
     judge: Annotated[
         list[str] | None,
@@ -91,6 +95,12 @@ def command(
     opened = PictureConfig(images=image_mode, max_pixels=max_pixels)
     config = decode(EvaluationConfig, {**options, "backend": backend, **judges})
     checkpoint = as_checkpoint(model)
+    if processor is not None:
+        if backend == "vllm":
+            raise ConfigError(
+                "vLLM reads MODEL's own tokenizer and processor; copy them there, and leave --processor out."
+            )
+        checkpoint = checkpoint.lent(processor)
     for folder in adapter or ():
         checkpoint = checkpoint.under(folder)
     task_spec = read_spec(tasks) if tasks is not None else None

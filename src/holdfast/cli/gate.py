@@ -16,6 +16,10 @@ def command(
     benign: Annotated[Path | None, typer.Option(help="Harmless requests that must not be.")] = None,
     task: Annotated[Path | None, typer.Option(help="Requests of the task with gold answers.")] = None,
     adapter: Annotated[list[Path] | None, typer.Option(help="An adapter on MODEL; may be repeated.")] = None,
+    processor: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id whose tokenizer, template, processor serve where MODEL has none."),
+    ] = None,
     max_asr: Annotated[str | None, typer.Option(help="Most forbidden requests that may go unrefused: 3%.")] = None,
     max_over_refusal: Annotated[str | None, typer.Option(help="Most harmless requests that may be refused.")] = None,
     max_drop: Annotated[
@@ -68,6 +72,9 @@ def command(
         batch_size=batch_size,
     )
     asked = as_checkpoint(model)
+    lender = processor if processor is not None else reference
+    if lender is not None:  # people save the weights of a tuned model alone
+        asked = asked.lent(as_checkpoint(lender).base)
     verdict = gate(
         replace(asked, adapters=(*asked.adapters, *(str(path) for path in adapter or ()))),
         probe,

@@ -14,9 +14,9 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Data and models": (
         "adapter", "after", "align", "base", "benign", "calibration", "category_key", "earlier", "encoder",
         "every_linear", "grams", "image", "image_mode", "images", "judge", "limit", "max_pixels", "model", "option",
-        "past", "probe_benign", "probe_safety", "probe_task", "prompt", "prompts", "reference", "reference_task",
-        "references", "root", "run", "safety", "safety_images", "samples", "scorer", "stream", "task", "task_images",
-        "tasks", "test_set",
+        "past", "probe_benign", "probe_safety", "probe_task", "processor", "prompt", "prompts", "reference",
+        "reference_task", "references", "root", "run", "safety", "safety_images", "samples", "scorer", "stream", "task",
+        "task_images", "tasks", "test_set",
     ),
     "The budget": ("max_asr", "max_drop", "max_over_refusal", "target_asr"),
     "The rule": ("options", "past_weight", "rule", "set_", "strengths"),
@@ -35,9 +35,9 @@ PANELS: dict[str, tuple[str, ...]] = {
         "title", "verify",
     ),
     "Machine": (
-        "backend", "batch_size", "device", "dtype", "eager", "environment", "gpu_memory", "gpus", "jobs",
-        "max_lora_rank", "max_model_len", "max_new_tokens", "memory", "retries", "tensor_parallel", "tflops",
-        "vllm_args", "vllm_python", "vllm_url",
+        "backend", "batch_size", "cpus_per_cell", "device", "dtype", "eager", "environment", "gpu_memory", "gpus",
+        "gpus_per_cell", "jobs", "max_lora_rank", "max_model_len", "max_new_tokens", "memory", "ray", "retries",
+        "tensor_parallel", "tflops", "vllm_args", "vllm_python", "vllm_url",
     ),
     "The endpoint": ("canary", "folder", "host", "mixed", "port", "router", "served_name"),
     "What clients may ask": (

@@ -198,10 +198,19 @@ def _answers(split: Split, samples: Sequence[Sample], where: str, diagnosis: Dia
 def _turns(split: Split, samples: Sequence[Sample], where: str, diagnosis: Diagnosis) -> None:
     """Conversations that no template renders, or that leave nothing to learn from."""
     found: dict[str, list[str]] = {}
+    begun = [s.id for s in samples if [turn.role for turn in s.turns[:2]] == ["system", "assistant"]]
+    if begun:
+        diagnosis.add(
+            "warning",
+            where,
+            f"{len(begun)} sample(s) have an answer right after the system text, which many chat templates refuse: "
+            f"{_named(begun)}",
+            "Where a run file or --model is given, its own template is asked.",
+        )
     for sample in samples:
         spoken = [turn for turn in sample.turns if turn.role != "system"]
         learned = [turn for turn in spoken if turn.role == "assistant" and turn.loss]
-        if spoken and spoken[0].role == "assistant":
+        if spoken and sample.turns[0].role == "assistant":
             found.setdefault("begin with an answer; a conversation begins with the user", []).append(sample.id)
         if any(MARK in turn.text for turn in sample.turns if turn.role != "user"):
             found.setdefault(f"have {MARK} in an answer or a system text; only a user shows images", []).append(

@@ -25,6 +25,8 @@ _SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 def checkpoint_digests(checkpoint: Checkpoint) -> dict[str, Any]:
     """{"weights": fingerprint of the base, "settings": of the small files beside it, "adapters": [of each folder]}.
 
+    With "lent", the small files of the folder whose tokenizer and processor serve where the base has none.
+
     Adapters are small enough to be read whole, their configuration too: it scales the factors.
 
     Raises: CheckpointError: no such checkpoint.
@@ -41,6 +43,7 @@ def checkpoint_digests(checkpoint: Checkpoint) -> dict[str, Any]:
         "weights": weights,
         "settings": _of_files(folder, settings),
         "adapters": [_of_adapter(locate(adapter)) for adapter in checkpoint.adapters],
+        **({} if checkpoint.settings is None else {"lent": settings_digests(locate(checkpoint.settings))}),
     }
 
 

@@ -158,26 +158,27 @@ class EndpointJudge:
         failures: dict[str, str] = {}
         unreached = unusable = 0
         keys = list(wanted)
+        cache = self._open_cache()
         with ThreadPoolExecutor(max_workers=self.concurrency) as pool:
             for start in range(0, len(keys), self.concurrency):
-                batch = keys[start : start + self.concurrency]
-                futures = {key: pool.submit(self._ask, key, *wanted[key], side) for key in batch}
                 fatal: JudgeError | None = None
-                for key, future in futures.items():
-                    try:
-                        future.result()
-                        unreached = unusable = 0
-                    except (RefusedSample, DataError) as error:
-                        failures[key] = str(error)
-                        if isinstance(error, FilteredSample):
-                            self._filtered.add(key)
-                        unreached = unusable = 0
-                    except Unanswered as error:
-                        failures[key] = str(error)
-                        unreached = 0 if error.reached else unreached + 1
-                        unusable += 1
-                    except JudgeError as error:
-                        fatal = error
+                with cache.asking(keys[start : start + self.concurrency]) as batch:
+                    futures = {key: pool.submit(self._ask, key, *wanted[key], side) for key in batch}
+                    for key, future in futures.items():
+                        try:
+                            future.result()
+                            unreached = unusable = 0
+                        except (RefusedSample, DataError) as error:
+                            failures[key] = str(error)
+                            if isinstance(error, FilteredSample):
+                                self._filtered.add(key)
+                            unreached = unusable = 0
+                        except Unanswered as error:
+                            failures[key] = str(error)
+                            unreached = 0 if error.reached else unreached + 1
+                            unusable += 1
+                        except JudgeError as error:
+                            fatal = error
                 if fatal is not None:
                     raise fatal
                 if unreached >= UNREACHED_IN_A_ROW or unusable >= UNUSABLE_IN_A_ROW:

@@ -93,13 +93,15 @@ class GuardJudge:
         missing = [i for i, key in enumerate(keys) if cache.get(key) is None]
         failures: dict[int, str] = {}
         for start in range(0, len(missing), self.batch_size):
-            batch = missing[start : start + self.batch_size]
-            shown = [conversation(samples[i], replies[i]) for i in batch]
-            for index, answer in zip(batch, self._ask_each(shown), strict=True):
-                if isinstance(answer, DataError):
-                    failures[index] = str(answer)
-                else:
-                    cache.put(keys[index], answer)
+            some = missing[start : start + self.batch_size]
+            with cache.asking([keys[i] for i in some]) as still:
+                batch = [i for i in some if keys[i] in still]
+                shown = [conversation(samples[i], replies[i]) for i in batch]
+                for index, answer in zip(batch, self._ask_each(shown) if shown else (), strict=True):
+                    if isinstance(answer, DataError):
+                        failures[index] = str(answer)
+                    else:
+                        cache.put(keys[index], answer)
         if failures and len(failures) == len(samples):
             raise JudgeError(
                 f"{self.name} ({self.model}) could be shown none of {len(samples)} replies: {failures[min(failures)]}"

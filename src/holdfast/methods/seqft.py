@@ -16,10 +16,11 @@ from holdfast import judges
 from holdfast.calibration.curvature import CalibrationConfig, collect_curvature
 from holdfast.calibration.screening import Screened, screen
 from holdfast.checkpoints.curvature_file import Curvature
+from holdfast.checkpoints.merged import weight_bytes
 from holdfast.data.types import Sample, Stream
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.errors import CalibrationError, ConfigError, unknown_name
-from holdfast.files import write_json
+from holdfast.files import require_space, write_json
 from holdfast.methods._glue.refusals import refusals
 from holdfast.models.held import load
 from holdfast.rules.base import EditRule
@@ -127,7 +128,11 @@ class SeqFT:
         """Nothing to prepare."""
 
     def train_task(self, ctx: TaskContext) -> Checkpoint:
-        """The previous checkpoint under this task's adapter."""
+        """The previous checkpoint under this task's adapter.
+
+        Raises: StorageError: the disk has no room for the whole checkpoint that follows; TrainingError: as `train`.
+        """
+        require_space(ctx.work_dir, weight_bytes(ctx.previous.base), "After the tuning, the edited checkpoint")
         samples = self.learned(ctx)  # first: screening asks theta_0
         result = train(
             load(ctx.previous, dtype=self.config.train_dtype),

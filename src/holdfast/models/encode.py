@@ -10,17 +10,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from holdfast.bounds import GIB, bounded
+from holdfast.bounds import GIB, bounded, no_panic
 from holdfast.data.images import current_pictures, open_image, shrunk
 from holdfast.data.types import Sample, Turn
 from holdfast.errors import DataError, HoldfastError, ModelError
 from holdfast.models.load import quiet_transformers
 from holdfast.models.loaded import LoadedModel
+from holdfast.models.memory import free_memory_bytes
 
 IMAGE_MARK = "<image>"
 IGNORED_LABEL = -100
 # Rendering takes a millisecond, and a conversation has some kB.
 _TEMPLATE_SECONDS, _TEMPLATE_BYTES = 5.0, 2 * GIB
+# A batch of the largest pictures takes seconds; beyond the memory that is there the system would end the process.
+_PROCESSOR_SECONDS, _PROCESSOR_BYTES = 300.0, 4 * GIB
 # What a position of a batch holds, for calibration on a part of the tokens.
 PADDING, TEXT, IMAGE, ANSWER = range(4)
 
@@ -150,9 +153,19 @@ def _process(
         extra["images_kwargs"] = {"size": budget}
     shown = [_shown_images(loaded, sample, text, image_token) for sample, text in zip(samples, texts, strict=True)]
     try:
-        with quiet_transformers(), warnings.catch_warnings():
+        with (
+            bounded(
+                f"The processor of {loaded.name}",
+                seconds=_PROCESSOR_SECONDS,
+                memory=max(_PROCESSOR_BYTES, free_memory_bytes()),
+                error=ModelError,
+            ),
+            quiet_transformers(),
+            warnings.catch_warnings(),
+        ):
             # Some processors hand torch tensors to numpy 2 in a way that torch will have to learn.
             warnings.filterwarnings("ignore", message="__array", category=DeprecationWarning)
+            warnings.simplefilter("ignore", RuntimeWarning)  # of what is no number; said below
             batch = loaded.processor(
                 text=texts,
                 images=shown if any(shown) else None,
@@ -170,6 +183,9 @@ def _process(
             f"The processor of {loaded.name} refuses sample(s) {ids}{', ...' if len(samples) > 3 else ''}: {error}"
         ) from error
     inputs = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+    broken = next((k for k, v in inputs.items() if v.is_floating_point() and not bool(v.isfinite().all())), None)
+    if broken is not None:
+        raise ModelError(fX)
     return {k: v.to(loaded.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
 
@@ -355,7 +371,8 @@ def _encode_suffix(loaded: LoadedModel, samples: Sequence[Sample]) -> Inputs:
 
 
 def _tokenize(loaded: LoadedModel, text: str) -> list[int]:
-    return loaded.tokenizer(text, add_special_tokens=_adds_special_tokens(loaded, text))["input_ids"]
+    with no_panic(f"The tokenizer of {loaded.name}", error=ModelError):
+        return loaded.tokenizer(text, add_special_tokens=_adds_special_tokens(loaded, text))["input_ids"]
 
 
 def _adds_special_tokens(loaded: LoadedModel, text: str) -> bool:
@@ -369,6 +386,12 @@ def adds_special_tokens(tokenizer: Any, text: str) -> bool:
     """
     bos = tokenizer.bos_token
     return not (bos and text.startswith(bos))
+
+
+def decode(tokenizer: Any, ids: Any, *, name: str) -> str:
+    """The text of an answer's tokens, without special ones. name: what errors call it. Raises ModelError."""
+    with no_panic(f"The tokenizer of {name}", error=ModelError):
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _common(left: list[int], right: list[int]) -> int:

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from holdfast.data.types import Sample
 from holdfast.errors import ConfigError
-from holdfast.models.encode import encode_request
+from holdfast.models.encode import decode, encode_request
 from holdfast.models.load import quiet_transformers
 from holdfast.models.loaded import LoadedModel
 
@@ -83,9 +83,7 @@ def _answer(
             **inputs, generation_config=config, logits_processor=processors
         )
     new = tokens[:, inputs["input_ids"].shape[1] :].cpu()
-    return [
-        loaded.tokenizer.decode(_until_end(row, loaded.eos_token_ids), skip_special_tokens=True).strip() for row in new
-    ]
+    return [decode(loaded.tokenizer, _until_end(row, loaded.eos_token_ids), name=loaded.name).strip() for row in new]
 
 
 def greedy_config(loaded: LoadedModel, max_new_tokens: int) -> GenerationConfig:

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from holdfast.bounds import bounded
+from holdfast.bounds import bounded, no_panic
 from holdfast.checkpoints.adapter import CONFIG_FILE, INPUT_SCALE_FILE, LoraAdapter
 from holdfast.checkpoints.adapter_settings import describe_missing, fill_missing, has_settings, overlay
 from holdfast.checkpoints.contents import (
@@ -42,6 +42,7 @@ from holdfast.checkpoints.tied import EMBEDDING, HEAD, untie_in_memory
 from holdfast.checkpoints.value import Source, as_checkpoint
 from holdfast.errors import AdapterError, CheckpointError, ModelError
 from holdfast.models.families import build_processors_without_video, family_of
+from holdfast.models.foreign_settings import require_bounded
 from holdfast.models.loaded import BlockStore, LoadedModel
 from holdfast.models.memory import find_device, usable_bytes
 from holdfast.models.tuner import attach_tuner, is_tuner_folder
@@ -270,20 +271,23 @@ def _read_processor(place: str, config: Any | None, *, name: str | None = None) 
     build_processors_without_video()
     try:
         # The PIL backend everywhere: torchvision resizes a little differently, and is not always there.
-        processor = AutoProcessor.from_pretrained(place, trust_remote_code=False, backend="pil")
-    except MemoryError:
+        with no_panic(f"The tokenizer of {base}", error=ModelError):
+            processor = AutoProcessor.from_pretrained(place, trust_remote_code=False, backend="pil")
+    except (MemoryError, ModelError):
         raise
     except Exception as error:
         # tokenizers raises Exception itself.
         raise ModelError(
             f"{base}: the processor cannot be loaded; expected processor_config.json or preprocessor_config.json and "
-            f"the tokenizer's files beside the weights: {_shown(error)}"
+            f"the tokenizer's files beside the weights: {_shown(error)}. Where they are missing, copy them from the "
+            "model that this one was tuned from, or name that one with `--processor` (`evaluate`, `gate`)."
         ) from error
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise ModelError(
             f"{base}: {type(processor).__name__} has no image processor beside its tokenizer; expected the processor "
             "of a vision-language model (processor_config.json and preprocessor_config.json)."
         )
+    require_bounded(processor, base)
     family = family_of(config)
     if not processor.chat_template:
         if family.chat_template is None:

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from holdfast.checkpoints.value import Checkpoint
 from holdfast.data.types import Sample
+from holdfast.errors import ModelError
 from holdfast.models.families import Family
+from holdfast.text import one_line
 
 
 class BlockStore(Protocol):
@@ -90,20 +92,31 @@ class LoadedModel:
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: the generation config's and the tokenizer's."""
-        ids: set[int] = set()
-        for value in (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id):
-            ids.update(value if isinstance(value, list) else [value] if value is not None else [])
-        return tuple(sorted(ids))
+        """Ids that end an answer: the generation config's and the tokenizer's. Raises: ModelError: what is no id."""
+        ends = (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
+        return tuple(sorted({i for value in ends for i in _token_ids(value, self.name)}))
 
     @cached_property
     def answer_end_ids(self) -> tuple[int, ...]:
-        """Ids at which stock generation stops: the generation config's, or the tokenizer's where it names none."""
+        """Ids at which stock generation stops: the generation config's, or the tokenizer's where it names none.
+
+        Raises: ModelError: what is no id.
+        """
         named = self.model.generation_config.eos_token_id
-        named = self.tokenizer.eos_token_id if named is None else named
-        return tuple(named) if isinstance(named, list | tuple) else () if named is None else (int(named),)
+        return _token_ids(self.tokenizer.eos_token_id if named is None else named, self.name)
 
     @cached_property
     def context_length(self) -> int | None:
         """Positions that the language model was built for, or None where the configuration names no bound."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _token_ids(value: Any, name: str) -> tuple[int, ...]:
+    """Ids as a generation config has them: one, a list, or none. Raises: ModelError: anything else."""
+    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and -1 <= i < 2**31 for i in ids):
+        raise ModelError(
+            f"{name}: generation_config.json has eos_token_id {one_line(repr(value), 80)}; expected a token's id or a "
+            "list of them."
+        )
+    return tuple(ids)

@@ -60,7 +60,8 @@ def try_samples(
     training: bool,
     cut_at: int | None = None,
 ) -> Trial:
-    """Encode an even draw and the extremes (longest text, most and largest pictures, most stretched, most turns).
+    """Encode an even draw and the extremes (longest text, most and largest pictures, most stretched, most turns,
+    an answer first).
 
     sizes: (width, height) of pictures; samples with a picture that is not among them are left to other checks.
     cut_at: where every training sample will be cut; what lies behind it need not fit into the context.
@@ -143,6 +144,7 @@ def _extremes(samples: Sequence[Sample], sizes: Mapping[Path, tuple[int, int]]) 
         stretch,
         area,
         small,
+        lambda s: next((turn.role for turn in s.turns if turn.role != "system"), "user") == "assistant",
     )
     return [sample for key in keys for sample in sorted(samples, key=key, reverse=True)[:EXTREMES]]
 

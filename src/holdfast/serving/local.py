@@ -24,7 +24,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from holdfast.checkpoints.value import Checkpoint
 from holdfast.data.types import Sample
 from holdfast.errors import DataError, HoldfastError
-from holdfast.models.encode import encode_request
+from holdfast.models.encode import decode, encode_request
 from holdfast.models.generate import greedy_config
 from holdfast.models.load import load, quiet_transformers
 from holdfast.models.loaded import LoadedModel
@@ -313,7 +313,7 @@ class _Row:
     """One request's answer as it grows."""
 
     def __init__(self, loaded: LoadedModel, job: _Job, *, prompt: int, room: int) -> None:
-        self._tokenizer, self._job = loaded.tokenizer, job
+        self._tokenizer, self._name, self._job = loaded.tokenizer, loaded.name, job
         self._ends = frozenset(loaded.eos_token_ids)
         self.prompt, self.most = prompt, room
         self._sent = ""
@@ -370,7 +370,7 @@ class _Row:
             self._sent = ready
 
     def _text(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(self._until_end(ids), skip_special_tokens=True))
+        return decode(self._tokenizer, self._until_end(ids), name=self._name)
 
     def _until_end(self, ids: list[int]) -> list[int]:
         return next((ids[:i] for i, token in enumerate(ids) if token in self._ends), ids)

@@ -41,7 +41,7 @@ def sample_gradients(
 
 
 def answer_loss(loaded: LoadedModel, sample: Sample) -> Tensor:
-    """The model's loss on a sample's answer, a scalar."""
+    """The model's loss on a sample's answer, shape ()."""
     inputs = {name: value.to(loaded.device) for name, value in encode_training(loaded, [sample]).items()}
     loss: Tensor = loaded.model(**inputs).loss
     return loss
