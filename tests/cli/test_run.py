@@ -41,7 +41,7 @@ def test_with_json_stdout_of_a_run_holds_the_result_and_nothing_else(tmp_path, p
 
 
 def test_a_sweep_writes_lines_in_a_log_and_its_result_alone_with_json(tmp_path, pico_folder, monkeypatch):
-    def fake(cells, out, *, jobs, retries, progress, places):
+    def fake(cells, out, *, progress, **rest):
         for cell, state in zip(cells, ("kept", "finished"), strict=True):
             if state != "kept":
                 progress("cell", name=cell.name, state="running", done=None, total=2)

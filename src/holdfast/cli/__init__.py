@@ -65,10 +65,11 @@ app.callback()(root)
 
 
 def _register() -> None:
-    for heading, verbs in GROUPS.items():
-        for verb in verbs:
-            command = importlib.import_module(VERBS[verb]).command
-            app.command(name=verb, cls=PanelledCommand, rich_help_panel=heading)(command)
+    heading_of = {verb: heading for heading, verbs in GROUPS.items() for verb in verbs}
+    # In the order of the groups; one that stands in none comes last, under "Commands".
+    for verb in [*heading_of, *(verb for verb in VERBS if verb not in heading_of)]:
+        command = importlib.import_module(VERBS[verb]).command
+        app.command(name=verb, cls=PanelledCommand, rich_help_panel=heading_of.get(verb))(command)
 
 
 _register()
