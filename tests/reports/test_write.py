@@ -305,7 +305,7 @@ def test_the_page_begins_with_a_verdict_in_plain_words(run: Path, page: str, tmp
         r"Tuned plainly, this model does not refuse (\d+) of 100 forbidden requests \(before any task: 0\)", plain
     )
     assert said and int(said.group(1)) == round(100 * (view["seqft"].figure("masr") or 0))
-    assert best.startswith("With HPA it does not refuse") and "price" in best and "least sum" in chosen
+    assert best.startswith("HPA: it does not refuse") and "price" in best and "least sum" in chosen
     # Before any table, and free of the words that have to be looked up.
     assert html.escape(plain, quote=False) in page.split("<table")[0]
     assert not re.search(r"\b(MASR|BWT|AP|DASR|seqft|hpa)\b", " ".join((plain, best, chosen)))

@@ -36,7 +36,7 @@ def verdict(group: Group) -> list[str]:
     others = [entry for entry in entries if entry is not plain]
     best = min(others, key=_shortfall) if others else None
     if best is not None and _shortfall(best) < float("inf"):
-        lines.append(f"With {best.title} it {_what_it_does(best, group, start=plain is None)}{_price(best, plain)}.")
+        lines.append(f"{best.title}: it {_what_it_does(best, group, start=plain is None)}{_price(best, plain)}.")
         if len(others) > 1:
             beside = "" if plain is None else " beside plain tuning"
             lines.append(
