@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -184,6 +185,17 @@ def test_the_one_sample_that_the_context_cannot_hold_is_found(stream: Path, pico
     items[157] = sample(157, 200)
     code, text = encoded(stream.parent, pico_folder, items)
     assert code == 1 and "cannot be encoded for" in text and "'157' is" in text and "context of 512" in text
+
+
+def test_replies_that_the_context_has_no_room_for_are_a_warning(stream: Path, pico_folder: Path) -> None:
+    data = yaml.safe_load((stream.parent / "s.yaml").read_text())
+    for longest, found in ((300, False), (510, True)):
+        data["tasks"][0]["max_new_tokens"] = longest
+        (stream.parent / "s.yaml").write_text(yaml.safe_dump(data))
+        code, text = encoded(stream.parent, pico_folder, [sample(i, 1) for i in range(4)])
+        assert (
+            code == 0 and (f"leave less than max_new_tokens {longest} of the model's context of 512" in text) is found
+        )
 
 
 def test_a_picture_that_this_processor_refuses_is_found(stream: Path, tmp_path: Path) -> None:

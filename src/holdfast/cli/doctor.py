@@ -59,7 +59,7 @@ def command(
     config, resolved = _examine_run(stream, root, diagnosis)
     if screen and config is None and diagnosis.ok:
         raise ConfigError(f"--screen asks a run's model, and {stream} names none; pass a run file (model, methods).")
-    _examine_encoding(str(model) if model is not None else None, config, diagnosis)
+    _examine_encoding(str(model) if model is not None else None, config, spec, diagnosis)
     memory = _memory(model, diagnosis, batch_size) if model is not None else {}
     _examine_memory(model, config, memory, diagnosis)
     screened = None
@@ -126,7 +126,7 @@ def _examine_run(file: Path, root: Path | None, diagnosis: Any) -> tuple[Any, An
     return config, resolved
 
 
-def _examine_encoding(model: str | None, config: Any, diagnosis: Any) -> None:
+def _examine_encoding(model: str | None, config: Any, spec: Any, diagnosis: Any) -> None:
     """A draw of every split and its extremes through the real processor; `max_length` against their real lengths."""
     if model is None and config is None:
         return
@@ -135,7 +135,7 @@ def _examine_encoding(model: str | None, config: Any, diagnosis: Any) -> None:
     from holdfast import experiment
     from holdfast.data.images import PictureConfig, pictures
     from holdfast.errors import HoldfastError
-    from holdfast.models.preflight import judge_lengths, read_without_weights, try_samples
+    from holdfast.models.preflight import judge_lengths, judge_replies, read_without_weights, try_samples
 
     base = model or config.model
     try:
@@ -157,6 +157,8 @@ def _examine_encoding(model: str | None, config: Any, diagnosis: Any) -> None:
                     bounds.setdefault((training.max_length, training.max_cut_share), []).append(name)
         except HoldfastError:
             return  # told already
+    replies = {(task.name, "test"): task.max_new_tokens for task in spec.tasks}
+    replies |= {(one.name, side): one.max_new_tokens or 0 for one in spec.safety for side in ("unsafe", "benign")}
     with pictures(config.pictures if config is not None else PictureConfig()):
         for (name, split), samples in diagnosis.samples.items():
             sizes = {**diagnosis.headers, **diagnosis.sizes}
@@ -171,6 +173,9 @@ def _examine_encoding(model: str | None, config: Any, diagnosis: Any) -> None:
                     where,
                     f"{len(trial.faults)} of {trial.tried} samples cannot be encoded for {base}: {trial.faults[0]}",
                 )
+            tight = judge_replies(trial, replies.get((name, split), 0), loaded.context_length)
+            if tight is not None:
+                diagnosis.add("warning", where, tight)
             if split == "train" and name not in ("safety_calibration", "benign_calibration"):
                 for (max_length, share), methods in bounds.items():
                     for level, text in judge_lengths(trial, max_length, share):

@@ -126,6 +126,21 @@ def judge_lengths(trial: Trial, max_length: int, max_cut_share: float) -> list[t
     return found
 
 
+def judge_replies(trial: Trial, max_new_tokens: int, context: int | None) -> str | None:
+    """A sentence where the longest requests leave no room for `max_new_tokens` in the model's context, else None.
+
+    context: tokens (`LoadedModel.context_length`); None where the model says nothing.
+    """
+    tight = {i: n for i, n in trial.lengths.items() if context is not None and n + max_new_tokens > context}
+    if not tight:
+        return None
+    return (
+        f"{len(tight)} of {len(trial.lengths)} requests that were tried leave less than max_new_tokens "
+        f"{max_new_tokens} of the model's context of {context} tokens (longest {max(tight.values())}: "
+        f"{_named(list(tight))}); what a model writes beyond its context means nothing. Lower max_new_tokens"
+    )
+
+
 def _extremes(samples: Sequence[Sample], sizes: Mapping[Path, tuple[int, int]]) -> list[Sample]:
     def stretch(sample: Sample) -> float:
         return max((max(sizes[p]) / max(1, min(sizes[p])) for p in sample.images), default=0.0)
@@ -159,4 +174,4 @@ def _named(ids: Sequence[str]) -> str:
     return ", ".join(map(repr, ids[:3])) + (", ..." if len(ids) > 3 else "")
 
 
-__all__ = ["Trial", "judge_lengths", "read_without_weights", "try_samples"]
+__all__ = ["Trial", "judge_lengths", "judge_replies", "read_without_weights", "try_samples"]
