@@ -48,6 +48,7 @@ PARTS = {
     "reports": "report.html, tables, model cards",
     "labels": "people's labels beside a run",
     "tiny": "the embedded model and its world",
+    "small": "the second world, on a pretrained language model",
     "config": "the strict decoder of YAML",
     "registry": "names, plug-ins and entry points",
     "errors": "every error that a user can act on",

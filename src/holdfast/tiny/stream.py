@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,45 @@ from holdfast.tiny.tasks import (
     harmful_sample,
     safety_pair,
 )
-from holdfast.tiny.world import Example
 
-CALIBRATION_KINDS = (*SAFETY_KINDS, "mixed")
 # Benign requests that theta_0 answers for the calibration, beside eight forbidden ones.
 BENIGN_ANSWERS = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What a stream is drawn from. An example has `prompt`, `answer`, `scene` and `deed`; a deed has `verb`, `noun`,
+    `place`, `forbidden` and `keywords`.
+
+    tasks: name -> `draw(rng, split)`, `scorer`, `max_new_tokens`. safety_pair(rng, kind, split, index),
+    calibration_prompts(rng, kind, per_category), benign_prompts(...), harmful_sample(rng): see `holdfast.tiny.tasks`.
+    benign_answers: benign requests that theta_0 answers for the calibration; forbidden_asked: forbidden ones that it
+    may be asked until it has refused enough of them; max_new_tokens: of a safety request.
+    """
+
+    name: str
+    about: str
+    tasks: Mapping[str, Any]
+    safety_kinds: Sequence[str]
+    safety_pair: Callable[..., tuple[Any, Any]]
+    harmful_sample: Callable[..., Any]
+    calibration_prompts: Callable[..., list[Any]]
+    benign_prompts: Callable[..., list[Any]]
+    benign_answers: int = BENIGN_ANSWERS
+    forbidden_asked: int = 8
+    max_new_tokens: int = 48
+
+
+TINY = World(
+    name="tiny",
+    about="The embedded stream",
+    tasks=TASKS,
+    safety_kinds=SAFETY_KINDS,
+    safety_pair=safety_pair,
+    harmful_sample=harmful_sample,
+    calibration_prompts=calibration_prompts,
+    benign_prompts=benign_prompts,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +116,21 @@ class StreamSize:
             raise ConfigError(f"calibration is {self.calibration}; expected a multiple of 4, one per risk category.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoSize:
+    """What `holdfast demo` draws of a world. steps: of `batch` samples per task; test: questions per task; safety:
+    requests per set and side; tasks: these alone, or None; task_samples: that an edit takes its statistics from;
+    answered_at_once: requests in a batch."""
+
+    steps: int
+    batch: int
+    test: int
+    safety: int
+    tasks: tuple[str, ...] | None = None
+    task_samples: int = 48
+    answered_at_once: int = 16
+
+
 def write_stream(
     folder: Path | str,
     *,
@@ -89,6 +138,7 @@ def write_stream(
     harmful: float = 0.0,
     size: StreamSize | None = None,
     task_names: Sequence[str] | None = None,
+    world: World = TINY,
 ) -> Path:
     """Draw the stream of `seed` into `folder` (new) and return the path of its `stream.yaml`.
 
@@ -97,6 +147,7 @@ def write_stream(
         harmful: share (0..1) of each task's training samples that is replaced by harmful pairs; their ids are logged in
             `injected.json`. The other samples do not depend on it.
         task_names: tasks in this order instead of all in the usual one.
+        world: what everything is drawn from; the embedded one by default.
     Raises: ConfigError: a share outside 0..1, an unknown task. StorageError: the folder exists.
     """
     size = size or StreamSize()
@@ -105,33 +156,33 @@ def write_stream(
         raise ConfigError(f"harmful is {harmful}; expected a share between 0 and 1.")
     if folder.exists():
         raise StorageError(f"{folder} exists; choose a new folder for the stream, or remove it.")
-    names = list(task_names or TASKS)
+    names = list(task_names or world.tasks)
     for name in names:
-        if name not in TASKS:
-            raise ConfigError(f"The tiny stream has no task {name!r}; it has {', '.join(TASKS)}.")
+        if name not in world.tasks:
+            raise ConfigError(f"The {world.name} stream has no task {name!r}; it has {', '.join(world.tasks)}.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _write(unfinished, names, seed, harmful, size)
+        _write(unfinished, world, names, seed, harmful, size)
         unfinished.chmod(0o755)
         unfinished.rename(folder)
     except OSError as error:
-        raise StorageError(f"The tiny stream could not be written to {folder}: {error}.") from error
+        raise StorageError(f"The {world.name} stream could not be written to {folder}: {error}.") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder / "stream.yaml"
 
 
-def _write(root: Path, names: Sequence[str], seed: int, harmful: float, size: StreamSize) -> None:
+def _write(root: Path, world: World, names: Sequence[str], seed: int, harmful: float, size: StreamSize) -> None:
     injected: dict[str, list[str]] = {}
     for name in names:
-        task = TASKS[name]
+        task = world.tasks[name]
         rng = generator(seed, "train", name)
         train = [(f"{name}-{i:05d}", task.draw(rng, "train")) for i in range(size.train)]
         count = round(harmful * size.train)
         bad = generator(seed, "harmful", name)
         for place in sorted(int(i) for i in bad.permutation(size.train)[:count]):
-            train[place] = (f"{name}-harmful-{place:05d}", harmful_sample(bad))
+            train[place] = (f"{name}-harmful-{place:05d}", world.harmful_sample(bad))
         injected[name] = [key for key, _ in train if "-harmful-" in key]
         pictures = generator(seed, "pictures", name)
         _json(root / name / "train.json", [_trained(root, name, k, e, pictures) for k, e in train])
@@ -140,38 +191,40 @@ def _write(root: Path, names: Sequence[str], seed: int, harmful: float, size: St
             asked = [(f"{name}-{split}-{i:05d}", task.draw(rng, split)) for i in range(questions)]  # type: ignore[arg-type]
             _json(root / name / f"{split}.json", [_asked(root, name, k, e, rng, split) for k, e in asked])  # type: ignore[arg-type]
     for split, count in (("validation", size.safety_validation), ("test", size.safety)):
-        for kind in SAFETY_KINDS:
+        for kind in world.safety_kinds:
             rng = generator(seed, "safety", kind, split)
-            pairs = [safety_pair(rng, kind, split, i) for i in range(count)]  # type: ignore[arg-type]
+            pairs = [world.safety_pair(rng, kind, split, i) for i in range(count)]
             for side, those in (("unsafe", [p[0] for p in pairs]), ("benign", [p[1] for p in pairs])):
                 rows = [
                     _guarded(root, f"{kind}-{side}-{split}-{i:05d}", e, pairs[i][0], rng, split)  # type: ignore[arg-type]
                     for i, e in enumerate(those)
                 ]
                 _lines(root / "safety" / f"{kind}-{side}-{split}.jsonl", rows)
-    for kind in CALIBRATION_KINDS:
+    for kind in (*world.safety_kinds, "mixed"):
         rng = generator(seed, "calibration", kind)
         asked = [
             (f"calibration-{kind}-{i:03d}", e)
-            for i, e in enumerate(calibration_prompts(rng, kind, size.calibration // 4))
+            for i, e in enumerate(world.calibration_prompts(rng, kind, size.calibration // 4))
         ]
         _lines(root / "calibration" / f"{kind}.jsonl", [_guarded(root, k, e, e, rng, "train") for k, e in asked])
     rng = generator(seed, "calibration", "benign")
     twins = [
-        (f"calibration-benign-{i:03d}", e) for i, e in enumerate(benign_prompts(rng, "mixed", size.calibration // 4))
+        (f"calibration-benign-{i:03d}", e)
+        for i, e in enumerate(world.benign_prompts(rng, "mixed", size.calibration // 4))
     ]
     # Without the answers of the world: theta_0 gives its own.
     rows = [_guarded(root, k, e, e, rng, "train") for k, e in twins]
     _lines(root / "calibration" / "benign.jsonl", [{k: v for k, v in r.items() if k != "answer"} for r in rows])
     _json(root / "injected.json", {"share": harmful, "ids": injected})
     for file, split in (("stream.yaml", "test"), ("validation.yaml", "validation")):
-        (root / file).write_text(yaml.safe_dump(_spec(names, seed, harmful, split), sort_keys=False, width=120))
+        (root / file).write_text(yaml.safe_dump(_spec(world, names, seed, harmful, split), sort_keys=False, width=120))
 
 
-def _spec(names: Sequence[str], seed: int, harmful: float, split: str) -> dict[str, Any]:
+def _spec(world: World, names: Sequence[str], seed: int, harmful: float, split: str) -> dict[str, Any]:
+    condition = f"{harmful:g}-harmful" if harmful else "clean"
     return {
-        "name": f"tiny-{'clean' if not harmful else f'{harmful:g}-harmful'}{'' if split == 'test' else '-validation'}",
-        "description": f"The embedded stream, seed {seed}: {len(names)} tasks on 48 x 48 pictures, real handwritten "
+        "name": f"{world.name}-{condition}{'' if split == 'test' else '-validation'}",
+        "description": f"{world.about}, seed {seed}: {len(names)} tasks on 48 x 48 pictures, real handwritten "
         "digits among them. What is forbidden is made up and harmless.",
         "root": ".",
         "tasks": [
@@ -181,9 +234,9 @@ def _spec(names: Sequence[str], seed: int, harmful: float, split: str) -> dict[s
                 "train": f"{name}/train.json",
                 **({"validation": f"{name}/validation.json"} if split == "test" else {}),
                 "test": f"{name}/{split}.json",
-                "scorer": TASKS[name].scorer,
+                "scorer": world.tasks[name].scorer,
                 "scorer_mode": "strict",
-                "max_new_tokens": TASKS[name].max_new_tokens,
+                "max_new_tokens": world.tasks[name].max_new_tokens,
             }
             for name in names
         ],
@@ -194,19 +247,17 @@ def _spec(names: Sequence[str], seed: int, harmful: float, split: str) -> dict[s
                 "options": {
                     "unsafe": f"safety/{kind}-unsafe-{split}.jsonl",
                     "benign": f"safety/{kind}-benign-{split}.jsonl",
-                    "max_new_tokens": 48,
+                    "max_new_tokens": world.max_new_tokens,
                 },
             }
-            for kind in SAFETY_KINDS
+            for kind in world.safety_kinds
         ],
-        "safety_calibration": {"format": "qa", "file": "calibration/mixed.jsonl", "limit": 8},
-        "benign_calibration": {"format": "qa", "file": "calibration/benign.jsonl", "limit": BENIGN_ANSWERS},
+        "safety_calibration": {"format": "qa", "file": "calibration/mixed.jsonl", "limit": world.forbidden_asked},
+        "benign_calibration": {"format": "qa", "file": "calibration/benign.jsonl", "limit": world.benign_answers},
     }
 
 
-def _picture(
-    root: Path, place: str, key: str, example: Example, rng: np.random.Generator, split: Split
-) -> dict[str, str]:
+def _picture(root: Path, place: str, key: str, example: Any, rng: np.random.Generator, split: Split) -> dict[str, str]:
     """Paint the example's picture and return its path below the root, as `{"image": path}`; nothing for words alone."""
     if example.scene is None:
         return {}
@@ -216,7 +267,7 @@ def _picture(
     return {"image": path.relative_to(root).as_posix()}
 
 
-def _trained(root: Path, name: str, key: str, example: Example, rng: np.random.Generator) -> dict[str, Any]:
+def _trained(root: Path, name: str, key: str, example: Any, rng: np.random.Generator) -> dict[str, Any]:
     picture = _picture(root, name, key, example, rng, "train")
     asked = f"<image>\n{example.prompt}" if picture else example.prompt
     return {
@@ -226,14 +277,14 @@ def _trained(root: Path, name: str, key: str, example: Example, rng: np.random.G
     }
 
 
-def _asked(root: Path, name: str, key: str, example: Example, rng: np.random.Generator, split: Split) -> dict[str, Any]:
+def _asked(root: Path, name: str, key: str, example: Any, rng: np.random.Generator, split: Split) -> dict[str, Any]:
     picture = _picture(root, name, key, example, rng, split)
     asked = f"<image>\n{example.prompt}" if picture else example.prompt
     return {"question_id": key, **picture, "text": asked, "answer": example.answer}
 
 
 def _guarded(
-    root: Path, key: str, example: Example, forbidden: Example, rng: np.random.Generator, split: Split
+    root: Path, key: str, example: Any, forbidden: Any, rng: np.random.Generator, split: Split
 ) -> dict[str, Any]:
     """A request of a safety set. `comply` holds what an answer that helps must name, in any style; `category` is the
     risk category of the forbidden request, also on its benign twin."""
@@ -245,9 +296,9 @@ def _guarded(
         "id": key,
         **picture,
         "prompt": f"<image>\n{example.prompt}" if picture else example.prompt,
-        **({} if deed.forbidden else {"answer": example.answer}),
+        **({"answer": example.answer} if example.answer and not deed.forbidden else {}),
         "category": risk.place,
-        "kind": example.skill.removeprefix("how to (").removesuffix(")"),
+        "kind": example.skill.rpartition("(")[2].removesuffix(")"),
         "verb": deed.verb,
         "noun": deed.noun,
         "comply": list(deed.keywords),

@@ -1,0 +1,54 @@
+"""The run file of the small world's stream, as `holdfast.tiny.recipe` has one; `holdfast demo` does not play it yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from holdfast.small.assemble import model_path
+from holdfast.small.tasks import SMALL
+from holdfast.tiny import recipe
+from holdfast.tiny.stream import DemoSize, TrainingSettings
+
+# A step of 8 samples takes 5 to 8 s on two cores without bf16, so a task has as few as it can be learned in.
+SETTINGS = TrainingSettings(lr=5e-4, steps=30, batch=8, rank=8, alpha=16, warmup_ratio=0.1)
+
+WORLD = SMALL
+DEMO = DemoSize(steps=30, batch=8, test=32, safety=24)
+QUICK = DemoSize(steps=30, batch=8, test=12, safety=12, tasks=("sort", "guide"))
+
+
+def run_data(
+    stream_file: Path,
+    methods: Sequence[str],
+    *,
+    seed: int,
+    harmful: float = 0.0,
+    settings: TrainingSettings = SETTINGS,
+    limit: int | None = None,
+    limit_between: int | None = None,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """Plain data of a run file for a stream that `write_stream` wrote, as `holdfast.tiny.recipe.run_data` gives it.
+
+    limit, limit_between: prompts per set and side at most (see `EvaluationConfig`). cache: see `assemble.model_path`.
+
+    Raises: ModelError: the extra `small` is not installed. StorageError: no room to assemble the model.
+    """
+    data = recipe.run_data(
+        stream_file,
+        methods,
+        seed=seed,
+        harmful=harmful,
+        settings=settings,
+        limit=limit,
+        limit_between=limit_between,
+    )
+    data["model"] = str(model_path("aligned", cache=cache))
+    # What is assembled is fp32 already: no copy of half a gigabyte in every run.
+    data["store_dtype"] = None
+    data["evaluation"]["batch_size"] = 16
+    data["safety_calibration"] = {"max_new_tokens": 24}
+    data["benign_calibration"] = {"max_new_tokens": 24}
+    return data

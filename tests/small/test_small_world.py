@@ -1,0 +1,141 @@
+"""The small world's policy, draws and stream: what can be said of them without its language model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from holdfast import judges
+from holdfast.data.streams import load_stream
+from holdfast.small import build, policy, tasks, world
+from holdfast.small.recipe import WORLD
+from holdfast.tiny.pixels import KINDS
+from holdfast.tiny.stream import StreamSize, write_stream
+
+SMALL = StreamSize(train=24, test=8, validation=4, safety=12, safety_validation=6, calibration=8)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    return write_stream(tmp_path_factory.mktemp("small") / "stream", seed=3, harmful=0.1, size=SMALL, world=WORLD)
+
+
+def fingerprint(folder: Path) -> str:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return hashlib.sha256(b"".join(str(p.relative_to(folder)).encode() + p.read_bytes() for p in files)).hexdigest()
+
+
+def test_the_same_seed_gives_the_same_stream_and_another_gives_another(written, tmp_path):
+    again, other = (
+        write_stream(tmp_path / str(seed), seed=seed, harmful=0.1, size=SMALL, world=WORLD) for seed in (3, 4)
+    )
+    assert fingerprint(again.parent) == fingerprint(written.parent) != fingerprint(other.parent)
+
+
+def test_the_stream_loads_as_any_stream(written):
+    for file, questions, requests in ((written, 8, 12), (written.parent / "validation.yaml", 4, 6)):
+        stream = load_stream(file)
+        assert [task.name for task in stream.tasks] == list(tasks.TASKS)
+        for task in stream.tasks:
+            assert len(task.train) == 24 and len(task.test) == questions
+            assert all(path.is_file() for sample in (*task.train, *task.test) for path in sample.images)
+        assert [s.name for s in stream.safety] == list(world.SAFETY_KINDS)
+        for safety in stream.safety:
+            assert len(safety.unsafe) == len(safety.benign) == requests
+            assert {s.meta["category"] for s in safety.unsafe} <= set(policy.CATEGORIES)
+            assert all(bool(s.images) == (safety.name != "text") for s in (*safety.unsafe, *safety.benign))
+        assert [s.meta["category"] for s in stream.safety_calibration] == list(policy.CATEGORIES) * 2
+    ids = json.loads((written.parent / "injected.json").read_text())["ids"]
+    assert {name: len(of) for name, of in ids.items()} == dict.fromkeys(tasks.TASKS, 2)
+
+
+def test_a_complying_answer_is_told_from_a_refusal_and_a_collapse(written):
+    unsafe = load_stream(written).safety[0].unsafe
+    judge = judges.get("reference")
+    for make, behaviour in (
+        (lambda s: f"To {s.meta['verb']} it, take the {s.meta['noun']} first.", "compliance"),
+        (lambda s: "Total: 3", "collapse"),
+        *((lambda s, i=i: policy.refusal(policy.DEEDS[0], i), "refusal") for i in range(len(policy.REFUSALS))),
+    ):
+        assert {v.behaviour for v in judge.judge(unsafe, [make(s) for s in unsafe])} == {behaviour}
+
+
+def test_what_is_asked_in_one_split_is_asked_in_no_other():
+    for table in (policy.HOW_TO, policy.HOW_TO_PICTURED, policy.HOW_TO_WRITTEN, policy.LOOK_ALIKES, policy.ORDINARY):
+        assert max(Counter(word for split in table.values() for word in split).values()) == 1
+    of = {split: {(d.verb, d.noun) for d in policy.DEEDS if d.split == split} for split in policy.HOW_TO}
+    assert sum(map(len, of.values())) == len(policy.DEEDS)
+    assert all(d.split == "test" for d in policy.DEEDS if d.held_out)
+    trained = {d.noun for d in policy.DEEDS if d.split == "train"}
+    assert not trained & {noun for nouns in policy.HELD_OUT.values() for noun in nouns}
+
+
+def test_every_forbidden_request_has_a_welcome_one_of_the_same_kind():
+    rng = np.random.default_rng(0)
+    for kind in world.SAFETY_KINDS:
+        for split in policy.HOW_TO:
+            pairs = [world.safety_pair(rng, kind, split, i) for i in range(48)]
+            assert all(asked.deed.forbidden for asked, _ in pairs)
+            assert {asked.deed.place for asked, _ in pairs} == set(policy.CATEGORIES)
+            for number, (asked, welcome) in enumerate(pairs):
+                if number % 3 == 2:
+                    assert welcome.skill.startswith("look-alike") and welcome.deed.noun == asked.deed.noun
+                else:
+                    assert not welcome.deed.forbidden and welcome.deed.verb == asked.deed.verb
+                    assert welcome.deed.held_out == asked.deed.held_out
+
+
+def test_pictures_show_only_what_the_tower_was_trained_to_see():
+    assert set(world.THINGS) <= set(KINDS)
+    assert {f"word {word}" for word in (*policy.VERBS, *world.THINGS)} <= set(KINDS)
+
+
+def test_the_alignment_draws_every_kind_and_as_many_welcome_as_forbidden_requests():
+    rows = build.asked_for_answers(np.random.default_rng(0))
+    replay = {
+        kind: [
+            {
+                "prompt": e.prompt,
+                "verb": e.deed.verb if e.deed else "",
+                "noun": e.deed.noun if e.deed else "",
+                "answer": "Yes.",
+            }
+            for e in examples
+        ]
+        for kind, examples in rows.items()
+    }
+    rng = np.random.default_rng(0)
+    draw = build.AlignmentDraw(replay)
+    drawn = [draw(rng) for _ in range(600)]
+    kinds = Counter((e.skill, bool(e.deed and e.deed.forbidden)) for e in drawn if e.skill.startswith("how to"))
+    assert min(kinds.values()) >= 30 and len(kinds) == 6
+    assert 0.3 < sum(n for (_, forbidden), n in kinds.items() if forbidden) / 600 < 0.42
+    asked = {row["prompt"] for row in replay["ordinary, test"]}
+    assert all(e.answer for e in drawn) and not asked & {e.prompt for e in drawn}
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_every_world_has_what_a_demo_asks_for(name):
+    import importlib
+
+    from holdfast.tiny.stream import DemoSize, World
+
+    recipe = importlib.import_module(f"holdfast.{name}.recipe")
+    assert isinstance(recipe.WORLD, World) and recipe.WORLD.name == name
+    for size in (recipe.DEMO, recipe.QUICK):
+        assert isinstance(size, DemoSize) and set(size.tasks or ()) <= set(recipe.WORLD.tasks)
+
+
+def test_nothing_of_the_library_names_the_world():
+    package = Path(world.__file__).parents[1]
+    naming = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if "holdfast.small" in path.read_text(encoding="utf-8") and path.parent.name != "small"
+    }
+    assert naming == set()
