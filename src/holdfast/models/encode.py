@@ -185,7 +185,10 @@ def _process(
     inputs = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
     broken = next((k for k, v in inputs.items() if v.is_floating_point() and not bool(v.isfinite().all())), None)
     if broken is not None:
-        raise ModelError(fX)
+        raise ModelError(
+            f"{loaded.name}: its processor makes NaN or infinity of pictures ({broken}); its settings divide by zero "
+            "or hold no number (image_std, rescale_factor)."
+        )
     return {k: v.to(loaded.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
 
