@@ -354,7 +354,7 @@ def test_a_changed_encoder_is_refused(base, saved, damaged, pico_folder):
     with torch.no_grad():
         for p in other.model.model.vision_tower.parameters():
             p.add_(0.1)
-    with pytest.raises(AdapterError, match=r"the weights of encoder 'backbone' changed"):
+    with pytest.raises(AdapterError, match=r"the weights of encoder 'backbone' are not those"):
         from_pretrained(saved, other)
     rewrite(damaged, lambda d: d["encoder"].update(kind="clip"))
     with pytest.raises(AdapterError, match=r"made with encoder 'backbone' \(kind 'clip'\)"):
