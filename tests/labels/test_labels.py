@@ -285,7 +285,7 @@ def test_rates_of_methods_and_sets_of_other_sizes_are_covered() -> None:
         truth[method] = float(np.mean(rates))
     inside: dict[str, list[bool]] = {"a": [], "b": [], "both": []}
     values: dict[str, list[float]] = {"a": [], "b": [], "both": []}
-    for seed in range(60):
+    for seed in range(30):
         strata, items = draw_from(cells, 100, seed=seed)
         draw = Draw(seed=seed, number=100, judge="j", steps={"a": 1, "b": 1}, replies={}, strata=strata, items=items)
         labels = {i.number: people[strata[i.stratum].method, i.set][i.row] for i in items}

@@ -230,10 +230,12 @@ def test_a_bound_needs_what_it_bounds(example: ExampleFiles, sets: RestoreSets, 
 
 
 def test_a_folder_that_exists_and_a_rule_without_strength_are_refused(
-    done: Done, example: ExampleFiles, sets: RestoreSets, tmp_path: Path
+    example: ExampleFiles, sets: RestoreSets, tmp_path: Path
 ) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes.txt").touch()
     with pytest.raises(StorageError, match="exists"):
-        restore(str(example.before), str(example.after), sets, out=done.out, config=CONFIG)
+        restore(str(example.before), str(example.after), sets, out=tmp_path / "there", config=CONFIG)
     with pytest.raises(UnknownNameError, match="rule with a strength"):
         restore(str(example.before), str(example.after), sets, out=tmp_path / "o", config=replace(CONFIG, rule="ties"))
 
