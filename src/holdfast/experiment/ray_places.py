@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,6 +55,7 @@ class RayPlaces:
             options |= {"object_store_memory": 80 * 2**20}
         else:
             options = {"address": address, "log_to_driver": False, "configure_logging": False}
+            _require_listener(address)
         try:
             ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -92,6 +94,19 @@ class RayPlaces:
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""
         self._ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Raises RunError: nobody listens there. Ray itself ends the process where it cannot connect."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal() or "//" in host:
+        return  # "auto", or a client's address, which Ray answers for
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise RunError(
+            f"No Ray cluster answers at {address!r}: {error}. `ray status` there says whether one runs."
+        ) from None
 
 
 def _cell(job: str, command: Sequence[str] | None) -> tuple[int, str]:
