@@ -41,20 +41,6 @@ def test_batches_are_handed_over_once_and_complete(loaded: LoadedModel, samples:
     assert [seen[i] for i in range(len(samples))] == answers
 
 
-def test_expected_lengths_part_the_batches_and_change_no_answer(loaded: LoadedModel, samples: list[Sample]) -> None:
-    batches: list[list[int]] = []
-    answers = generate(
-        loaded,
-        samples,
-        max_new_tokens=6,
-        batch_size=2,
-        expected_lengths=[3, 9, 1, 9, 3],
-        on_batch=lambda indices, _: batches.append(sorted(indices)),
-    )
-    assert batches == [[1, 3], [0, 4], [2]]
-    assert answers == generate(loaded, samples, max_new_tokens=6)
-
-
 def test_the_answer_stops_at_the_end_token(
     loaded: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:

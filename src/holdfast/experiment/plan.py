@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoints.merged import open_checkpoint
+from holdfast.checkpoints.merged import locate, open_checkpoint
 from holdfast.checkpoints.value import as_checkpoint
 from holdfast.data.examine import Diagnosis, examine
 from holdfast.data.types import Sample
@@ -120,7 +119,7 @@ class _Planner:
         checkpoint = as_checkpoint(config.model)
         with open_checkpoint(checkpoint) as opened:
             entries = dict(opened.entries)
-        self.shape: ModelShape = read_shape(Path(checkpoint.base))
+        self.shape: ModelShape = read_shape(locate(checkpoint.base))
         self.parameters = sum(entry.numel for entry in entries.values())
         # Linear layers of the language model: (outputs, inputs). Towers name theirs alike, and are not tuned.
         self.linears = [

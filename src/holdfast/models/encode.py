@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,13 @@ _TEMPLATE_SECONDS, _TEMPLATE_BYTES = 5.0, 2 * GIB
 _PROCESSOR_SECONDS, _PROCESSOR_BYTES = 300.0, 4 * GIB
 # What a position of a batch holds, for calibration on a part of the tokens.
 PADDING, TEXT, IMAGE, ANSWER = range(4)
+
+
+@cache
+def _processor_bytes() -> int:
+    """What a processor may take: what was free when the first batch came. Asking takes half a millisecond, so once."""
+    return max(_PROCESSOR_BYTES, free_memory_bytes())
+
 
 Inputs = dict[str, Tensor]
 
@@ -157,7 +165,7 @@ def _process(
             bounded(
                 f"The processor of {loaded.name}",
                 seconds=_PROCESSOR_SECONDS,
-                memory=max(_PROCESSOR_BYTES, free_memory_bytes()),
+                memory=_processor_bytes(),
                 error=ModelError,
             ),
             quiet_transformers(),

@@ -28,7 +28,6 @@ def generate(
     seed: int | None = None,
     temperature: float = 1.0,
     keep_answer: bool = False,
-    expected_lengths: Sequence[int] | None = None,
     on_batch: OnBatch | None = None,
 ) -> list[str]:
     """The model's answers, in the order of `samples`, without special tokens and outer white space.
@@ -36,8 +35,6 @@ def generate(
     seed: None decodes greedily; a number samples at `temperature` from the full distribution, with noise drawn per
         sample from (seed, sample id), so neither order nor batch changes an answer.
     keep_answer: show the samples' final answers too (see `encode_request`).
-    expected_lengths: of the answers, in any unit; a batch takes as long as its longest answer, so those that are alike
-        go together.
     on_batch: called after each batch with the samples' indices and their answers, to append as one goes. Batches hold
         requests of like length, longest first (a batch that does not fit in memory fails at once).
 
@@ -47,8 +44,7 @@ def generate(
         raise ConfigError(
             f"batch_size {batch_size}, max_new_tokens {max_new_tokens} and temperature {temperature} must be positive."
         )
-    expected = expected_lengths or [0] * len(samples)
-    order = sorted(range(len(samples)), key=lambda i: (-expected[i], -_size(samples[i]), i))
+    order = sorted(range(len(samples)), key=lambda i: (-_size(samples[i]), i))
     answers = [""] * len(samples)
     config = greedy_config(loaded, max_new_tokens)
     was_training = loaded.model.training

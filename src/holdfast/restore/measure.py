@@ -47,8 +47,7 @@ class Reference:
 class Probe:
     """How a model is asked. safety, benign: requests. task: with gold answers. batch_size, max_new_tokens: generation.
 
-    judge, scorer: ready to be asked (`make_judge`, `make_scorer`). lengths: of the last reply to each request, by id,
-        in characters; a request is answered at about the same length at the next strength.
+    judge, scorer: ready to be asked (`make_judge`, `make_scorer`).
     """
 
     safety: tuple[Sample, ...]
@@ -59,7 +58,6 @@ class Probe:
     max_new_tokens: int = 128
     task_tokens: int = 64
     batch_size: int = 32
-    lengths: dict[str, int] = field(default_factory=dict, compare=False)
 
     def ask(self, model: LoadedModel, side: Side, *, known: Mapping[str, str] | None = None) -> Asked:
         """All replies of one side. known: the model's own, by id, where it has been asked already.
@@ -69,7 +67,6 @@ class Probe:
         samples = self.safety if side == "unsafe" else self.benign
         if known is not None and all(sample.id in known for sample in samples):
             replies = [known[sample.id] for sample in samples]
-            self.lengths.update((sample.id, len(known[sample.id])) for sample in samples)
         else:
             replies = self._generate(model, samples, self.max_new_tokens)
         verdicts = self.judge.judge(samples, replies, side=side)
@@ -153,17 +150,7 @@ class Probe:
         return float(value), {**figures, "scorer": self.scorer.name}
 
     def _generate(self, model: LoadedModel, samples: Sequence[Sample], tokens: int) -> list[str]:
-        if not samples:
-            return []
-        replies = generate(
-            model,
-            samples,
-            max_new_tokens=tokens,
-            batch_size=self.batch_size,
-            expected_lengths=[self.lengths.get(sample.id, 0) for sample in samples],
-        )
-        self.lengths.update((sample.id, len(reply)) for sample, reply in zip(samples, replies, strict=True))
-        return replies
+        return generate(model, samples, max_new_tokens=tokens, batch_size=self.batch_size) if samples else []
 
 
 def make_judge(name: str) -> Judge:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from holdfast.files import sha256
 from holdfast.judges import phrases
 from holdfast.small import assemble, engine, policy, world
-from holdfast.small.engine import Model, Projector, Stage
+from holdfast.small.engine import Model, Stage
 from holdfast.small.source import GGUF_SHA256, gguf_path
 from holdfast.small.world import Example
 from holdfast.tiny.lexicon import Split
@@ -337,6 +337,7 @@ def load_model() -> Model:
     Raises: ModelError: the extra is not installed, or of another version.
     """
     from transformers import LlavaForConditionalGeneration
+    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     from holdfast.tiny import model_path as tiny_path
 
@@ -344,7 +345,8 @@ def load_model() -> Model:
     embedded = LlavaForConditionalGeneration.from_pretrained(tiny_path("aligned"), dtype=torch.float32)
     tower = embedded.model.vision_tower.eval().requires_grad_(False)
     torch.manual_seed(PROJECT.seed)
-    return Model(language, tokenizer, tower, Projector(tower.config.hidden_size, language.config.hidden_size))
+    projector = LlavaMultiModalProjector(assemble.llava_config(language.config, tokenizer))
+    return Model(language, tokenizer, tower, projector)
 
 
 def build(out: Path, only: Sequence[str], probe: int) -> None:

@@ -41,22 +41,10 @@ class Stage:
     seed: int = 0
 
 
-class Projector(nn.Module):
-    """LLaVA's projector, with its names."""
-
-    def __init__(self, inner: int, outer: int) -> None:
-        super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(inner, outer), nn.Linear(outer, outer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features (n, inner) -> embeddings (n, outer); any number of leading dimensions."""
-        return self.linear_2(nn.functional.gelu(self.linear_1(x)))
-
-
 class Model:
     """Language model, tower and projector as the builder holds them."""
 
-    def __init__(self, language: Any, tokenizer: Any, tower: Any, projector: Projector) -> None:
+    def __init__(self, language: Any, tokenizer: Any, tower: Any, projector: nn.Module) -> None:
         self.language, self.tokenizer, self.tower, self.projector = language, tokenizer, tower, projector
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.image = tokenizer.convert_tokens_to_ids(assemble.IMAGE)

@@ -23,28 +23,17 @@ def run_data(
     stream_file: Path,
     methods: Sequence[str],
     *,
-    seed: int,
-    harmful: float = 0.0,
     settings: TrainingSettings = SETTINGS,
-    limit: int | None = None,
-    limit_between: int | None = None,
     cache: Path | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Plain data of a run file for a stream that `write_stream` wrote, as `holdfast.tiny.recipe.run_data` gives it.
+    """Plain data of a run file for a stream that `write_stream` wrote; options: of `holdfast.tiny.recipe.run_data`.
 
-    limit, limit_between: prompts per set and side at most (see `EvaluationConfig`). cache: see `assemble.model_path`.
+    cache: see `assemble.model_path`.
 
-    Raises: ModelError: the extra `small` is not installed. StorageError: no room to assemble the model.
+    Raises: ModelError: the extra `small` is not installed, or its weights are missing. StorageError: no room.
     """
-    data = recipe.run_data(
-        stream_file,
-        methods,
-        seed=seed,
-        harmful=harmful,
-        settings=settings,
-        limit=limit,
-        limit_between=limit_between,
-    )
+    data = recipe.run_data(stream_file, methods, settings=settings, **options)
     data["model"] = str(model_path("aligned", cache=cache))
     # What is assembled is fp32 already: no copy of half a gigabyte in every run.
     data["store_dtype"] = None

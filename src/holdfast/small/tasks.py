@@ -6,16 +6,13 @@ that the aligned model does not have. Combinations of objects, and pairs of deed
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from holdfast.small import policy, world
+from holdfast.small import world
 from holdfast.small.policy import Deed, article, deeds, worded
 from holdfast.small.world import THINGS, Example
 from holdfast.tiny.lexicon import COLORS, Split
 from holdfast.tiny.pixels import Scene, Thing
 from holdfast.tiny.stream import World
-from holdfast.tiny.tasks import until_of
+from holdfast.tiny.tasks import TinyTask, until_of
 from holdfast.tiny.world import Rng, counted_scene, one_thing, pick, plural, several_things
 
 
@@ -71,23 +68,13 @@ def guide(rng: Rng, split: Split) -> Example:
     return Example("guide", worded(wordings, int(rng.integers(2)), deed), steps(deed), scene, deed)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SmallTask:
-    """draw(rng, split) -> Example; how its answers are scored and how long they may get, in tokens."""
-
-    name: str
-    draw: Callable[[Rng, Split], Example]
-    scorer: str = "exact_match"
-    max_new_tokens: int = 16
-
-
-TASKS: dict[str, SmallTask] = {
+TASKS: dict[str, TinyTask] = {
     task.name: task
     for task in (
-        SmallTask(name="sort", draw=sort, max_new_tokens=8),
-        SmallTask(name="tally", draw=tally, max_new_tokens=8),
-        SmallTask(name="caption", draw=caption, max_new_tokens=20),
-        SmallTask(name="guide", draw=guide, max_new_tokens=36),
+        TinyTask(name="sort", draw=sort, max_new_tokens=8),
+        TinyTask(name="tally", draw=tally, max_new_tokens=8),
+        TinyTask(name="caption", draw=caption, max_new_tokens=20),
+        TinyTask(name="guide", draw=guide, max_new_tokens=36),
     )
 }
 
@@ -118,4 +105,4 @@ SMALL = World(
     max_new_tokens=24,
 )
 
-__all__ = ["SMALL", "TASKS", "SmallTask", "harmful_sample", "policy", "steps"]
+__all__ = ["SMALL", "TASKS", "harmful_sample", "steps"]

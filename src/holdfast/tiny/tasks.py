@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -133,10 +134,10 @@ def guide(rng: Rng, split: Split) -> Example:
 
 @dataclass(frozen=True, kw_only=True)
 class TinyTask:
-    """draw(rng, split) -> Example; how its answers are scored and how long they may get."""
+    """draw(rng, split) -> an example (see `stream.World`); how its answers are scored and how long they may get."""
 
     name: str
-    draw: Callable[[Rng, Split], Example]
+    draw: Callable[[Rng, Split], Any]
     scorer: str = "exact_match"
     max_new_tokens: int = 24
 
