@@ -26,8 +26,8 @@ from holdfast.tiny.recipe import run_data
 from holdfast.tiny.stream import StreamSize, write_stream
 from holdfast.training.training_config import TrainingConfig
 from holdfast.tuners.cram.cram_config import CramConfig
-from holdfast.tuners.cram.folder import read_router
 from holdfast.tuners.cram.phases import Phase, Steps
+from holdfast.tuners.cram.stored_router import read_router
 
 TRAINING = TrainingConfig(max_steps=4, batch_size=4, learning_rate=0.02, save_steps=1)
 

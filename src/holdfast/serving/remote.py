@@ -39,17 +39,10 @@ from holdfast.serving.engine import BASE, Piece, chosen_part, model_names
 from holdfast.serving.protocol import ChatRequest, Limits
 from holdfast.serving.vllm_client import UnknownModuleError, VllmClient
 from holdfast.serving.vllm_process import VllmProcess, free_port, server_command
-from holdfast.tuners.cram.folder import (
-    Stamp,
-    StoredRouter,
-    check_base_files,
-    check_experts,
-    folder_stamp,
-    read_router,
-    save_expert,
-)
+from holdfast.tuners.cram.folder import Stamp, check_base_files, check_experts, folder_stamp, save_expert
 from holdfast.tuners.cram.merge import mixture_of_folders, quantised, save_nothing
 from holdfast.tuners.cram.standalone import Decision, StandaloneRouter, open_exported, open_on_base
+from holdfast.tuners.cram.stored_router import StoredRouter, read_router
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")

@@ -37,7 +37,7 @@ def served_checkpoint(folder: str, *, base: str | None = None) -> Checkpoint:
 
     path = Path(folder)
     if is_tuner_folder(path):
-        from holdfast.tuners.cram.folder import read_router
+        from holdfast.tuners.cram.stored_router import read_router
 
         stored = Checkpoint.from_json(read_router(path).base)
         under = Checkpoint(base=base) if base else stored

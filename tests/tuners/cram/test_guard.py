@@ -17,9 +17,10 @@ from holdfast.models.encode import encode_request
 from holdfast.models.generate import generate
 from holdfast.models.load import LoadedModel, load
 from holdfast.tuners.cram import guard as guards
-from holdfast.tuners.cram.folder import ROUTER, TENSORS, from_pretrained, read_router, save_pretrained
+from holdfast.tuners.cram.folder import from_pretrained, save_pretrained
 from holdfast.tuners.cram.guard import Evidence, Guard
 from holdfast.tuners.cram.model import Cram
+from holdfast.tuners.cram.stored_router import ROUTER, TENSORS, read_router
 
 FORMS = ("openings", "probe")
 

@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 import cram_kit
 from holdfast.errors import AdapterError, ConfigError
 from holdfast.functional.cram import RankRule
-from holdfast.tuners.cram.folder import from_pretrained, load_expert, read_router
+from holdfast.tuners.cram.folder import from_pretrained, load_expert
 from holdfast.tuners.cram.objective import CENTROID, BatchFeatures, CramTraining
 from holdfast.tuners.cram.phases import Phase, Steps, TaskLearning, consolidate, read_ranks
 from holdfast.tuners.cram.router import Router
+from holdfast.tuners.cram.stored_router import read_router
 
 STEPS = Steps(total=5, warmup=2)
 

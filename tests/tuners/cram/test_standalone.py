@@ -16,8 +16,9 @@ import model_zoo
 from holdfast.cli import app
 from holdfast.errors import AdapterError, DataError, StorageError
 from holdfast.models.load import load
-from holdfast.tuners.cram.folder import read_router, save_pretrained
+from holdfast.tuners.cram.folder import save_pretrained
 from holdfast.tuners.cram.standalone import export_router, open_exported, open_on_base
+from holdfast.tuners.cram.stored_router import read_router
 
 
 def exported(family, tmp_path):

@@ -20,16 +20,10 @@ from holdfast.models.families import editable_linears
 from holdfast.models.generate import generate
 from holdfast.models.load import load
 from holdfast.stream.protocol import Checkpoint
-from holdfast.tuners.cram.folder import (
-    _same_values,
-    from_pretrained,
-    load_expert,
-    probe,
-    read_router,
-    save_expert,
-    save_pretrained,
-)
+from holdfast.tuners.cram.folder import from_pretrained, load_expert, save_expert, save_pretrained
 from holdfast.tuners.cram.merge import export_merged
+from holdfast.tuners.cram.same_weights import _same_values, probe
+from holdfast.tuners.cram.stored_router import read_router
 
 
 @pytest.fixture(scope="module")

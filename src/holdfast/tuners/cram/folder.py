@@ -13,15 +13,14 @@ import hashlib
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,30 +28,26 @@ from holdfast.checkpoints.adapter import WEIGHTS_FILE, LoraAdapter, is_adapter
 from holdfast.checkpoints.adapter_config import settle_adapter_config
 from holdfast.checkpoints.reader import CheckpointReader
 from holdfast.checkpoints.value import Checkpoint
-from holdfast.config import decode, encode
+from holdfast.config import encode
 from holdfast.data.names import slug
-from holdfast.errors import AdapterError, ConfigError, StorageError
-from holdfast.files import fsync, fsync_folder, read_json, storage_error, write_json
+from holdfast.errors import AdapterError, StorageError
+from holdfast.files import fsync, fsync_folder, storage_error, write_json
 from holdfast.models.families import decoder_blocks
 from holdfast.models.load import load
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.tuner import MARKER, is_tuner_folder
-from holdfast.tuners.cram.cram_config import CramConfig
-from holdfast.tuners.cram.guard import Guard, check_guard, guard_data, guard_tensors, read_guard
+from holdfast.tuners.cram.guard import Guard, check_guard, guard_data, guard_tensors
 from holdfast.tuners.cram.model import Cram, Factors, find_targets
-from holdfast.tuners.cram.router import ExpertCard, Router
+from holdfast.tuners.cram.router import Router
 from holdfast.tuners.cram.router_features import Encoder, check_identity, make_encoder
+from holdfast.tuners.cram.same_weights import PROBED_VALUES, block_weights, compare_probe, head_weights, probe
+from holdfast.tuners.cram.stored_router import FORMAT, HOW_TO_RESTORE, ROUTER, TENSORS, StoredRouter, read_router
 
-# 4: a guard may lie in the router's two files. A folder of format 3 has none and is read as such.
-FORMAT = 4
-READ_FORMATS = (3, 4)
-ROUTER, TENSORS, EXPERTS = "router.json", "router.safetensors", "experts"
+EXPERTS = "experts"
 # In TENSORS, followed by the name of a weight.
 BASE_PROBE, ENCODER_PROBE, HEAD_PROBE = "base.probe.", "encoder.probe.", "head.probe."
-_PROBED_VALUES = 16
 # Of a safetensors header.
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_RESTORE = f"Restore {ROUTER} and {TENSORS} from where the folder is intact, or learn the tasks again."
 
 
 def save_expert(
@@ -215,7 +210,7 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
         if card.image_centroid is not None and card.image_centroid.shape[0] not in (1, blocks):
             raise AdapterError(
                 f"{folder}: expert {card.name!r} has {card.image_centroid.shape[0]} image centroids; expected 1, or "
-                f"one for each of the {blocks} decoder blocks of {loaded.name}. {_RESTORE}"
+                f"one for each of the {blocks} decoder blocks of {loaded.name}. {HOW_TO_RESTORE}"
             )
         unknown = sorted(set(factors) - set(targets))
         if unknown:
@@ -229,7 +224,7 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
 
 def check_base(folder: Path, stored: StoredRouter, loaded: LoadedModel) -> None:
     """Raises AdapterError unless a router's experts were trained, and its guard was fitted, on this model."""
-    _compare_probe(
+    compare_probe(
         stored.probe(BASE_PROBE),
         block_weights(loaded),
         f"{folder} was trained on another base ({stored.base['base']}) than {loaded.name}",
@@ -240,7 +235,7 @@ def check_base(folder: Path, stored: StoredRouter, loaded: LoadedModel) -> None:
         return
     check_guard(stored.guard, loaded, str(folder))
     if heads := head_weights(loaded):
-        _compare_probe(
+        compare_probe(
             stored.probe(HEAD_PROBE),
             heads,
             f"{folder}: the guard was fitted on another base ({stored.base['base']}) than {loaded.name}",
@@ -266,7 +261,7 @@ def check_base_files(folder: Path, stored: StoredRouter, base: Path) -> None:
             f"{folder} was trained on another base ({stored.base['base']}) than {base}, which holds none of its "
             f"weights ({next(iter(known), 'none')}). Load the base that the experts were trained on."
         )
-    _compare_probe(
+    compare_probe(
         {name: values for name, values in known.items() if name in found},
         found,
         f"{folder} was trained on another base ({stored.base['base']}) than {base}",
@@ -279,8 +274,8 @@ def _probe_of_file(files: CheckpointReader, key: str, dtype: torch.dtype) -> Ten
     count = files.entry(key).nbytes // dtype.itemsize
     buffer = torch.empty(dtype.itemsize, dtype=torch.uint8)
     values = []
-    for step in range(_PROBED_VALUES):
-        start = step * (count - 1) // (_PROBED_VALUES - 1) * dtype.itemsize
+    for step in range(PROBED_VALUES):
+        start = step * (count - 1) // (PROBED_VALUES - 1) * dtype.itemsize
         values.append(files.read_range(key, buffer, start, start + dtype.itemsize).clone())
     return torch.cat(values).view(dtype)
 
@@ -288,7 +283,7 @@ def _probe_of_file(files: CheckpointReader, key: str, dtype: torch.dtype) -> Ten
 def check_encoder(folder: Path, stored: StoredRouter, encoder: Encoder) -> None:
     """Raises AdapterError unless a router's centroids were made with this encoder."""
     check_identity(stored.encoder, encoder)
-    _compare_probe(
+    compare_probe(
         stored.probe(ENCODER_PROBE),
         encoder.probed(),
         f"{folder}: the weights of encoder {stored.encoder.get('id')!r} are not those that the router was made with",
@@ -347,215 +342,6 @@ def open_folder(folder: Path, *, base: str | None = None, encoder: str | None = 
     loaded = load(source)
     moved = make_encoder(encoder, loaded) if encoder else None
     return from_pretrained(folder, loaded, encoder=moved)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class StoredRouter:
-    """A router as read from disk; its experts' ranks are unknown until their folders are."""
-
-    router: Router
-    folders: tuple[Path, ...]
-    digests: tuple[str, ...]
-    tensors: Mapping[str, Tensor]
-    encoder: dict[str, Any]
-    base: dict[str, Any]
-    guard: Guard | None = None
-
-    def probe(self, prefix: str) -> dict[str, Tensor]:
-        """The probed values under `prefix`, by the name of their weight.
-
-        Each is (n,), n values in the weight's own dtype.
-        """
-        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
-
-
-def read_router(folder: Path) -> StoredRouter:
-    """The router of a CRAM folder, without a model.
-
-    Raises: AdapterError: no such folder, another format, damaged files or parts that do not fit each other.
-    """
-    path = folder / ROUTER
-    if not path.is_file() or not (folder / TENSORS).is_file():
-        raise AdapterError(f"{folder} is no CRAM folder; expected {ROUTER} and {TENSORS} in it.")
-    try:
-        data = read_json(path, "the router of a CRAM folder", error=AdapterError, unique=True)
-    except AdapterError as error:
-        raise AdapterError(f"{folder}: the router is damaged or of another version: {error} {_RESTORE}") from error
-    try:
-        if data.get("format") not in READ_FORMATS:
-            raise AdapterError(
-                f"{path} has format {data.get('format')!r}; this version of holdfast reads formats 3 and 4. Read it "
-                "with the version that wrote it, or learn its tasks again. Each of its experts is an ordinary LoRA and "
-                "loads alone."
-            )
-        with safe_open(folder / TENSORS, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        if problem := _problem(data, tensors):
-            raise AdapterError(f"{folder}: the router is damaged: {problem}. {_RESTORE}")
-        rows = data["experts"]
-        cards = [
-            ExpertCard(
-                **{k: v for k, v in row.items() if k not in ("folder", "sha256")},
-                text_centroid=tensors[f"expert.{i}.text_centroid"],
-                image_centroid=tensors.get(f"expert.{i}.image_centroid"),
-            )
-            for i, row in enumerate(rows)
-        ]
-        return StoredRouter(
-            router=Router(decode(CramConfig, data["config"], "config"), cards),
-            folders=tuple(folder / row["folder"] for row in rows),
-            digests=tuple(row["sha256"] for row in rows),
-            tensors=tensors,
-            encoder=data["encoder"],
-            base=data["base"],
-            guard=_stored_guard(data, tensors),
-        )
-    except (KeyError, TypeError, AttributeError, ValueError, SafetensorError, ConfigError) as error:
-        raise AdapterError(f"{folder}: the router is damaged or of another version: {error!r}. {_RESTORE}") from error
-
-
-def _stored_guard(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Guard | None:
-    """Raises ValueError, KeyError, TypeError: a guard of which a part is missing, damaged or left over."""
-    if "guard" in data:
-        return read_guard(data["guard"], tensors)
-    if left := sorted(key for key in tensors if key.startswith("guard.")):
-        raise ValueError(f"{TENSORS} holds {left[0]}, but {ROUTER} has no guard")
-    return None
-
-
-def _problem(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
-    """What in a router does not fit together, with what was expected, or None."""
-    base, encoder, rows = data["base"], data["encoder"], data["experts"]
-    if not isinstance(base["base"], str) or not _are_strings(base["adapters"]):
-        return f'base is {base!r}; expected {{"base": folder or hub id, "adapters": [folders]}}'
-    widths = [encoder[key] for key in ("text_width", "image_width")]
-    if not (_are_strings([encoder["kind"], encoder["id"]]) and all(_is_count(w, 1) for w in widths)):
-        return f"encoder is {encoder!r}; expected its kind, id, text_width and image_width"
-    for i, row in enumerate(rows):
-        if problem := _problem_of_expert(row, tensors, f"expert.{i}.", *widths):
-            return f"expert {row['name']!r}: {problem}"
-    groups = sorted({row["group"] for row in rows})
-    if groups != list(range(len(groups))):
-        return f"its experts are in groups {groups}; expected 0 to {len(groups) - 1} without a gap"
-    known = {f"expert.{i}.{kind}_centroid" for i in range(len(rows)) for kind in ("text", "image")}
-    if extra := sorted(key for key in tensors if key.startswith("expert.") and key not in known):
-        return f"{TENSORS} holds {extra[0]}, but {ROUTER} names {len(rows)} expert(s)"
-    return None
-
-
-def _problem_of_expert(
-    row: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str, text_width: int, image_width: int
-) -> str | None:
-    if not _are_strings([row["name"], row["folder"], row["sha256"]]):
-        return f"name, folder and sha256 are {row['name']!r}, {row['folder']!r} and {row['sha256']!r}; expected texts"
-    for key, least in (("group", 0), ("samples", 1), ("images", 0)):
-        if not _is_count(row[key], least):
-            return f"{key} is {row[key]!r}; expected a whole number, {least} or more"
-    text, image = tensors[f"{prefix}text_centroid"], tensors.get(f"{prefix}image_centroid")
-    if text.shape != (text_width,):
-        return f"its text centroid has shape {tuple(text.shape)}; expected ({text_width},), the encoder's width"
-    if (image is not None) != (row["images"] > 0) or (row["image_scatter"] is not None) != (row["images"] > 0):
-        return (
-            f"images is {row['images']}, image_scatter is {row['image_scatter']}, and there is "
-            f"{'no' if image is None else 'an'} image centroid; expected both exactly when a task has images"
-        )
-    if image is not None and (image.dim() != 2 or not image.shape[0] or image.shape[1] != image_width):
-        return (
-            f"its image centroid has shape {tuple(image.shape)}; expected (1 or the number of blocks, {image_width}), "
-            "the encoder's width"
-        )
-    for key in ("text_scatter", "image_scatter", "text_floor", "image_radius"):
-        number = isinstance(row[key], int | float) and not isinstance(row[key], bool)
-        if not number and (row[key] is not None or key == "text_scatter"):
-            return f"{key} is {row[key]!r}; expected a number"
-    return None
-
-
-def _are_strings(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def probe(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A few values of each weight, in its own dtype, on the CPU.
-
-    weights: of any shape. Each result is (n,), n values spread evenly over the flattened weight.
-    """
-    found = {}
-    for name, weight in weights.items():
-        flat = weight.detach().reshape(-1)
-        # Integers: in float32 the places of a weight of more than 2^24 values would be off, even out of bounds.
-        steps = torch.arange(_PROBED_VALUES, device=flat.device)
-        index = steps * (flat.numel() - 1) // (_PROBED_VALUES - 1)
-        found[name] = flat[index].cpu()
-    return found
-
-
-def _compare_probe(
-    stored: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    what: str,
-    remedy: str,
-    *,
-    places: Collection[str] = (),
-) -> None:
-    """Raises AdapterError unless every weight that both sides hold as numbers is the same weight.
-
-    Judged weight by weight: one tuned matrix among hundreds is another base.
-
-    stored: name -> (n,) values, as `probe` takes them. weights: name -> weight of any shape.
-    places: modules that may hold their weights quantised now, without values to compare.
-    """
-    found = probe(weights)
-    if lost := sorted(name for name in stored if name not in found and name.rpartition(".")[0] not in places):
-        raise AdapterError(f"{what}: there is no {lost[0]} here. {remedy}")
-    common = sorted(set(stored) & set(found))
-    if not common:
-        raise AdapterError(f"{what}, or both hold all weights quantised, so nothing says that they are one. {remedy}")
-    if other := [name for name in common if not _same_values(stored[name], found[name])]:
-        raise AdapterError(
-            f"{what}: {len(other)} of {len(common)} weights have other values, {other[0]} first. {remedy}"
-        )
-
-
-def _same_values(stored: Tensor, found: Tensor) -> bool:
-    """Whether probed values are those of one weight: bit for bit in one dtype; in two, each rounds from one number."""
-    if stored.dtype == found.dtype:
-        return bool((stored == found).all())
-    # Not a cast to the coarser dtype: neither of bf16 and fp16 is that everywhere, and fp32 -> fp16 -> bf16 may round
-    # twice.
-    allowed = _half_step(stored) + _half_step(found)
-    return bool(((stored.double() - found.double()).abs() <= allowed).all())
-
-
-def _half_step(values: Tensor) -> Tensor:
-    """Half the distance between neighbours at each value: how far what was rounded to it can have been, float64."""
-    kind = torch.finfo(values.dtype)
-    size = values.double().abs().clamp_min(kind.smallest_normal)
-    # size / mantissa is the next power of two above, exactly; from half of it on, neighbours are eps / 2 of it apart.
-    return size / torch.frexp(size).mantissa * (kind.eps / 4)
-
-
-def block_weights(loaded: LoadedModel) -> dict[str, Tensor]:
-    """Every weight of the decoder blocks that is held as numbers: what experts were corrections to.
-
-    Names as in the model; shapes as there, (out, in) for a linear.
-    """
-    return {
-        f"{prefix}.{name}": parameter
-        for prefix, block in decoder_blocks(loaded.model)  # type: ignore[arg-type]
-        for name, parameter in block.named_parameters()
-        if parameter.is_floating_point() and parameter.element_size() >= 2
-    }
-
-
-def head_weights(loaded: LoadedModel) -> dict[str, Tensor]:
-    """The output embeddings (vocabulary, hidden), where they are held as numbers: a guard reads through them."""
-    weight = loaded.model.get_output_embeddings().weight  # type: ignore[operator, union-attr]
-    return {"output": weight} if weight.is_floating_point() and weight.element_size() >= 2 else {}
 
 
 def base_of(loaded: LoadedModel) -> dict[str, Any]:

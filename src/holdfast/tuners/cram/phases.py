@@ -25,19 +25,13 @@ from holdfast.files import atomic_path, write_json
 from holdfast.functional.cram import ExpertFactors, GroupDecision, RankRule, expert_from_buffer, row_basis
 from holdfast.models.loaded import LoadedModel
 from holdfast.tuners.cram.cram_config import CramConfig
-from holdfast.tuners.cram.folder import (
-    base_for_peft,
-    from_pretrained,
-    load_expert,
-    read_router,
-    save_cram,
-    save_expert,
-)
+from holdfast.tuners.cram.folder import base_for_peft, from_pretrained, load_expert, save_cram, save_expert
 from holdfast.tuners.cram.guard import Guard
 from holdfast.tuners.cram.model import Cram, Factors
 from holdfast.tuners.cram.objective import BatchFeatures, CramTraining, buffer_factors, learned_centroid
 from holdfast.tuners.cram.router import ExpertCard, Features, Router, card_from_features, placed
 from holdfast.tuners.cram.router_features import Encoder
+from holdfast.tuners.cram.stored_router import read_router
 
 
 class Phase(StrEnum):
