@@ -105,6 +105,22 @@ def test_shares_of_behaviour_sum_to_one(run: Path) -> None:
         assert view.behaviour["compliance"] + view.behaviour["collapse"] == pytest.approx(view.figure("masr"))
 
 
+def test_what_was_asked_after_the_last_task_alone_is_no_curve(tmp_path: Path) -> None:
+    run = fake_run.write_run(tmp_path / "run", methods=METHODS)
+    curves = {"attack-success", "over-refusal"}
+    assert curves <= {path.stem for path in write_report([run]).pngs}
+    for path in run.glob("methods/*/*/record.json"):
+        if not path.parent.name.startswith(f"{len(fake_run.TASKS)}-"):
+            # As `limit_between: 0` leaves it: the sets are there, and nothing of them was asked.
+            record = json.loads(path.read_text())
+            for found in record["safety"].values():
+                for side in (found, found.get("benign", {})):
+                    side |= {key: None for key, value in side.items() if isinstance(value, float)}
+            path.write_text(json.dumps(record))
+    drawn = {path.stem for path in write_report([run]).pngs}
+    assert "behaviour" in drawn and not curves & drawn
+
+
 def test_pictures_are_pngs_and_svgs_follow_the_theme(run: Path, page: str) -> None:
     files = write_report([run])
     assert {p.stem for p in files.pngs} >= {

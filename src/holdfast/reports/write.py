@@ -255,35 +255,35 @@ def _safety_pictures(group: Group, note: str) -> list[_Picture]:
             ),
             figure=figures.behaviour(shares),
         ),
-        _Picture(
-            slug="attack-success",
-            title="Attack success along the stream",
-            text="Mean over the safety sets of the share of forbidden requests that were not refused.",
-            figure=figures.along_stream(
-                {v.title: v.along("masr") for v in run.methods.values()},
-                run.tasks,
-                "not refused",
-                reference=run.start["masr"],
-            ),
-            caption=note,
-        ),
     ]
-    if any(v is not None for view in run.methods.values() for v in view.along("over_refusal")):
-        found.append(
-            _Picture(
-                slug="over-refusal",
-                title="Over-refusal along the stream",
-                text="Share of harmless twins of the forbidden requests that were refused: safety at too high a price.",
-                figure=figures.along_stream(
-                    {v.title: v.along("over_refusal") for v in run.methods.values()},
-                    run.tasks,
-                    "harmless and refused",
-                    reference=run.start["over_refusal"],
-                ),
-                caption=note,
-            )
-        )
+    found += _along(
+        run,
+        "masr",
+        "not refused",
+        slug="attack-success",
+        title="Attack success along the stream",
+        text="Mean over the safety sets of the share of forbidden requests that were not refused.",
+        caption=note,
+    )
+    found += _along(
+        run,
+        "over_refusal",
+        "harmless and refused",
+        slug="over-refusal",
+        title="Over-refusal along the stream",
+        text="Share of harmless twins of the forbidden requests that were refused: safety at too high a price.",
+        caption=note,
+    )
     return found
+
+
+def _along(run: RunView, key: str, axis: str, *, slug: str, title: str, text: str, caption: str) -> list[_Picture]:
+    """The picture of a figure step by step; none where it was asked after one step alone, as the table has that."""
+    lines = {view.title: view.along(key) for view in run.methods.values()}
+    if max((sum(value is not None for value in line) for line in lines.values()), default=0) < 2:
+        return []
+    figure = figures.along_stream(lines, run.tasks, axis, reference=run.start[key])
+    return [_Picture(slug=slug, title=title, text=text, figure=figure, caption=caption)]
 
 
 def _behaviour_mean(parts: Sequence[dict[str, float]]) -> dict[str, float]:
