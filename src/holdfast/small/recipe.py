@@ -1,4 +1,4 @@
-"""The run file of the small world's stream, as `holdfast.tiny.recipe` has one; `holdfast demo` does not play it yet."""
+"""The run file of the small world's stream: what `holdfast demo --world small` runs."""
 
 from __future__ import annotations
 
@@ -31,10 +31,13 @@ def run_data(
 
     cache: see `assemble.model_path`.
 
-    Raises: ModelError: the extra `small` is not installed, or its weights are missing. StorageError: no room.
+    Raises: ModelError: the extra `small` is not installed, or one of its parts is missing. StorageError: no room.
     """
     data = recipe.run_data(stream_file, methods, settings=settings, **options)
     data["model"] = str(model_path("aligned", cache=cache))
+    for own in data["methods"].values():
+        if "unaligned" in own:
+            own["unaligned"] = str(model_path("base", cache=cache))
     # What is assembled is fp32 already: no copy of half a gigabyte in every run.
     data["store_dtype"] = None
     data["evaluation"]["batch_size"] = 16
