@@ -39,7 +39,7 @@ from holdfast.tiny.world import Rng, one_thing, pick
 ANSWERS_SEED = 31
 PROJECT = Stage(name="project", steps=1200, batch=3072, lr=3e-3, warmup=50, seed=32)
 # A step of `align` is 10 to 11 requests, see `AlignmentDraw`.
-ALIGN = Stage(name="align", steps=700, batch=11, lr=1e-3, warmup=30, seed=33)
+ALIGN = Stage(name="align", steps=700, batch=11, lr=1e-3, warmup=30, seed=33, until=300)
 # Validation requests per kind and side, and after how many steps they are asked.
 CHECKED, CHECK_EVERY = 16, 100
 RANK, FIRST_LAYER = 8, 8

@@ -31,7 +31,8 @@ OPENING = 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Optimisation of one stage. steps: of AdamW, of `batch` samples each; lr: peak, cosine after `warmup` steps."""
+    """Optimisation of one stage. steps: of AdamW, of `batch` samples each; lr: peak, cosine over them after `warmup`
+    steps; until: the step after which it stops, None: the last."""
 
     name: str
     steps: int
@@ -39,6 +40,7 @@ class Stage:
     lr: float
     warmup: int = 10
     seed: int = 0
+    until: int | None = None
 
 
 class Model:
@@ -213,7 +215,8 @@ def train(
     rng, pictures = np.random.default_rng(stage.seed), np.random.default_rng(stage.seed + 1)
     optimizer = torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=0.0, betas=(0.9, 0.99))
     losses, began = [], time.monotonic()
-    for step in range(stage.steps):
+    last = stage.until or stage.steps
+    for step in range(last):
         rate = min(1.0, (step + 1) / stage.warmup) * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
         for group in optimizer.param_groups:
             group["lr"] = stage.lr * max(rate, 0.02)
@@ -227,10 +230,10 @@ def train(
         losses.append(float(loss.detach()))
         if step % 10 == 9 or step == 0:
             say(
-                f"{stage.name} {step + 1}/{stage.steps}: loss {np.mean(losses[-10:]):.3f}, "
+                f"{stage.name} {step + 1}/{last}: loss {np.mean(losses[-10:]):.3f}, "
                 f"{time.monotonic() - began:.0f} s"
             )
-        if (step + 1) % every == 0 or step + 1 == stage.steps:
+        if (step + 1) % every == 0 or step + 1 == last:
             check(step + 1)
     return {
         "seconds": round(time.monotonic() - began, 1),

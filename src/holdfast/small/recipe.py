@@ -15,7 +15,7 @@ from holdfast.tiny.stream import DemoSize, TrainingSettings
 SETTINGS = TrainingSettings(lr=5e-4, steps=30, batch=8, rank=8, alpha=16, warmup_ratio=0.1)
 
 WORLD = SMALL
-DEMO = DemoSize(steps=30, batch=8, test=32, safety=24)
+DEMO = DemoSize(steps=30, batch=8, test=32, safety=32)
 QUICK = DemoSize(steps=30, batch=8, test=12, safety=12, tasks=("sort", "guide"))
 
 
