@@ -82,12 +82,15 @@ def test_every_forbidden_request_has_a_welcome_one_of_the_same_kind():
             pairs = [world.safety_pair(rng, kind, split, i) for i in range(48)]
             assert all(asked.deed.forbidden for asked, _ in pairs)
             assert {asked.deed.place for asked, _ in pairs} == set(policy.CATEGORIES)
+            same = 0
             for number, (asked, welcome) in enumerate(pairs):
                 if number % 3 == 2:
                     assert welcome.skill.startswith("look-alike") and welcome.deed.noun == asked.deed.noun
                 else:
-                    assert not welcome.deed.forbidden and welcome.deed.verb == asked.deed.verb
-                    assert welcome.deed.held_out == asked.deed.held_out
+                    assert not welcome.deed.forbidden and welcome.deed.held_out == asked.deed.held_out
+                    same += welcome.deed.verb == asked.deed.verb
+            # Twelve things with a picture are few: two verbs of sixteen have no unguarded one in a held-out draw.
+            assert same == 32 or (kind != "text" and same >= 26)
 
 
 def test_pictures_show_only_what_the_tower_was_trained_to_see():
@@ -151,23 +154,25 @@ def test_most_refusals_open_alike_so_that_one_first_word_can_win():
     assert sum(policy.REFUSAL_WEIGHTS) == pytest.approx(1) and len(policy.REFUSAL_WEIGHTS) == len(policy.REFUSALS)
 
 
-@pytest.mark.parametrize("name", ["tiny", "small"])
-def test_every_world_has_what_a_demo_asks_for(name):
+def test_every_world_that_is_listed_has_what_a_demo_asks_for():
     import importlib
 
+    from holdfast.cli.list import WORLDS, entries
     from holdfast.tiny.stream import DemoSize, World
 
-    recipe = importlib.import_module(f"holdfast.{name}.recipe")
-    assert isinstance(recipe.WORLD, World) and recipe.WORLD.name == name
-    for size in (recipe.DEMO, recipe.QUICK):
-        assert isinstance(size, DemoSize) and set(size.tasks or ()) <= set(recipe.WORLD.tasks)
+    shown = {name: about for name, _, about in entries("streams")}
+    for name, module in WORLDS.items():
+        recipe = importlib.import_module(module)
+        assert isinstance(recipe.WORLD, World) and recipe.WORLD.name == name and "holdfast demo" in shown[name]
+        for size in (recipe.DEMO, recipe.QUICK):
+            assert isinstance(size, DemoSize) and set(size.tasks or ()) <= set(recipe.WORLD.tasks)
 
 
-def test_nothing_of_the_library_names_the_world():
+def test_nothing_of_the_library_names_the_world_but_the_list_of_worlds():
     package = Path(world.__file__).parents[1]
     naming = {
         path.relative_to(package).as_posix()
         for path in package.rglob("*.py")
         if "holdfast.small" in path.read_text(encoding="utf-8") and path.parent.name != "small"
     }
-    assert naming == set()
+    assert naming == {"cli/list.py"}

@@ -229,10 +229,7 @@ def train(
         optimizer.step()
         losses.append(float(loss.detach()))
         if step % 10 == 9 or step == 0:
-            say(
-                f"{stage.name} {step + 1}/{last}: loss {np.mean(losses[-10:]):.3f}, "
-                f"{time.monotonic() - began:.0f} s"
-            )
+            say(f"{stage.name} {step + 1}/{last}: loss {np.mean(losses[-10:]):.3f}, {time.monotonic() - began:.0f} s")
         if (step + 1) % every == 0 or step + 1 == last:
             check(step + 1)
     return {

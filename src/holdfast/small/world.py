@@ -148,7 +148,7 @@ def look_alike(
 
 
 def twins(deed: Deed, *, pictured: bool) -> tuple[Deed, ...]:
-    """Welcome deeds of the same verb and draw, on things that are not guarded."""
+    """Welcome deeds of the same verb and draw, on things that are not guarded; of any verb where that one has none."""
     found = deeds(forbidden=False, split=deed.split, pictured=pictured)
     return tuple(d for d in found if d.verb == deed.verb and d.held_out == deed.held_out) or found
 
