@@ -407,7 +407,7 @@ class Experiment:
         """Hold the directory, and do once what all methods share: log what was injected, evaluate theta_0."""
         from holdfast.models.held import holding
 
-        self._refuse_together(current())
+        self.refuse_together(current())
         run = self.stream_run()
         with run.claimed(), pictures(self.config.pictures), holding():
             current().by_chief(self._prepare)
@@ -423,7 +423,7 @@ class Experiment:
             write_json(self.out / "injected.json", [log.to_json() for log in self.injected])
         self._convert_theta_0()
 
-    def _refuse_together(self, share: Share) -> None:
+    def refuse_together(self, share: Share) -> None:
         """Raises ConfigError: something of this run is not made for the processes that were started for it."""
         if share.world == 1:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -65,17 +66,14 @@ def joined(*, shard: bool = False) -> Iterator[Share]:
     # The blocks are shared out here; transformers' trainer must not do it a second time.
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     from accelerate import PartialState
-    from accelerate.state import AcceleratorState
 
-    begun = dist.is_initialized()  # by a script of somebody's own, which then ends it too
+    begun = dist.is_initialized()
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
-    try:
-        with sharing(group_share(state.device, sharded=shard)) as share:
-            yield share
-    finally:
-        if not begun:
-            dist.destroy_process_group()
-            AcceleratorState._reset_state(reset_partial_state=True)  # the next call begins a group of its own
+    if not begun:
+        # Not when this work ends: a group that is begun anew at once may meet what is left of the one before.
+        atexit.register(dist.destroy_process_group)
+    with sharing(group_share(state.device, sharded=shard)) as share:
+        yield share
 
 
 def group_share(device: torch.device, *, sharded: bool = False) -> Share:
