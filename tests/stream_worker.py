@@ -47,8 +47,42 @@ def watch_writes(out: Path) -> list[str]:
     return written
 
 
+def look_at_shards(model: str, adapter: str) -> None:
+    """A process holds its half of every block, and the answers are those of the whole model."""
+    import torch
+
+    from holdfast.checkpoints.value import Checkpoint
+    from holdfast.data.types import Sample
+    from holdfast.models import held
+    from holdfast.models.encode import encode_request
+    from holdfast.models.families import decoder_blocks
+    from holdfast.models.generate import generate
+    from holdfast.models.load import load
+    from holdfast.models.processes import joined
+    from holdfast.models.shards import is_sharded
+
+    with joined(shard=True) as share:
+        source = Checkpoint(base=model, adapters=(adapter,))
+        loaded, whole = held.load(source), load(source, device="cpu")
+        assert is_sharded(loaded.model) and not is_sharded(whole.model)
+        for (name, block), (_, other) in zip(decoder_blocks(loaded.model), decoder_blocks(whole.model), strict=True):
+            mine = sum(p.to_local().numel() for p in block.parameters())
+            parts = share.total(mine)
+            assert parts == sum(p.numel() for p in other.parameters()) and 0.4 < mine / parts < 0.6, name
+        asked = [Sample.single(f"s{i}", f"Which colour, number {i}?") for i in range(3)]
+        with torch.no_grad():
+            logits = [m.model(**encode_request(m, asked)).logits for m in (loaded, whole)]
+        assert torch.equal(*logits)
+        assert generate(loaded, asked, max_new_tokens=4) == generate(whole, asked, max_new_tokens=4)
+        # Each with as many passes as the other, over requests of its own.
+        assert len(generate(loaded, asked[share.rank : share.rank + 1], max_new_tokens=2)) == 1
+
+
 def work(jobs: list[dict[str, Any]]) -> None:
     for job in jobs:
+        if "shards" in job:
+            look_at_shards(**job["shards"])
+            continue
         written = watch_writes(Path(job["out"]))
         config = experiment.read_run(job["file"])
         experiment.run(config, job["out"], shard=job.get("fsdp", False), progress=listener(job.get("kill")))

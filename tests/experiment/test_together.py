@@ -12,17 +12,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import pico
 from fork_server import ForkServer
 from holdfast import experiment
+from holdfast.checkpoints.value import Checkpoint
 from holdfast.data.types import Sample
-from holdfast.errors import ConfigError, RunError
+from holdfast.errors import ConfigError, ModelError, RunError
 from holdfast.methods import METHODS, get
 from holdfast.models.generate import generate
 from holdfast.models.load import load
 from holdfast.models.processes import joined, wants_shards
+from holdfast.models.shards import load_shards
 from holdfast.share import ALONE, Share, alone, current, is_alone, sharing
 from holdfast.stream.protocol import LearnsTogether
 from holdfast.training.dealt import deal
@@ -96,6 +99,8 @@ def files(pico_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         data["stream"]["benign_calibration"] = {"format": "qa", "file": "twins.jsonl"}
         data["benign_calibration"] = {"max_new_tokens": 4}
         data["evaluation"] = {"batch_size": 2, "limit": 2}
+        if SHARDED.get(name):
+            data["defaults"]["training"] |= {"micro_batch_size": 1, "gradient_checkpointing": True}
         made[name].write_text(yaml.safe_dump(data))
         twins = [{"id": f"twin-{i}", "prompt": f"Allowed too {i}"} for i in range(4)]
         for file, rows in (("prompts", own), ("twins", twins)):
@@ -159,6 +164,19 @@ def test_killed_they_resume_to_the_same_bytes(
     for file, values in expected.items():
         assert values.keys() == found[file].keys()
         assert all(torch.equal(found[file][key].view(torch.uint8), v.view(torch.uint8)) for key, v in values.items())
+
+
+def test_a_process_holds_its_shard_of_every_block(server: ForkServer, pico_folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=r".*language_model.*v_proj", init_lora_weights=False)
+    get_peft_model(load(pico_folder, device="cpu", trainable=True).model, lora).save_pretrained(tmp_path / "lora")
+    assert start(server, {"shards": {"model": pico_folder, "adapter": tmp_path / "lora"}}) == ""
+
+
+def test_experts_are_not_put_on_shards(tmp_path: Path) -> None:
+    (tmp_path / "holdfast_tuner.json").write_text('{"tuner": "cram"}')
+    with pytest.raises(ModelError, match="decides per request which adapters answer"):
+        load_shards(Checkpoint(base="anything", adapters=(str(tmp_path),)))
 
 
 def test_a_run_directory_belongs_to_a_number_of_processes(files: dict[str, Path], by_two: dict[str, Path]) -> None:
