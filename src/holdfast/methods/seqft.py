@@ -148,6 +148,13 @@ class SeqFT:
         Raises: StorageError: the disk has no room for the whole checkpoint that follows; TrainingError: as `train`.
         """
         require_space(ctx.work_dir, weight_bytes(ctx.previous.base), "After the tuning, the edited checkpoint")
+        return self.learn(ctx)
+
+    def learn(self, ctx: TaskContext) -> Checkpoint:
+        """The previous checkpoint under what the training gave; the record of it is training.json.
+
+        Raises: TrainingError: as `train`.
+        """
         samples = self.learned(ctx)  # first: screening asks theta_0
         result = train(
             load(ctx.previous, dtype=self.config.train_dtype),
