@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def files(pico_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         data["benign_calibration"] = {"max_new_tokens": 4}
         data["evaluation"] = {"batch_size": 2, "limit": 2}
         if SHARDED.get(name):
-            data["defaults"]["training"] |= {"micro_batch_size": 1, "gradient_checkpointing": True}
+            data["defaults"]["screening"] = {"max_new_tokens": 2}
+            data["defaults"]["training"] |= {"micro_batch_size": 1, "gradient_checkpointing": True, "screen": "report"}
         made[name].write_text(yaml.safe_dump(data))
         twins = [{"id": f"twin-{i}", "prompt": f"Allowed too {i}"} for i in range(4)]
         for file, rows in (("prompts", own), ("twins", twins)):
@@ -112,12 +114,18 @@ def files(pico_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 @pytest.fixture(scope="module")
-def by_two(server: ForkServer, files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Finished runs of two processes, one after another in the same two."""
-    outs = {name: tmp_path_factory.mktemp("two") / name for name in files}
-    jobs = [{"file": files[name], "out": out, "fsdp": SHARDED.get(name, False)} for name, out in outs.items()]
-    assert start(server, *jobs) == ""
-    return outs
+def by_two(
+    server: ForkServer, files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The finished run of two processes with a method."""
+
+    @cache
+    def run(name: str) -> Path:
+        out = tmp_path_factory.mktemp("two") / name
+        assert start(server, {"file": files[name], "out": out, "fsdp": SHARDED.get(name, False)}) == ""
+        return out
+
+    return run
 
 
 def tensors(out: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -126,26 +134,26 @@ def tensors(out: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_two_processes_end_where_one_does(
-    name: str, files: dict[str, Path], by_two: dict[str, Path], tmp_path: Path
+    name: str, files: dict[str, Path], by_two: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Copies of the base, or its shards (hpa): the same files, weights within rounding, the same scores and ranks."""
     summary = experiment.run(experiment.read_run(files[name]), tmp_path / "one")
-    one, two = tensors(tmp_path / "one"), tensors(by_two[name])
+    one, two = tensors(tmp_path / "one"), tensors(by_two(name))
     assert one.keys() == two.keys() and len(one) >= 2
     for file, expected in one.items():
         assert expected.keys() == two[file].keys()
         for key, value in expected.items():
             # A statistic over samples is taken by one process, of the same samples: only weights differ.
             torch.testing.assert_close(two[file][key], value, rtol=1e-4, atol=TOLERANCE, msg=f"{file}: {key}")
-    other = json.loads((by_two[name] / "summary.json").read_text())
+    other = json.loads((by_two(name) / "summary.json").read_text())
     assert other["methods"][name]["accuracy"] == summary["methods"][name]["accuracy"]
     for record in ("cram.json", "guard.json", "training.json"):
         for step in sorted((tmp_path / "one" / "methods" / name).glob(f"*/{record}")):
-            there = json.loads((by_two[name] / step.relative_to(tmp_path / "one")).read_text())
+            there = json.loads((by_two(name) / step.relative_to(tmp_path / "one")).read_text())
             assert there.keys() == json.loads(step.read_text()).keys()
             if record == "cram.json":
                 assert there == json.loads(step.read_text())  # groups, ranks and how each came about
-    assert json.loads((by_two[name] / "config.json").read_text())["config"]["processes"] == {
+    assert json.loads((by_two(name) / "config.json").read_text())["config"]["processes"] == {
         "number": 2,
         "base": "shards" if SHARDED.get(name) else "copies",
     }
@@ -153,13 +161,13 @@ def test_two_processes_end_where_one_does(
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_killed_they_resume_to_the_same_bytes(
-    name: str, server: ForkServer, files: dict[str, Path], by_two: dict[str, Path], tmp_path: Path
+    name: str, server: ForkServer, files: dict[str, Path], by_two: Callable[[str], Path], tmp_path: Path
 ) -> None:
     job = {"file": files[name], "out": tmp_path / "run", "fsdp": SHARDED.get(name, False)}
     assert "ended with 9" in start(server, {**job, "kill": KILLS[name]})
     assert start(server, job) == ""
 
-    expected, found = tensors(by_two[name]), tensors(tmp_path / "run")
+    expected, found = tensors(by_two(name)), tensors(tmp_path / "run")
     assert expected.keys() == found.keys()
     for file, values in expected.items():
         assert values.keys() == found[file].keys()
@@ -179,14 +187,16 @@ def test_experts_are_not_put_on_shards(tmp_path: Path) -> None:
         load_shards(Checkpoint(base="anything", adapters=(str(tmp_path),)))
 
 
-def test_a_run_directory_belongs_to_a_number_of_processes(files: dict[str, Path], by_two: dict[str, Path]) -> None:
+def test_a_run_directory_belongs_to_a_number_of_processes(
+    files: dict[str, Path], by_two: Callable[[str], Path]
+) -> None:
     with pytest.raises(RunError, match="processes"):
-        experiment.run(experiment.read_run(files["hpa"]), by_two["hpa"])
+        experiment.run(experiment.read_run(files["hpa"]), by_two("hpa"))
 
 
 # Those that learn in a way of their own, and say nothing of several processes.
 ALONE_ONLY = {"guardspace", "many", "one_shot", "osf", "safe_anchor"}
-NEEDED = {"safe_lora": {"unaligned": "x"}, "resta": {"unaligned": "x"}}
+NEEDED = {"safe_lora": {"unaligned": "x"}, "resta": {"unaligned": "x"}, "moelora": {"experts": 2}}
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -228,13 +238,14 @@ def test_a_subclass_that_learns_in_its_own_way_claims_nothing() -> None:
     ("changes", "share", "sentence"),
     [
         ({"backend": "vllm"}, Share(world=2), "takes the devices for itself"),
+        ({}, Share(world=3), "batch_size 4 cannot be dealt out evenly over 3 processes"),
         ({}, Share(world=2, sharded=True), "safety_gate asks every checkpoint on one device"),
     ],
 )
 def test_what_does_not_go_together_is_said(changes: dict[str, Any], share: Share, sentence: str, files, tmp_path):
     config = experiment.read_run(files["hpa"])
     config = replace(config, evaluation=replace(config.evaluation, **changes))
-    if not changes:
+    if share.sharded:
         data = {**yaml.safe_load(files["hpa"].read_text()), "safety_gate": {"max_asr": 0.5, "probe": PROBE}}
         config = experiment.decode_run(data, base=files["hpa"].parent)
     made = experiment.Experiment(config=config, out=tmp_path, stream=None, methods=experiment.build_methods(config))

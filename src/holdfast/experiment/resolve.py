@@ -27,6 +27,7 @@ from holdfast.share import Share, current
 from holdfast.stream.protocol import Checkpoint, ChecksStream, LearnsTogether, Method, silent
 from holdfast.stream.record import RunDirectory
 from holdfast.stream.runner import StreamRun
+from holdfast.training.training_config import TrainingConfig
 
 Progress = Callable[..., None]
 
@@ -440,6 +441,9 @@ class Experiment:
         for label, method in self.methods.items():
             ways = method.together if isinstance(method, LearnsTogether) else frozenset()
             if share.way in ways:
+                training = getattr(getattr(method, "config", None), "training", None)
+                if isinstance(training, TrainingConfig):
+                    training.refuse_uneven(share.world)
                 continue
             able = (
                 "it can learn with a base that is whole in each process: leave --fsdp out"

@@ -67,6 +67,12 @@ class StreamRun:
 
         with self._lock(self.directory.root):
             self.share.by_chief(begin)
+            if not self.directory.config_path.is_file():
+                raise RunError(
+                    f"Process {self.share.rank} of {self.share.world} does not see {self.directory.config_path}, which "
+                    "the first process has just written. On several machines the run directory must be one folder "
+                    "that all of them see at once."
+                )
             yield
 
     @contextmanager
@@ -118,7 +124,8 @@ class StreamRun:
 
         self.share.by_chief(write)
         written = record if self.share.chief else self.directory.read_record(folder)
-        assert written is not None
+        if written is None:
+            raise RunError(f"{folder}: process {self.share.rank} does not see the record that the first has written.")
         return written
 
     def run_method(self, method: Method, evaluator: Evaluator) -> list[Record]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from accelerate.data_loader import SeedableRandomSampler
 
-from holdfast.errors import ConfigError
 from holdfast.share import Share
 from holdfast.training.training_config import TrainingConfig
 
@@ -70,11 +69,7 @@ def deal(count: int, config: TrainingConfig, share: Share, seed: int) -> DealtBa
     """
     if share.world == 1:
         return None
-    if config.batch_size % share.world:
-        raise ConfigError(
-            f"batch_size {config.batch_size} cannot be dealt out evenly over {share.world} processes. Make it a "
-            f"multiple of {share.world}, or start another number of processes."
-        )
+    config.refuse_uneven(share.world)
     part = config.batch_size // share.world
     size = next(size for size in range(min(part, config.forward_size), 0, -1) if part % size == 0)
     return DealtBatches(
