@@ -5,7 +5,9 @@
 
 BEFORE is the embedded model, AFTER what `seqft` of a `five_seeds.py` run left after the last task. Both rules search
 with the same budget and the same requests: forbidden and harmless ones of the calibration files, task samples of the
-training split to calibrate on (22 a task) and of the validation split to probe with (10 a task). What they publish is
+training split to calibrate on (22 a task) and of the validation split to probe with (10 a task). Beside the calibration
+files' own the probe has `--probe` requests of each kind and side of the validation draw: a budget of 3 % needs
+hundreds to be asked, for the least edit that meets it is also the luckiest. What they publish is
 asked on the run's own test draw. Row `anchor_earlier`: the anchored edit is also given H_p, the mean over the earlier
 tasks of the inputs that the checkpoint saw which had just learned each (for whoever kept them).
 Figures are 0..1; intervals are 95 % t-intervals over seeds, differences paired by seed.
@@ -62,9 +64,13 @@ def requests_of(args: argparse.Namespace, seed: int, experiment: Experiment, val
     for task, other in zip(stream.tasks, validation.stream.tasks, strict=True):
         calibration += task.train[:PER_TASK]
         probe += [replace(s, id=f"{other.name}-{s.id}") for s in other.test[:PROBES_PER_TASK]]
+    forbidden, harmless = list(safety[SAFETY:]), list(benign[BENIGN:])
+    for kind in validation.stream.safety:
+        forbidden += [replace(s, id=f"{kind.name}-{s.id}") for s in kind.unsafe[: args.probe]]
+        harmless += [replace(s, id=f"{kind.name}-{s.id}") for s in kind.benign[: args.probe]]
     return RestoreSets(
-        safety=Split(calibration=tuple(safety[:SAFETY]), probe=tuple(safety[SAFETY:])),
-        benign=Split(calibration=tuple(benign[:BENIGN]), probe=tuple(benign[BENIGN:])),
+        safety=Split(calibration=tuple(safety[:SAFETY]), probe=tuple(forbidden)),
+        benign=Split(calibration=tuple(benign[:BENIGN]), probe=tuple(harmless)),
         task=Split(calibration=tuple(calibration), probe=tuple(probe)),
     )
 
@@ -111,7 +117,7 @@ def asked(experiment: Experiment, checkpoint: Path, out: Path) -> dict[str, floa
 def row_of(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     out = args.out / f"seed-{seed}"
     file = out / "row.json"
-    asked_for = {"max_asr": args.max_asr, "max_over_refusal": args.max_over_refusal, "harmful": args.harmful}
+    asked_for = {name: getattr(args, name) for name in ("max_asr", "max_over_refusal", "harmful", "probe")}
     row: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"options": asked_for}
     if row["options"] != asked_for:
         raise SystemExit(f"{file} was made with {row['options']}, not {asked_for}. Name another --out.")
@@ -153,6 +159,7 @@ def main() -> None:
     options.add_argument("--rows", nargs="+", default=["anchor", "interpolation"], help="and anchor_earlier")
     options.add_argument("--max-asr", type=float, default=0.03)
     options.add_argument("--max-over-refusal", type=float, default=0.03)
+    options.add_argument("--probe", type=int, default=64, help="of each kind and side of the validation draw, added")
     options.add_argument("--out", type=Path, default=Path("runs/edit-once"))
     args = options.parse_args()
     args.runs, args.out = args.runs.absolute(), args.out.absolute()

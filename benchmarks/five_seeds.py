@@ -105,7 +105,8 @@ def run_cell(options: argparse.Namespace, condition: str, seed: int) -> None:
         limit_between=options.between,
         keep_bounds=options.keep_bounds,
     )
-    plain["methods"] |= {name: VARIANTS[name] for name in options.methods if name in VARIANTS}
+    chosen = json.loads(options.settings.read_text()) if options.settings else {}
+    plain["methods"] |= {name: row for name, row in {**VARIANTS, **chosen}.items() if name in options.methods}
     config = experiment.decode_run(plain, base=Path.cwd())
     experiment.run(config, cell_dir(options, condition, seed), jobs=options.jobs, progress=Lines(condition, seed))
 
@@ -280,6 +281,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--order", type=names, default=None, help="tasks in this order; give it an --out of its own")
     parser.add_argument("--draw", choices=("test", "validation"), default="test")
+    parser.add_argument(
+        "--settings", type=Path, default=None, help="chosen.json of choose.py; give it an --out of its own"
+    )
     parser.add_argument("--keep-bounds", type=bounds, default=KEEP_BOUNDS, help="p_min,p_max in percent")
     parser.add_argument("--against", default="hpa", help="the method that the others are compared with")
     parser.add_argument("--table-only", action="store_true", help="of the cells that are finished; run nothing")

@@ -53,7 +53,25 @@ def hessian() -> list[dict[str, Any]]:
     return [base, *(base | change for change in one), *CONTROLS]
 
 
-SWEEPS = {"settings": settings, "edits": edits, "hessian": hessian}
+ANCHOR: dict[str, Any] = {
+    "rule": "anchor", "train_dtype": "float32", "benign": 48, "benign_share": 0.6, "screen": True,
+}  # fmt: skip
+
+
+def anchor() -> list[dict[str, Any]]:
+    """The anchored edit's settings and what it is calibrated on, one thing at a time."""
+    one: list[dict[str, Any]] = [
+        {"safety_count": 2}, {"safety_count": 4}, {"safety_count": 32},
+        {"benign": 0, "benign_share": None}, {"benign": 12}, {"task_count": 16},
+        {"mu_s": 0.1}, {"mu_s": 0.3}, {"mu_s": 3.0}, {"mu_s": 10.0},
+        {"mu_p": 0.0}, {"mu_p": 0.03}, {"mu_p": 0.1}, {"mu_p": 1.0}, {"mu_p": 3.0},
+        {"lam": 0.003}, {"lam": 0.01}, {"lam": 0.1}, {"lam": 0.3},
+        {"past": "diagonal"}, {"past": "low-rank"}, {"mu_depth": 0.5}, {"mu_depth": -0.5},
+    ]  # fmt: skip
+    return [ANCHOR, *(ANCHOR | change for change in one)]
+
+
+SWEEPS = {"anchor": anchor, "settings": settings, "edits": edits, "hessian": hessian}
 SHOWN = ("ap", "learned", "bwt", "masr", "comply", "collapse", "over_refusal", "helpful")
 
 

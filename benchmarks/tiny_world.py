@@ -64,6 +64,7 @@ class Run:
     mu_p: float = 0.3
     lam: float = 0.03
     mu_depth: float = 0.0  # mu_s of block b is mu_s * (1 + mu_depth * (1 - 2 b / (blocks - 1)))
+    past: str = "full"  # H_p as it is kept: "full", "diagonal", or "low-rank": its 32 first directions
     origin: float = 0.0  # share of the safety term that is anchored at theta_0 instead of the step before
     benign: int = 0  # theta_0's own answers to benign twins in the safety set
     benign_share: float | None = None  # their weight in H_s; None: by tokens
@@ -428,6 +429,23 @@ def blend(several: Sequence[dict[str, Tensor]], weights: Sequence[float]) -> dic
     return {name: shared[id(first)] for name, first in several[0].items()}
 
 
+def kept_past(h_t: dict[str, Tensor], form: str, rank: int = 32) -> dict[str, Tensor]:
+    """What is kept of a task's moments, (c, c) each: all, the diagonal, or the `rank` strongest directions."""
+    if form == "full":
+        return h_t
+    done: dict[int, Tensor] = {}
+    for one in h_t.values():
+        if id(one) in done:
+            continue
+        if form == "diagonal":
+            done[id(one)] = torch.diag(one.diagonal())
+        else:
+            values, vectors = torch.linalg.eigh(one.double())
+            top = slice(-rank, None)
+            done[id(one)] = (vectors[:, top] * values[top] @ vectors[:, top].T).to(one.dtype)
+    return {name: done[id(one)] for name, one in h_t.items()}
+
+
 def own_answers(
     model: Any, examples: list[Example], pixels: list[Tensor | None], wanted: int
 ) -> tuple[list[Example], list[Tensor | None]]:
@@ -491,7 +509,7 @@ def play(run: Run, folder: Path) -> dict[str, Any]:
             h_t = moments(model, told, told_pixels, run)
             h_p = blend(past, [1 / len(past)] * len(past)) if past and run.mu_p else None
             edits.append(anchor(layers, before, run, h_t, h_s, h_p, first) | {"screened": len(refused[0]), **found})
-            past.append(h_t)
+            past.append(kept_past(h_t, run.past))
         elif run.rule != "none":
             a_t = (
                 inverse_diagonals(grams(model, told, told_pixels, run.normalization, run.tokens), run) if needs else {}
