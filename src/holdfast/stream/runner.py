@@ -58,7 +58,10 @@ class StreamRun:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Hold the directory for this process and check that it belongs to this configuration."""
+        """Hold the directory for this process and check that it belongs to this configuration.
+
+        Raises: RunError: another process holds it, it belongs to another run, or not all processes see it.
+        """
 
         def begin() -> None:
             _sweep(self.directory.root.glob(".*.tmp"))

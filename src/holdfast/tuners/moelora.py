@@ -143,7 +143,7 @@ class MixtureLayer(nn.Module):
         self.seen: list[Tensor] | None = None  # gates of the passes at hand, where somebody asks for them
 
     def extend(self, linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Forward hook: `output` (..., out) and the experts' share of it. args[0]: (..., in)."""
+        """Forward hook: `output` (B, T, out) and what the experts add to it. args[0]: (B, T, in)."""
         del linear
         gates = token_gates(args[0], self.router)
         if self.seen is not None:
