@@ -35,7 +35,7 @@ DOCUMENT = HERE.parent / "docs" / "REPRODUCTION.md"
 RIVALS = (
     *("seqft", "hpa", "anchor", "safe_delta", "model_tailor", "safe_lora", "ties", "dare", "resta", "cgm", "cgm_hard"),
     *("ewc", "lwf", "o_lora", "reg_lora", "osf", "sppft", "guardspace", "safe_anchor", "intruders", "many"),
-    *("replay", "safety_replay", "one_shot", "joint", "frozen"),
+    *("replay", "safety_replay", "one_shot", "moelora", "joint", "frozen"),
 )
 FEW = ("seqft", "hpa", "interpolation", "anchor", "cram", "cram_guard")
 ORDER = "guide,digits,larger,classify,caption,tally"
