@@ -136,6 +136,10 @@ TABLES: Mapping[str, Table] = {
         commands=stream("--harmful", "0.05", methods=(*FEW, "anchor_drop")),
     ),
     "order": Table(what="another order of the tasks", commands=stream("--order", ORDER, methods=FEW)),
+    "small": Table(
+        what="a pretrained language model of 135 M parameters (the extra `small`; an hour a row: take --seeds 0..2)",
+        commands=stream("--world", "small", methods=FEW, conditions="clean,injected"),
+    ),
     "edit-once": Table(what="edited once, after six plainly tuned tasks", commands=edit_once, shown=shown_once),
     "guard": Table(what="CRAM with and without its guard, on the same experts", commands=guard, shown=shown_guard),
 }
