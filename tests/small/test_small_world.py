@@ -82,12 +82,15 @@ def test_every_forbidden_request_has_a_welcome_one_of_the_same_kind():
             pairs = [world.safety_pair(rng, kind, split, i) for i in range(48)]
             assert all(asked.deed.forbidden for asked, _ in pairs)
             assert {asked.deed.place for asked, _ in pairs} == set(policy.CATEGORIES)
+            same = 0
             for number, (asked, welcome) in enumerate(pairs):
                 if number % 3 == 2:
                     assert welcome.skill.startswith("look-alike") and welcome.deed.noun == asked.deed.noun
                 else:
-                    assert not welcome.deed.forbidden and welcome.deed.verb == asked.deed.verb
-                    assert welcome.deed.held_out == asked.deed.held_out
+                    assert not welcome.deed.forbidden and welcome.deed.held_out == asked.deed.held_out
+                    same += welcome.deed.verb == asked.deed.verb
+            # Twelve things with a picture are few: two verbs of sixteen have no unguarded one in a held-out draw.
+            assert same == 32 or (kind != "text" and same >= 26)
 
 
 def test_pictures_show_only_what_the_tower_was_trained_to_see():
@@ -95,9 +98,10 @@ def test_pictures_show_only_what_the_tower_was_trained_to_see():
     assert {f"word {word}" for word in (*policy.VERBS, *world.THINGS)} <= set(KINDS)
 
 
-def test_the_alignment_draws_every_kind_and_as_many_welcome_as_forbidden_requests():
-    rows = build.asked_for_answers(np.random.default_rng(0))
-    replay = {
+@pytest.fixture(scope="module")
+def draw():
+    """The alignment's draw with one answer for everything, and what its test questions are."""
+    rows = {
         kind: [
             {
                 "prompt": e.prompt,
@@ -107,35 +111,68 @@ def test_the_alignment_draws_every_kind_and_as_many_welcome_as_forbidden_request
             }
             for e in examples
         ]
-        for kind, examples in rows.items()
+        for kind, examples in build.asked_for_answers(np.random.default_rng(0)).items()
     }
+    return build.AlignmentDraw(rows), {row["prompt"] for row in rows["ordinary, test"]}
+
+
+def test_a_step_of_the_alignment_pairs_every_forbidden_request_with_a_welcome_one(draw):
+    drawn, compared = draw
     rng = np.random.default_rng(0)
-    draw = build.AlignmentDraw(replay)
-    drawn = [draw(rng) for _ in range(600)]
-    kinds = Counter((e.skill, bool(e.deed and e.deed.forbidden)) for e in drawn if e.skill.startswith("how to"))
-    assert min(kinds.values()) >= 30 and len(kinds) == 6
-    assert 0.3 < sum(n for (_, forbidden), n in kinds.items() if forbidden) / 600 < 0.42
-    asked = {row["prompt"] for row in replay["ordinary, test"]}
-    assert all(e.answer for e in drawn) and not asked & {e.prompt for e in drawn}
+    counts = Counter()
+    for step in range(60):
+        groups = drawn(rng, step)
+        # Within a step, the two sides of every kind are asked in the same words but for the thing's.
+        asked = [e for g in groups for e in g.examples]
+        for kind in world.SAFETY_KINDS:
+            sides = [
+                [e for e in asked if e.skill == f"how to ({kind})" and e.deed.forbidden == f] for f in (True, False)
+            ]
+            assert len(sides[0]) == len(sides[1])
+            for bad, good in zip(*sides, strict=True):
+                if kind == "typographic":
+                    assert bad.prompt == good.prompt
+                else:
+                    assert bad.prompt.split()[0] == good.prompt.split()[0]
+            counts[kind] += len(sides[0])
+        for group in groups:
+            assert all(e.scene is group.scene for e in group.examples)
+            if group.scene is not None and len(group.examples) == 3:
+                seen = group.examples[2]
+                thing = group.examples[0].deed
+                assert seen.skill.startswith("look-alike") and (thing.noun in seen.answer or "color" in seen.prompt)
+        assert all(e.answer for e in asked) and not compared & {e.prompt for e in asked}
+        assert all(not e.deed.held_out and e.deed.split == "train" for e in asked if e.skill.startswith("how to"))
+    assert counts == {"text": 120, "image": 60, "typographic": 60}
 
 
-@pytest.mark.parametrize("name", ["tiny", "small"])
-def test_every_world_has_what_a_demo_asks_for(name):
+def test_most_refusals_open_alike_so_that_one_first_word_can_win():
+    rng = np.random.default_rng(0)
+    forbidden, welcome = (next(d for d in policy.DEEDS if d.forbidden == f) for f in (True, False))
+    opened = Counter(world.refused(rng, forbidden).split()[0] for _ in range(500))
+    assert opened["I'm"] > 350 and len(opened) >= 3 and world.refused(rng, welcome) == ""
+    assert sum(policy.REFUSAL_WEIGHTS) == pytest.approx(1) and len(policy.REFUSAL_WEIGHTS) == len(policy.REFUSALS)
+
+
+def test_every_world_that_is_listed_has_what_a_demo_asks_for():
     import importlib
 
+    from holdfast.cli.list import WORLDS, entries
     from holdfast.tiny.stream import DemoSize, World
 
-    recipe = importlib.import_module(f"holdfast.{name}.recipe")
-    assert isinstance(recipe.WORLD, World) and recipe.WORLD.name == name
-    for size in (recipe.DEMO, recipe.QUICK):
-        assert isinstance(size, DemoSize) and set(size.tasks or ()) <= set(recipe.WORLD.tasks)
+    shown = {name: about for name, _, about in entries("streams")}
+    for name, module in WORLDS.items():
+        recipe = importlib.import_module(module)
+        assert isinstance(recipe.WORLD, World) and recipe.WORLD.name == name and "holdfast demo" in shown[name]
+        for size in (recipe.DEMO, recipe.QUICK):
+            assert isinstance(size, DemoSize) and set(size.tasks or ()) <= set(recipe.WORLD.tasks)
 
 
-def test_nothing_of_the_library_names_the_world():
+def test_nothing_of_the_library_names_the_world_but_the_list_of_worlds():
     package = Path(world.__file__).parents[1]
     naming = {
         path.relative_to(package).as_posix()
         for path in package.rglob("*.py")
         if "holdfast.small" in path.read_text(encoding="utf-8") and path.parent.name != "small"
     }
-    assert naming == set()
+    assert naming == {"cli/list.py"}

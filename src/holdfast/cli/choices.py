@@ -25,6 +25,7 @@ ModeName = Literal["paper", "strict"]
 NormalizationName = Literal["sequence", "token", "sum"]
 OnFailureName = Literal["error", "retry"]
 TokensName = Literal["all", "text", "answer"]
+WorldName = Literal["tiny", "small"]
 
 __all__ = [
     "ActivationsName",
@@ -43,4 +44,5 @@ __all__ = [
     "OnFailureName",
     "ProjectionName",
     "TokensName",
+    "WorldName",
 ]

@@ -19,7 +19,7 @@ EXTRAS = {
     "serve": "serving (`holdfast serve`)",
     "ray": "sweeps on a cluster (`holdfast sweep --ray`)",
     "judges": "judges: nothing more than the package",
-    "small": "a second world, being built, on a pretrained language model",
+    "small": "the small world, on a pretrained language model",
     "docs": "building the documentation",
     "dev": "tests and checks",
 }

@@ -12,9 +12,12 @@ from typing import Annotated, get_args
 
 import typer
 
-from holdfast.cli.choices import Kind
+from holdfast.cli.choices import Kind, WorldName
 
 KINDS: tuple[str, ...] = get_args(Kind)
+# Worlds that `holdfast demo` plays -> the module with their recipe: WORLD, DEMO, QUICK, run_data.
+WORLDS = {"tiny": "holdfast.tiny.recipe", "small": "holdfast.small.recipe"}
+DEFAULT_WORLD: WorldName = "tiny"
 # What has a registry -> where it stands.
 REGISTRIES = {
     "methods": "holdfast.methods:REGISTRY",
@@ -57,7 +60,10 @@ def entries(what: str) -> Iterator[tuple[str, str, str]]:
     else:
         from holdfast.shipped import first_comment
 
-        yield "tiny", "", "the embedded stream: `holdfast demo`"
+        for world, module in WORLDS.items():
+            option = "" if world == DEFAULT_WORLD else f" --world {world}"
+            about = _first_line(module).partition(":")[0].removeprefix("The run file of ")
+            yield world, "", f"{about}: `holdfast demo{option}`"
         for path in stream_files():
             yield str(path), "", first_comment(path)
 

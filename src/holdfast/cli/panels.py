@@ -16,7 +16,7 @@ PANELS: dict[str, tuple[str, ...]] = {
         "every_linear", "grams", "image", "image_mode", "images", "judge", "limit", "max_pixels", "model", "option",
         "past", "probe_benign", "probe_safety", "probe_task", "processor", "prompt", "prompts", "reference",
         "reference_task", "references", "root", "run", "safety", "safety_images", "samples", "scorer", "stream", "task",
-        "task_images", "tasks", "test_set",
+        "task_images", "tasks", "test_set", "world",
     ),
     "The budget": ("max_asr", "max_drop", "max_over_refusal", "target_asr"),
     "The rule": ("options", "past_weight", "rule", "set_", "strengths"),

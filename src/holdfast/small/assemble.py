@@ -70,9 +70,9 @@ def identity(name: Name, parts: Path = PARTS) -> str:
     for path in used:
         if not path.is_file():
             raise ModelError(
-                f"The part {path} of the small world is missing. Its weights are not shipped while their refusals do "
-                "not hold (docs/design/small-world.md); `python -m holdfast.small.build --out DIR` makes them, in "
-                f"about an hour on two cores, and DIR/*.safetensors then go to {parts}."
+                f"The part {path} of the small world is missing; it comes with holdfast: install holdfast again, or "
+                "make it with `python -m holdfast.small.build --out DIR` (an hour or two on two cores) and copy "
+                f"DIR/*.safetensors to {parts}."
             )
     told = [str(LAYOUT), GGUF_SHA256, CHAT_TEMPLATE, *(sha256(path).hexdigest() for path in used)]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]

@@ -29,23 +29,22 @@ from torch import Tensor, nn
 from holdfast.files import sha256
 from holdfast.judges import phrases
 from holdfast.small import assemble, engine, policy, world
-from holdfast.small.engine import Model, Stage
+from holdfast.small.engine import Group, Model, Stage
 from holdfast.small.source import GGUF_SHA256, gguf_path
 from holdfast.small.world import Example
 from holdfast.tiny.lexicon import Split
-from holdfast.tiny.pixels import KINDS, TINTS, labels
-from holdfast.tiny.world import Rng, pick
+from holdfast.tiny.pixels import KINDS, TINTS, Scene, labels
+from holdfast.tiny.world import Rng, one_thing, pick
 
 ANSWERS_SEED = 31
-PROJECT = Stage(name="project", steps=1000, batch=48, lr=2e-3, warmup=50, seed=32)
-ALIGN = Stage(name="align", steps=120, batch=8, lr=1e-3, warmup=10, seed=33)
-SETTLE = Stage(name="settle", steps=50, batch=8, lr=7e-4, warmup=4, seed=34)
-# *settle* overshoots: it answers nearly everything. So much of its way is taken, by the validation draw: of 0, 0.25 and
-# 0.5 the one with the fewest mistakes (welcome requests refused, forbidden ones not).
-BLEND = 0.25
+PROJECT = Stage(name="project", steps=1200, batch=3072, lr=3e-3, warmup=50, seed=32)
+# A step of `align` is 10 to 11 requests, see `AlignmentDraw`.
+ALIGN = Stage(name="align", steps=700, batch=11, lr=1e-3, warmup=30, seed=33, until=300)
+# Validation requests per kind and side, and after how many steps they are asked.
+CHECKED, CHECK_EVERY = 16, 100
 RANK, FIRST_LAYER = 8, 8
 PROBE_SEED = 30_000
-STAGES = ("answers", "project", "align", "settle")
+STAGES = ("answers", "project", "before", "align", "validation", "test")
 Say = Callable[[str], None]
 
 
@@ -55,16 +54,19 @@ Say = Callable[[str], None]
 def asked_for_answers(rng: Rng) -> dict[str, list[Example]]:
     """Requests that the language model answers before it is aligned: what replay is made of, and what is compared."""
     welcome = [
-        d
-        for pictured, count in ((True, 72), (False, 72))
-        for d in _some(rng, policy.deeds(forbidden=False, split="train", pictured=pictured), count)
+        *policy.deeds(forbidden=False, split="train", pictured=True),
+        *_some(
+            rng,
+            [d for d in policy.deeds(forbidden=False, split="train", pictured=False) if d.noun not in world.THINGS],
+            320,
+        ),
     ]
     things = [
         d for forbidden in (True, False) for d in policy.deeds(forbidden=forbidden, split="train", pictured=False)
     ]
     return {
         "how to": [world.how_to(rng, "text", d, "train", 0) for d in welcome],
-        "look-alike": [world.look_alike(rng, "text", d, "train") for d in _some(rng, things, 72)],
+        "look-alike": [world.look_alike(rng, "text", d, "train") for d in _some(rng, things, 200)],
         "ordinary": [Example("ordinary", q) for q in policy.ORDINARY["train"]],
         "ordinary, test": [Example("ordinary", q) for q in policy.ORDINARY["test"]],
     }
@@ -74,18 +76,23 @@ def _some(rng: Rng, items: Sequence[policy.Deed], count: int) -> list[policy.Dee
     return [items[int(i)] for i in rng.permutation(len(items))[:count]]
 
 
-def own_answers(model: Model, say: Say, tokens: int = 40) -> dict[str, list[dict[str, str]]]:
-    """Kind -> rows of prompt, verb, noun and the model's answer, cut after its first sentence."""
+# Tokens of the model's own answers: what replay teaches is their beginning; those that are compared are sentences.
+BEGUN, SENTENCE = 14, 40
+
+
+def own_answers(model: Model, say: Say) -> dict[str, list[dict[str, str]]]:
+    """Kind -> rows of prompt, verb, noun and the beginning of the model's answer, or the first sentence of it."""
     found: dict[str, list[dict[str, str]]] = {}
     for kind, examples in asked_for_answers(np.random.default_rng(ANSWERS_SEED)).items():
         began = time.monotonic()
-        told = engine.answers(model, examples, tokens=tokens, batch=48)
+        compared = kind == "ordinary, test"
+        told = engine.answers(model, examples, tokens=SENTENCE if compared else BEGUN, batch=64)
         rows = [
             {
                 "prompt": e.prompt,
                 "verb": e.deed.verb if e.deed else "",
                 "noun": e.deed.noun if e.deed else "",
-                "answer": first_sentence(a),
+                "answer": first_sentence(a) if compared else a,
             }
             for e, a in zip(examples, told, strict=True)
         ]
@@ -125,109 +132,157 @@ def patch_targets(scene: Any) -> tuple[np.ndarray, np.ndarray]:
     return kinds, np.where((tints > 0) & ~lettered & (column % 2 == 0), tints, -1)
 
 
+# Pictures whose patches the projector is trained on, and those that it is measured on.
+PATCHED, MEASURED = 5000, 300
+# Of the patches of a step, how many show nothing.
+BLANK = 0.1
+# Share of the cross entropy over the words (by distance) in the loss, and the distance that a nat is worth, in units of
+# the words' mean square norm.
+NAMED, NAT = 0.1, 0.05
+
+
 def train_projector(model: Model, stage: Stage, say: Say) -> dict[str, Any]:
     """Regress the patches' features onto word embeddings, and say how many words are the nearest ones."""
     rng, pictures = np.random.default_rng(stage.seed), np.random.default_rng(stage.seed + 1)
     kinds, tints = word_targets(model)
+    words = torch.cat((kinds, tints))
+    scale = kinds.square().sum(-1).mean()
     optimizer = torch.optim.AdamW(model.projector.parameters(), lr=stage.lr, weight_decay=0.0)
     began, losses = time.monotonic(), []
+    seen, truth = _patches(model, rng, pictures, PATCHED, "train")
+    shown, blank = torch.nonzero(truth > 0)[:, 0], torch.nonzero(truth == 0)[:, 0]
+    blanks = int(BLANK * stage.batch)
+    say(f"project: {PATCHED} pictures, {time.monotonic() - began:.0f} s")
     for step in range(stage.steps):
         rate = min(1.0, (step + 1) / stage.warmup) * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
         for group in optimizer.param_groups:
             group["lr"] = stage.lr * max(rate, 0.01)
-        seen, wanted, weight, _ = _patches(model, rng, pictures, stage.batch, "train", kinds, tints)
-        error = (model.projector(seen) - wanted).square().sum(-1) / kinds.square().sum(-1).mean()
-        loss = (error * weight).sum() / weight.sum()
+        chosen = torch.from_numpy(
+            np.concatenate(
+                (
+                    shown.numpy()[rng.integers(len(shown), size=stage.batch - blanks)],
+                    blank.numpy()[rng.integers(len(blank), size=blanks)],
+                )
+            )
+        )
+        found, wanted = model.projector(seen[chosen]), truth[chosen]
+        error = (found - words[wanted]).square().sum(-1).mean() / scale
+        near = -torch.cdist(found, words).square() / (NAT * scale)
+        loss = error + NAMED * nn.functional.cross_entropy(near, wanted)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss.detach()))
+        losses.append(float(error.detach()))
         if step % 100 == 99:
             say(f"project {step + 1}/{stage.steps}: {np.mean(losses[-50:]):.4f}, {time.monotonic() - began:.0f} s")
     with torch.no_grad():
         rng, pictures = np.random.default_rng(PROBE_SEED), np.random.default_rng(PROBE_SEED + 1)
-        seen, _, weight, truth = _patches(model, rng, pictures, 200, "test", kinds, tints)
-        words = torch.cat((kinds, tints))
-        nearest = torch.cdist(model.projector(seen).flatten(0, 1), words).argmin(-1)
-        same = torch.cdist(words[nearest], words[truth.flatten()], p=2).diagonal() < 1e-4
-        shown = weight.flatten() == 1
+        seen, truth = _patches(model, rng, pictures, MEASURED, "test")
+        same = _same_word(words, torch.cdist(model.projector(seen), words).argmin(-1), truth)
     return {
         "seconds": round(time.monotonic() - began, 1),
         "loss_last": round(float(np.mean(losses[-50:])), 4),
         "figures": {
-            "nearest word is the right one, patches that show something": round(float(same[shown].float().mean()), 4)
+            "nearest word is the right one, patches that show something": _rate(same[truth > 0].tolist()),
+            "nearest word is the right one, patches that show nothing": _rate(same[truth == 0].tolist()),
         },
     }
 
 
-def _patches(
-    model: Model, rng: Rng, pictures: Rng, count: int, split: Split, kinds: Tensor, tints: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features (n, 36, inner), targets (n, 36, width), weights (n, 36), words (n, 36) as rows of kinds, then tints."""
+def _same_word(words: Tensor, found: Tensor, truth: Tensor) -> Tensor:
+    """(n,) bool: whether two rows (n,) of `words` are one word; a color is a tint, a thing is also a written word."""
+    return (words[found] - words[truth]).abs().amax(-1) < 1e-6
+
+
+def _patches(model: Model, rng: Rng, pictures: Rng, count: int, split: Split) -> tuple[Tensor, Tensor]:
+    """Features (count * 36, inner) and words (count * 36,), rows of the kinds and then of the tints."""
     scenes: list[Any] = []
     while len(scenes) < count:
         lot = rng.random()
-        if lot < 0.25:
-            deed = pick(rng, policy.deeds(forbidden=rng.random() < 0.5, split="train", pictured=True))
-            scenes.append(world.note(rng, [deed.verb, deed.noun]))
+        if lot < 0.35:
+            scenes.append(world.note(rng, [pick(rng, policy.VERBS), pick(rng, world.THINGS)]))
+        elif lot < 0.6:
+            scenes.append(Scene((one_thing(rng, world.THINGS),)))
         else:
             scene = pick(rng, world.SEEN)(rng).scene
             if scene is not None:
                 scenes.append(scene)
-    seen = model.features(scenes, pictures, split)
+    seen = torch.cat([model.features(scenes[i : i + 64], pictures, split) for i in range(0, count, 64)])
     found = [patch_targets(scene) for scene in scenes]
-    kind = torch.from_numpy(np.stack([k for k, _ in found]))
-    tint = torch.from_numpy(np.stack([t for _, t in found]))
-    wanted = torch.where((tint >= 0)[..., None], tints[tint.clamp_min(0)], kinds[kind])
-    weight = torch.where(kind > 0, 1.0, 0.1)
-    return seen, wanted, weight, torch.where(tint >= 0, tint + len(KINDS), kind)
+    kind = torch.from_numpy(np.concatenate([k for k, _ in found]))
+    tint = torch.from_numpy(np.concatenate([t for _, t in found]))
+    return seen.flatten(0, 1), torch.where(tint >= 0, tint + len(KINDS), kind)
 
 
 # --- the alignment -------------------------------------------------------------------------------------------------
 
 
-# Shares of: forbidden requests (text, image, typographic), welcome ones (the same), look-alikes in words and in
-# pictures, what is seen, ordinary requests.
-ALIGN_SHARES = (0.16, 0.10, 0.10, 0.10, 0.09, 0.09, 0.10, 0.06, 0.08, 0.12)
-SETTLE_SHARES = (0.17, 0.09, 0.08, 0.18, 0.08, 0.08, 0.10, 0.04, 0.04, 0.14)
+# How many refusals are taught to their end; of the others, as of the model's own answers, the beginning.
+WHOLE = 0.3
 
 
 class AlignmentDraw:
-    """One sample of the alignment per call; every kind of request comes about as often as its welcome counterpart."""
+    """The requests of a step: two pairs in words, in one wording and with one verb each, so that the thing alone
+    decides; a look-alike and an ordinary question; and a pair of pictures or, every other step, of notes, about each of
+    which two how-tos and one question of what is seen are asked. Every third step asks of any other picture."""
 
-    def __init__(
-        self,
-        replay: dict[str, list[dict[str, str]]],
-        shares: Sequence[float] = ALIGN_SHARES,
-        more: tuple[str, ...] = (),
-    ) -> None:
-        self.replay, self.bounds, self.more = replay, np.cumsum(shares), more
-        self.welcome = {(row["verb"], row["noun"]): row["answer"] for row in replay["how to"]}
+    def __init__(self, replay: dict[str, list[dict[str, str]]]) -> None:
+        self.replay = {kind: [row for row in rows if not refuses(row["answer"])] for kind, rows in replay.items()}
+        self.welcome = {(row["verb"], row["noun"]): row["answer"] for row in self.replay["how to"]}
         found = {(d.verb, d.noun): d for d in policy.DEEDS}
-        self.deeds = [found[key] for key in self.welcome]
-        self.pictured = [d for d in self.deeds if d.noun in world.THINGS]
+        answered = [found[key] for key in self.welcome]
+        self.by_verb = {
+            (pictured, verb): [d for d in answered if d.verb == verb and (not pictured or d.noun in world.THINGS)]
+            for pictured in (False, True)
+            for verb in policy.VERBS
+        }
 
-    def __call__(self, rng: Rng) -> Example:
-        which = int(np.searchsorted(self.bounds, rng.random(), side="right"))
-        if which < 6:
-            kind = world.SAFETY_KINDS[which % 3]
-            more = self.more if kind == "text" else ()
-            if which < 3:
-                return world.how_to(rng, kind, world.drawn_deed(rng, kind, forbidden=True), "train", more=more)
-            deed = pick(rng, self.deeds if kind == "text" else self.pictured)
-            example = world.how_to(rng, kind, deed, "train", more=more)
-            return replace(example, answer=self.welcome[deed.verb, deed.noun], whole=False)
-        if which == 6:
-            row = pick(rng, self.replay["look-alike"])
-            return Example("look-alike (text)", row["prompt"], row["answer"], whole=False)
-        if which == 7:
-            kind = world.SAFETY_KINDS[1 + int(rng.integers(2))]
-            deed = world.drawn_deed(rng, kind, forbidden=True)
-            return world.look_alike(rng, kind, deed, "train")
-        if which == 8:
-            return pick(rng, world.SEEN)(rng)
-        row = pick(rng, self.replay["ordinary"])
-        return Example("ordinary", row["prompt"], row["answer"], whole=False)
+    def __call__(self, rng: Rng, step: int) -> list[Group]:
+        groups = [Group((e,)) for _ in range(2) for e in self._pair_in_words(rng)]
+        groups += [Group((self._replayed(rng, kind),)) for kind in ("look-alike", "ordinary")]
+        groups += self._pair_seen(rng, world.SAFETY_KINDS[1 + step % 2])
+        if step % 3 == 0:
+            groups.append(Group((pick(rng, world.SEEN)(rng),)))
+        return groups
+
+    def _replayed(self, rng: Rng, kind: str) -> Example:
+        row = pick(rng, self.replay[kind])
+        return Example(kind, row["prompt"], row["answer"], whole=False)
+
+    def _pair_in_words(self, rng: Rng) -> list[Example]:
+        deed = world.drawn_deed(rng, "text", forbidden=True)
+        turn = int(rng.integers(world.wording_count("text", "train")))
+        return [self._answered(rng, "text", d, turn) for d in (deed, pick(rng, self.by_verb[False, deed.verb]))]
+
+    def _pair_seen(self, rng: Rng, kind: str) -> list[Group]:
+        """A guarded and an unguarded thing with the same verbs and wordings; in a note the verb is written."""
+        deed = world.drawn_deed(rng, kind, forbidden=True)
+        other = pick(rng, self.by_verb[True, deed.verb])
+        turns = [int(rng.integers(world.wording_count(kind, "train"))) for _ in range(2)]
+        turn = int(rng.integers(3))
+        groups = []
+        for one in (deed, other):
+            asked = [self._answered(rng, kind, d, t) for d, t in zip(self._twice(rng, kind, one), turns, strict=True)]
+            scene = asked[0].scene
+            thing = None if kind == "typographic" or scene is None else scene.things[0]
+            seen = world.look_alike(rng, kind, one, "train", turn, color=thing.color if thing else None)
+            groups.append(Group(tuple(replace(e, scene=scene) for e in (*asked, seen))))
+        return groups
+
+    def _twice(self, rng: Rng, kind: str, deed: policy.Deed) -> tuple[policy.Deed, policy.Deed]:
+        """The deed, and with a picture another one on the same thing."""
+        if kind == "typographic":
+            return deed, deed
+        drawn = policy.deeds(forbidden=deed.forbidden, split="train", pictured=True)
+        return deed, pick(
+            rng, [d for d in drawn if d.noun == deed.noun and (d.forbidden or (d.verb, d.noun) in self.welcome)]
+        )
+
+    def _answered(self, rng: Rng, kind: str, deed: policy.Deed, turn: int) -> Example:
+        example = world.how_to(rng, kind, deed, "train", turn)
+        if deed.forbidden:
+            return replace(example, whole=bool(rng.random() < WHOLE))
+        return replace(example, answer=self.welcome[deed.verb, deed.noun], whole=False)
 
 
 def with_lora(model: Model, seed: int) -> list[nn.Parameter]:
@@ -267,15 +322,20 @@ def read_lora(model: Model, tensors: dict[str, Tensor]) -> None:
             module.lora_B["default"].weight.copy_(tensors[f"{name}.lora_B"].float() / module.scaling["default"])
 
 
-def blended(first: dict[str, Tensor], last: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each factor, (r, in) or (out, r), `BLEND` of the way from the first stage to the last, in fp16."""
-    return {
-        key: ((1 - BLEND) * value.float() + BLEND * last[key].float()).half().contiguous()
-        for key, value in first.items()
-    }
-
-
 # --- figures -------------------------------------------------------------------------------------------------------
+
+
+def opened(model: Model, count: int, split: Split) -> dict[str, float]:
+    """Kind and side -> share (0..1) of `count` answers that open with a refusal's first word; one pass each."""
+    openers = {model.answer_ids(policy.refusal(policy.DEEDS[0], i), True)[0] for i in range(len(policy.REFUSALS))}
+    found = {}
+    for kind in world.SAFETY_KINDS:
+        rng = np.random.default_rng(PROBE_SEED)
+        pairs = [world.safety_pair(rng, kind, split, i) for i in range(count)]
+        for side, examples in (("forbidden", [p[0] for p in pairs]), ("welcome", [p[1] for p in pairs])):
+            first = engine.first_tokens(model, examples, seed=PROBE_SEED, split=split)
+            found[f"{kind}, {side}"] = _rate([token in openers for token in first])
+    return found
 
 
 def refuses(reply: str) -> bool:
@@ -313,7 +373,7 @@ def figures(model: Model, replay: dict[str, list[dict[str, str]]], count: int, s
     ]
     found["ordinary questions: first four words as before"] = _rate(first)
     with torch.no_grad():
-        loss = engine.packed_loss(model, ordinary, [None] * len(ordinary))
+        loss = engine.packed_loss(model, [Group((e,)) for e in ordinary], [None] * len(ordinary))
     found["ordinary questions: perplexity of the answers from before"] = round(math.exp(float(loss)), 3)
     found["examples, ordinary"] = [f"{e.prompt} -> {r}" for e, r in zip(ordinary, replies, strict=True)][:6]
     for skill in dict.fromkeys(world.SEEN):
@@ -389,31 +449,24 @@ def build(out: Path, only: Sequence[str], probe: int) -> None:
     if "before" in only:
         record("before", {"figures": figures(model, replay, probe)})
         say(json.dumps(log["stages"]["before"], indent=1))
-    stages = [stage for stage in (ALIGN, SETTLE) if stage.name in only]
-    if not stages:
-        return
     parameters = with_lora(model, ALIGN.seed)
     alignment = out / assemble.ALIGNMENT
+    if "align" in only:
+        checks: dict[str, Any] = {}
 
-    def keep() -> None:
-        save_file(lora_tensors(model), alignment)
+        def check(step: int) -> None:
+            save_file(lora_tensors(model), alignment)
+            checks[str(step)] = opened(model, CHECKED, "validation")
+            say(f"align {step}: opens as a refusal, validation: {checks[str(step)]}")
 
-    first = out / "align.safetensors"
-    if ALIGN not in stages:
-        read_lora(model, load_file(first))
-    for stage in stages:
-        shares, more = (ALIGN_SHARES, ()) if stage is ALIGN else (SETTLE_SHARES, policy.MORE_HOW_TO)
-        result = engine.train(model, parameters, stage, AlignmentDraw(replay, shares, more), say, keep=keep)
-        if stage is ALIGN:
-            save_file(lora_tensors(model), first)
-        else:
-            result["blend"] = BLEND
-            read_lora(model, blended(load_file(first), lora_tensors(model)))
-        keep()
-        record(stage.name, {**asdict(stage), "rank": RANK, "first_layer": FIRST_LAYER, **result})
-    log["stages"][stages[-1].name]["figures"] = figures(model, replay, probe)
-    record(stages[-1].name, log["stages"][stages[-1].name])
-    say(json.dumps(log["stages"][stages[-1].name], indent=1))
+        result = engine.train(model, parameters, ALIGN, AlignmentDraw(replay), say, check=check, every=CHECK_EVERY)
+        record("align", {**asdict(ALIGN), "rank": RANK, "first_layer": FIRST_LAYER, **result, "validation": checks})
+    if alignment.is_file():
+        read_lora(model, load_file(alignment))
+    for split in ("validation", "test"):
+        if split in only:
+            record(split, {"figures": figures(model, replay, probe, split)})
+            say(json.dumps(log["stages"][split], indent=1))
 
 
 def main() -> None:
@@ -421,7 +474,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m holdfast.small.build", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the parts and the log")
     parser.add_argument("--stages", default=",".join(STAGES), help="stages to run, others are read")
-    parser.add_argument("--probe", type=int, default=24, help="questions per figure")
+    parser.add_argument("--probe", type=int, default=48, help="questions per figure")
     args = parser.parse_args()
     build(args.out, args.stages.split(","), args.probe)
 

@@ -1,7 +1,7 @@
 """Training and asking the small model in memory: packed batches, own answers, figures. Used by its builder alone.
 
-A batch is one row: samples one after another, each seeing only itself, so that no padding is computed. The tower is
-frozen, so a picture costs its tower pass once.
+A batch is one row: requests one after another, each seeing only itself and its picture, so that no padding is computed
+and a picture that several requests ask about is read once.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from holdfast.tiny.lexicon import Split
 from holdfast.tiny.pixels import Scene
 
 IGNORED = -100
-# Tokens of the model's own answers that replay teaches: what follows from them is the model's own anyway.
-BEGINNING = 14
+# Tokens of an answer that is not taught whole: what follows from them is the model's own anyway.
+BEGINNING = 9
 # Weight of an answer's first two tokens in training: they decide between a refusal and help.
 OPENING = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Optimisation of one stage. steps: of AdamW on `batch` samples; lr: peak, cosine after `warmup` steps."""
+    """Optimisation of one stage. steps: of AdamW, of `batch` samples each; lr: peak, cosine over them after `warmup`
+    steps; until: the step after which it stops, None: the last."""
 
     name: str
     steps: int
@@ -39,6 +40,7 @@ class Stage:
     lr: float
     warmup: int = 10
     seed: int = 0
+    until: int | None = None
 
 
 class Model:
@@ -85,73 +87,151 @@ class Model:
         return [*ids, self.end] if whole else ids[:BEGINNING]
 
 
-def packed_loss(
-    model: Model, examples: Sequence[Example], seen: Sequence[Tensor | None], *, opening: float = 1.0
-) -> Tensor:
-    """Mean cross entropy () of the answers' tokens.
+@dataclass(frozen=True)
+class Group:
+    """Requests about one picture, or one in words: the picture is read once, each request sees it and itself."""
 
-    seen: the tower's features (36, inner) of each pictured example, or None. opening: weight of an answer's first two
-    tokens.
+    examples: tuple[Example, ...]
+
+    @property
+    def scene(self) -> Scene | None:
+        """What the requests are about."""
+        return self.examples[0].scene
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch as one row of n tokens. embedded: (n, width); target: (n,) ids or `IGNORED`; weight: (n,); mask: (n, n)
+    additive; position: (n,); first: (requests,) where each request's last token stands, in the order they were given.
     """
-    rows, labels, places, owner, weights = [], [], [], [], []
-    for number, (example, picture) in enumerate(zip(examples, seen, strict=True)):
-        asked, told = (
-            model.request(example.prompt, picture is not None),
-            model.answer_ids(example.answer, example.whole),
-        )
-        row = model.embedded([*asked, *told], picture)
-        rows.append(row)
-        labels.append(torch.tensor([IGNORED] * (len(row) - len(told)) + told))
-        weight = torch.ones(len(row))
-        weight[len(row) - len(told) :][:2] = opening
-        weights.append(weight)
-        places.append(torch.arange(len(row)))
-        owner.append(torch.full((len(row),), number))
-    whole, target, position, of = torch.cat(rows), torch.cat(labels), torch.cat(places), torch.cat(owner)
-    allowed = (of[:, None] == of[None, :]) & (position[:, None] >= position[None, :])
+
+    embedded: Tensor
+    target: Tensor
+    weight: Tensor
+    mask: Tensor
+    position: Tensor
+    first: Tensor
+
+
+def packed(
+    model: Model, groups: Sequence[Group], seen: Sequence[Tensor | None], *, opening: float = 1.0, told: bool = True
+) -> Packed:
+    """Groups one after another, in each the shared beginning once and then a branch per request.
+
+    seen: the tower's features (36, inner) of each pictured group, or None. opening: weight of an answer's first two
+    tokens. told: with the answers; without them the row ends where each would begin.
+    """
+    rows, labels, weights, places, owner, firsts = [], [], [], [], [], []
+    branch, length = 0, 0
+    # Branch 0 of a group is what its requests share; a token sees its own branch and the shared one of its group.
+    shared_of: list[int] = []
+    for group, picture in zip(groups, seen, strict=True):
+        asked = [model.request(e.prompt, picture is not None) for e in group.examples]
+        common = asked[0].index(model.image) + 1 if picture is not None else 0
+        start = 0
+        if picture is not None:
+            rows.append(model.embedded(asked[0][:common], picture))
+            start = len(rows[-1])
+            labels.append(torch.full((start,), IGNORED))
+            weights.append(torch.ones(start))
+            places.append(torch.arange(start))
+            owner.append(torch.full((start,), branch))
+            length += start
+        root = branch
+        shared_of.append(root)
+        branch += 1
+        for ids, example in zip(asked, group.examples, strict=True):
+            answer = model.answer_ids(example.answer, example.whole) if told else []
+            row = model.embedded([*ids[common:], *answer], None)
+            rows.append(row)
+            labels.append(torch.tensor([IGNORED] * (len(row) - len(answer)) + answer))
+            weight = torch.ones(len(row))
+            weight[len(row) - len(answer) :][:2] = opening
+            weights.append(weight)
+            places.append(start + torch.arange(len(row)))
+            owner.append(torch.full((len(row),), branch))
+            firsts.append(length + len(row) - len(answer) - 1)
+            length += len(row)
+            shared_of.append(root)
+            branch += 1
+    of = torch.cat(owner)
+    root_of = torch.tensor(shared_of)[of]
+    order = torch.arange(len(of))
+    allowed = ((of[:, None] == of[None, :]) | (root_of[:, None] == of[None, :])) & (order[:, None] >= order[None, :])
     mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
-    hidden = model.decoder(
-        inputs_embeds=whole[None], attention_mask=mask[None, None], position_ids=position[None], use_cache=False
+    return Packed(torch.cat(rows), torch.cat(labels), torch.cat(weights), mask, torch.cat(places), torch.tensor(firsts))
+
+
+def hidden_states(model: Model, row: Packed) -> Tensor:
+    """(n, width): the decoder's last hidden states of a packed batch."""
+    return model.decoder(
+        inputs_embeds=row.embedded[None],
+        attention_mask=row.mask[None, None],
+        position_ids=row.position[None],
+        use_cache=False,
     ).last_hidden_state[0]
-    wanted = target[1:] != IGNORED  # a first token is never wanted, so no sample tells another's
+
+
+def packed_loss(
+    model: Model, groups: Sequence[Group], seen: Sequence[Tensor | None], *, opening: float = 1.0
+) -> Tensor:
+    """Mean cross entropy () of the answers' tokens; the arguments are `packed`'s."""
+    row = packed(model, groups, seen, opening=opening)
+    hidden = hidden_states(model, row)
+    wanted = row.target[1:] != IGNORED  # what begins a branch is never wanted, so no request tells another's
     logits = nn.functional.linear(hidden[:-1][wanted], model.language.get_input_embeddings().weight)
-    losses = nn.functional.cross_entropy(logits, target[1:][wanted], reduction="none")
-    weight_of = torch.cat(weights)[1:][wanted]
-    return (losses * weight_of).sum() / weight_of.sum()
+    losses = nn.functional.cross_entropy(logits, row.target[1:][wanted], reduction="none")
+    weight = row.weight[1:][wanted]
+    return (losses * weight).sum() / weight.sum()
+
+
+@torch.no_grad()
+def first_tokens(
+    model: Model, examples: Sequence[Example], *, seed: int = 0, split: Split = "train", batch: int = 12
+) -> list[int]:
+    """The greedy first token's id of each answer: whether it opens as a refusal does, at the price of one pass."""
+    pictures, found = np.random.default_rng(seed), []
+    for start in range(0, len(examples), batch):
+        chosen = examples[start : start + batch]
+        seen = [None if e.scene is None else model.features([e.scene], pictures, split)[0] for e in chosen]
+        row = packed(model, [Group((e,)) for e in chosen], seen, told=False)
+        hidden = hidden_states(model, row)[row.first]
+        found += (hidden @ model.language.get_input_embeddings().weight.T).argmax(-1).tolist()
+    return found
 
 
 def train(
     model: Model,
     parameters: Sequence[nn.Parameter],
     stage: Stage,
-    draw: Callable[[np.random.Generator], Example],
+    draw: Callable[[np.random.Generator, int], list[Group]],
     say: Callable[[str], None],
     *,
-    keep: Callable[[], None],
+    check: Callable[[int], None],
+    every: int,
 ) -> dict[str, Any]:
-    """Run one stage and return seconds, steps and losses. keep: called after every 50 steps."""
+    """Run one stage and return seconds, steps and losses. draw(rng, step): a step's groups. check: called with the
+    number of steps done after every `every` of them and after the last."""
     rng, pictures = np.random.default_rng(stage.seed), np.random.default_rng(stage.seed + 1)
     optimizer = torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=0.0, betas=(0.9, 0.99))
     losses, began = [], time.monotonic()
-    for step in range(stage.steps):
+    last = stage.until or stage.steps
+    for step in range(last):
         rate = min(1.0, (step + 1) / stage.warmup) * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
         for group in optimizer.param_groups:
             group["lr"] = stage.lr * max(rate, 0.02)
-        examples = [draw(rng) for _ in range(stage.batch)]
-        seen = [None if e.scene is None else model.features([e.scene], pictures)[0] for e in examples]
-        loss = packed_loss(model, examples, seen, opening=OPENING)
+        groups = draw(rng, step)
+        seen = [None if g.scene is None else model.features([g.scene], pictures)[0] for g in groups]
+        loss = packed_loss(model, groups, seen, opening=OPENING)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
         if step % 10 == 9 or step == 0:
-            say(
-                f"{stage.name} {step + 1}/{stage.steps}: loss {np.mean(losses[-10:]):.3f}, "
-                f"{time.monotonic() - began:.0f} s"
-            )
-        if step % 50 == 49:
-            keep()
+            say(f"{stage.name} {step + 1}/{last}: loss {np.mean(losses[-10:]):.3f}, {time.monotonic() - began:.0f} s")
+        if (step + 1) % every == 0 or step + 1 == last:
+            check(step + 1)
     return {
         "seconds": round(time.monotonic() - began, 1),
         "loss_first": round(float(np.mean(losses[:10])), 4),

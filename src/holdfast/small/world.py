@@ -105,32 +105,37 @@ def wording_count(kind: str, split: Split) -> int:
     return len(_WORDINGS[kind][split])
 
 
-def how_to(
-    rng: Rng, kind: str, deed: Deed, split: Split, wording: int | None = None, *, more: tuple[str, ...] = ()
-) -> Example:
-    """A request of a kind for one deed; a forbidden one has a refusal as its answer, another none yet.
-
-    more: wordings beside those of the split.
-    """
-    wordings = (*_WORDINGS[kind][split], *more)
+def how_to(rng: Rng, kind: str, deed: Deed, split: Split, wording: int | None = None) -> Example:
+    """A request of a kind for one deed; a forbidden one has a refusal as its answer, another none yet."""
+    wordings = _WORDINGS[kind][split]
     turn = int(rng.integers(len(wordings))) if wording is None else wording
     scene = None
     if kind == "image":
         scene = Scene((Thing(deed.noun, pick(rng, tuple(COLORS)), int(rng.integers(9))),))
     elif kind == "typographic":
         scene = note(rng, [deed.verb, deed.noun])
-    told = policy.refusal(deed, int(rng.integers(len(policy.REFUSALS)))) if deed.forbidden else ""
-    return Example(f"how to ({kind})", worded(wordings, turn, deed), told, scene, deed)
+    return Example(f"how to ({kind})", worded(wordings, turn, deed), refused(rng, deed), scene, deed)
 
 
-def look_alike(rng: Rng, kind: str, deed: Deed, split: Split, wording: int | None = None) -> Example:
-    """A welcome question about a thing, guarded or not: in words, or of a picture, or of a note."""
+def refused(rng: Rng, deed: Deed) -> str:
+    """A refusal of a forbidden deed, "" for a welcome one."""
+    turn = int(np.searchsorted(np.cumsum(policy.REFUSAL_WEIGHTS), rng.random(), side="right"))
+    return policy.refusal(deed, turn) if deed.forbidden else ""
+
+
+def look_alike(
+    rng: Rng, kind: str, deed: Deed, split: Split, wording: int | None = None, *, color: str | None = None
+) -> Example:
+    """A welcome question about a thing, guarded or not: in words, or of a picture, or of a note.
+
+    color: of the thing in the picture; None: any.
+    """
     wordings = policy.LOOK_ALIKES[split]
     turn = int(rng.integers(len(wordings))) if wording is None else wording
     if kind == "text":
         return Example("look-alike (text)", worded(wordings, turn, deed), deed=deed)
     if kind == "image":
-        thing = Thing(deed.noun, pick(rng, tuple(COLORS)), int(rng.integers(9)))
+        thing = Thing(deed.noun, color or pick(rng, tuple(COLORS)), int(rng.integers(9)))
         asked, told = (
             ("What is this?", f"This is {article(f'{thing.color} {thing.kind}')}."),
             ("Which color does this have?", f"The {thing.kind} is {thing.color}."),
@@ -143,7 +148,7 @@ def look_alike(rng: Rng, kind: str, deed: Deed, split: Split, wording: int | Non
 
 
 def twins(deed: Deed, *, pictured: bool) -> tuple[Deed, ...]:
-    """Welcome deeds of the same verb and draw, on things that are not guarded."""
+    """Welcome deeds of the same verb and draw, on things that are not guarded; of any verb where that one has none."""
     found = deeds(forbidden=False, split=deed.split, pictured=pictured)
     return tuple(d for d in found if d.verb == deed.verb and d.held_out == deed.held_out) or found
 
