@@ -232,6 +232,7 @@ def test_a_subclass_that_learns_in_its_own_way_claims_nothing() -> None:
         def train_task(self, ctx: Any) -> Any: ...
 
     assert [set(m().together) for m in (Own, Penalised, OwnCram)] == [set(), {"copies"}, set()]
+    assert "shards" in get("hpa").together and "shards" not in get("hpa", screen=True).together
 
 
 @pytest.mark.parametrize(

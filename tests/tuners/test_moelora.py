@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from holdfast.checkpoints.value import Checkpoint
 from holdfast.data.types import Sample
-from holdfast.errors import AdapterError, ConfigError
+from holdfast.errors import AdapterError, CheckpointError, ConfigError
 from holdfast.functional.mixture import mixture_update, start_of_mixture, token_gates
 from holdfast.methods import get
 from holdfast.models.encode import encode_request
@@ -146,7 +146,10 @@ def test_what_is_not_its_folder_or_its_base_is_refused(pico_folder: Path, folder
 
 def test_what_wants_cram_or_a_lora_says_what_the_folder_is(folder: Path) -> None:
     from holdfast.checkpoints.adapter import LoraAdapter
+    from holdfast.checkpoints.reader import CheckpointReader
 
+    with pytest.raises(CheckpointError, match="holds experts that a tuner puts on a base, and no weights"):
+        CheckpointReader(folder)
     with pytest.raises(AdapterError, match="is a folder of moelora, which has no router that decides per request"):
         read_router(folder)
     with pytest.raises(AdapterError):

@@ -130,6 +130,8 @@ class SeqFT:
         cls = type(self)
         if cls.train_task is not SeqFT.train_task or cls.begin_task is not SeqFT.begin_task:
             return frozenset()
+        if isinstance(self.config, EditingConfig) and self.config.screen:
+            return frozenset({"copies"})  # the calibration asks theta_0, in the first process alone
         plain = (cls.training_options, cls.end_task, cls.curvature, cls.step_rule)
         own = (SeqFT.training_options, SeqFT.end_task, SeqFT.curvature, SeqFT.step_rule)
         return frozenset({"copies", "shards"} if plain == own else {"copies"})

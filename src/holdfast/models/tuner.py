@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from holdfast.checkpoints.contents import TUNER_FILE
 from holdfast.errors import AdapterError
 from holdfast.files import read_json
 from holdfast.models.loaded import LoadedModel, Tuner
 from holdfast.registry import Registry
 
-MARKER = "holdfast_tuner.json"
+MARKER = TUNER_FILE
 
 
 # name -> "module:function", called as attach(loaded, folder) -> Tuner

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,9 @@ class StreamRun:
 
     @contextmanager
     def _lock(self, folder: Path) -> Iterator[None]:
-        """Hold `folder` for this run: its first process does."""
-        with _lock(folder) if self.share.chief else nullcontext():
+        """Hold `folder` for this run: its first process does, and the others hear where it cannot."""
+        with ExitStack() as stack:
+            self.share.by_chief(lambda: stack.enter_context(_lock(folder)))
             yield
 
     def _read(self, folder: Path) -> Record | None:
