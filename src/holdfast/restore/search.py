@@ -89,8 +89,8 @@ class Point:
             needed = math.ceil(one / (1 - one) * (1 - bound) / bound)
             found.append(
                 f"{counted['hits']} of {counted['scored']} {what}: that holds {100 * bound:g} %, but says only "
-                f"that the rate is below {100 * counted['high']:.1f} % (95 %). Probe with more of them: {needed} would do "
-                "where not one fails."
+                f"that the rate is below {100 * counted['high']:.1f} % (95 %). Probe with more of them: {needed} would "
+                "do where not one fails."
             )
         return found
 
