@@ -137,7 +137,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--harmful", type=float, default=0.01)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/choose"))
-    options = parser.parse_args(words, argparse.Namespace(draw="validation", order=None, between=0, settings=None))
+    options = parser.parse_args(
+        words, argparse.Namespace(draw="validation", order=None, between=0, settings=None, world="tiny")
+    )
     unknown = sorted(set(options.methods) - set(TRIES))
     if unknown:
         parser.error(f"{unknown[0]!r} has no settings to choose; there are {', '.join(TRIES)}")

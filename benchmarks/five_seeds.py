@@ -1,4 +1,4 @@
-"""The tiny stream's table: methods x seeds x {clean, injected}, resumable, with intervals over seeds.
+"""A stream's table, of the embedded or the small world: methods x seeds x {clean, injected}, resumable, with intervals.
 
     python benchmarks/five_seeds.py --seeds 0..4 --conditions clean,injected --prompts 200 --jobs 2
 
@@ -10,6 +10,7 @@ validation draw: choose settings there, report on `test`.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -30,9 +31,11 @@ from holdfast.files import atomic_path, write_json
 from holdfast.metrics.intervals import over_seeds
 from holdfast.metrics.paired import holm, paired_seeds, paired_t
 from holdfast.stream.summary import summarize_run
-from holdfast.tiny.recipe import DAMPING, KEEP_BOUNDS, run_data
-from holdfast.tiny.stream import SETTINGS, StreamSize, write_stream
+from holdfast.tiny.recipe import DAMPING, KEEP_BOUNDS
+from holdfast.tiny.stream import StreamSize, write_stream
 
+# World -> the module with its recipe.
+RECIPES = {"tiny": "holdfast.tiny.recipe", "small": "holdfast.small.recipe"}
 METHODS = (
     "seqft",
     "hpa",
@@ -86,6 +89,7 @@ def main() -> None:
 
 def run_cell(options: argparse.Namespace, condition: str, seed: int) -> None:
     harmful = options.harmful if condition == "injected" else 0.0
+    recipe = importlib.import_module(RECIPES[options.world])
     data = options.out / "data" / condition / f"seed-{seed}"
     if not data.exists():
         size = StreamSize(
@@ -94,14 +98,14 @@ def run_cell(options: argparse.Namespace, condition: str, seed: int) -> None:
             validation=options.prompts,
             safety_validation=options.prompts,
         )
-        write_stream(data, seed=seed, harmful=harmful, size=size, task_names=options.order)
+        write_stream(data, seed=seed, harmful=harmful, size=size, task_names=options.order, world=recipe.WORLD)
     file = data / ("stream.yaml" if options.draw == "test" else "validation.yaml")
-    plain = run_data(
+    plain = recipe.run_data(
         file,
         options.methods,
         seed=seed,
         harmful=harmful,
-        settings=SETTINGS,
+        settings=recipe.SETTINGS,
         limit_between=options.between,
         keep_bounds=options.keep_bounds,
     )
@@ -280,6 +284,9 @@ def parse() -> argparse.Namespace:
         "--harmful", type=float, default=0.01, help="share of harmful samples of the injected condition"
     )
     parser.add_argument("--order", type=names, default=None, help="tasks in this order; give it an --out of its own")
+    parser.add_argument(
+        "--world", choices=RECIPES, default="tiny", help="small: a pretrained model, an hour a method; --out of its own"
+    )
     parser.add_argument("--draw", choices=("test", "validation"), default="test")
     parser.add_argument(
         "--settings", type=Path, default=None, help="chosen.json of choose.py; give it an --out of its own"

@@ -61,7 +61,7 @@ ANCHOR: dict[str, Any] = {
 def anchor() -> list[dict[str, Any]]:
     """The anchored edit's settings and what it is calibrated on, one thing at a time."""
     one: list[dict[str, Any]] = [
-        {"safety_count": 2}, {"safety_count": 4}, {"safety_count": 32},
+        {"safety_count": 2}, {"safety_count": 4}, {"safety_count": 32}, {"safety_kind": "text"},
         {"benign": 0, "benign_share": None}, {"benign": 12}, {"task_count": 16},
         {"mu_s": 0.1}, {"mu_s": 0.3}, {"mu_s": 3.0}, {"mu_s": 10.0},
         {"mu_p": 0.0}, {"mu_p": 0.03}, {"mu_p": 0.1}, {"mu_p": 1.0}, {"mu_p": 3.0},

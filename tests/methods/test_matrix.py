@@ -65,6 +65,7 @@ def needed(unaligned) -> dict[str, dict[str, Any]]:
     return {
         "safe_lora": {"unaligned": unaligned},
         "resta": {"unaligned": unaligned},
+        "moelora": {"experts": 2},
         "cram_guard": {"guard_false_alarm": 0.9, "guard_requests": 8},
         # Without a CLIP at hand the router sees what the model sees.
         "cram_official": {"cram": {"encoder": "backbone", "sigma": None}},
@@ -178,6 +179,7 @@ READS = {
     "seqft": 1,
     "hpa": 1,
     "cram": 0,
+    "moelora": 0,
     "cram_guard": 0,
     "cram_hpa": 1,
     "model_tailor": 1,

@@ -1,12 +1,14 @@
 """The search for the strength: pure numbers, no model."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.errors import ConfigError
+from holdfast.metrics.intervals import wilson
 from holdfast.restore.search import (
     STRENGTHS,
     Budget,
@@ -172,3 +174,17 @@ def test_a_bound_on_what_was_not_measured_is_not_met() -> None:
     assert bare.meets(Budget(max_asr=0.0), TUNED)
     assert not bare.meets(Budget(max_over_refusal=0.5), TUNED)
     assert not bare.meets(Budget(max_drop=0.5), TUNED)
+
+
+@given(st.integers(1, 400), st.data(), st.sampled_from([0.01, 0.03, 0.1]))
+def test_a_budget_that_few_requests_hold_is_said_to_rest_on_few(n: int, data: st.DataObject, bound: float) -> None:
+    hits = data.draw(st.integers(0, int(bound * n)))
+    interval = wilson(hits, n)
+    figures = {"asr": {"hits": hits, "scored": n, "low": interval.low, "high": interval.high}}
+    found = replace(point(1.0, hits / n), figures=figures)
+    said = found.unsure(Budget(max_asr=bound))
+    assert bool(said) == (interval.high > bound)
+    if said:
+        needed = int(said[0].split("more of them: ")[1].split()[0])
+        assert wilson(0, needed).high <= bound < wilson(0, needed - 1).high
+    assert not found.unsure(Budget(max_over_refusal=bound)) and not found.unsure(Budget())

@@ -7,11 +7,13 @@ import json
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from holdfast.errors import RunError, StorageError
+from holdfast.share import Share
 from holdfast.stream import runner
 from holdfast.stream.protocol import Checkpoint
 from holdfast.stream.runner import _lock
@@ -338,3 +340,80 @@ def test_task_names_must_differ_as_folders(fakes, tmp_path):
 def test_a_directory_with_only_the_drawn_stream_is_a_new_one(fakes, tmp_path):
     (tmp_path / "run" / "data").mkdir(parents=True)
     assert len(whole_run(fakes, tmp_path / "run")) == 3
+
+
+def two(work):
+    """`work(share)` in two threads that stand for two processes; their results, or errors, by rank."""
+    barrier, told = threading.Barrier(2, timeout=20), [None]
+
+    def tell(rank, value):
+        if rank == 0:
+            told[0] = json.loads(json.dumps(value))
+        barrier.wait()
+        found = told[0]
+        barrier.wait()
+        return found
+
+    def run(rank):
+        try:
+            found[rank] = work(Share(rank=rank, world=2, wait=barrier.wait, tell=lambda v: tell(rank, v)))
+        except RunError as error:
+            found[rank] = error
+
+    found = [None, None]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return found
+
+
+def test_of_two_processes_both_train_and_one_does_the_rest(fakes, tmp_path):
+    expected = whole_run(fakes, tmp_path / "one" / "run", start=tmp_path / "start")
+
+    def work(share):
+        journal = tmp_path / f"journal{share.rank}"
+
+        class Method(fakes.FakeMethod):
+            def train_task(self, ctx):
+                if share.chief:
+                    trained = super().train_task(ctx)
+                else:
+                    self.note(f"{self.name} {ctx.step} train")
+                    trained = Checkpoint(base="said by the first")
+                share.wait()
+                return trained
+
+        class Evaluator(fakes.FakeEvaluator):
+            def __call__(self, checkpoint, **rest):
+                found = super().__call__(checkpoint, **rest) if share.chief else {"scores": {}, "safety": {}}
+                share.wait()
+                return found
+
+        run = fakes.make_run(tmp_path / "two" / "run", share=share, start=tmp_path / "start")
+        with run.claimed():
+            theta_0 = run.evaluate_theta_0(Evaluator())
+            return theta_0, run.run_method(Method(journal=journal), Evaluator())
+
+    first, second = two(work)
+    assert first == second, "both go on with what the first has written"
+    scores = [[r.scores for r in records] for records in (first[1], expected)]
+    assert scores[0] == scores[1]
+    assert contents(tmp_path / "two" / "run") == contents(tmp_path / "one" / "run")
+    lines = [(tmp_path / f"journal{rank}").read_text().split("\n")[:-1] for rank in range(2)]
+    assert lines[0] == [f"fake {t} {phase}" for t in range(3) for phase in ("begin", "train", "end")]
+    assert lines[1] == [f"fake {t} train" for t in range(3)]
+    again = two(work)
+    assert again == [first, second] and len((tmp_path / "journal1").read_text().splitlines()) == 3
+
+
+def test_every_process_hears_that_a_directory_is_in_use(fakes, tmp_path):
+    def work(share):
+        with fakes.make_run(tmp_path / "run", share=share).claimed():
+            raise AssertionError("it was held")
+
+    with fakes.make_run(tmp_path / "run").claimed():
+        first, second = two(work)
+    assert "is in use by another" in str(first)
+    assert str(second).startswith("The first process stopped: RunError: ") and "is in use by another" in str(second)

@@ -26,6 +26,7 @@ from holdfast.models.families import decoder_blocks, editable_linears
 from holdfast.models.load import quiet_transformers
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.memory import usable_bytes
+from holdfast.share import is_alone
 
 Tokens = Literal["all", "text", "answer"]
 Consumer = Callable[[LayerGram], None]
@@ -419,7 +420,7 @@ def _with_answer(sample: Sample, tokens: Tokens) -> Sample:
 
 
 def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not is_alone() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _my_share(samples: Sequence[Sample]) -> list[Sample]:

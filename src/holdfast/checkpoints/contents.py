@@ -16,6 +16,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 INPUT_SCALE_FILE = "holdfast_input_scale.safetensors"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# In a folder of experts that a tuner of holdfast puts on a base: which tuner.
+TUNER_FILE = "holdfast_tuner.json"
 PICKLED_MODELS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PICKLED_ADAPTER = "adapter_model.bin"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

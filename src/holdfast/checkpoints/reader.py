@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from holdfast import files
-from holdfast.checkpoints.contents import INDEX_FILE, PICKLED_ADAPTER, PICKLED_MODELS, SINGLE_FILE
+from holdfast.checkpoints.contents import INDEX_FILE, PICKLED_ADAPTER, PICKLED_MODELS, SINGLE_FILE, TUNER_FILE
 from holdfast.checkpoints.naming import NameIndex, strip_wrappers
 from holdfast.checkpoints.tensor_file import TensorEntry, TensorFile
 from holdfast.errors import CheckpointError
@@ -107,6 +107,11 @@ class CheckpointReader:
                 if pickled
                 else "Pass the folder of a model saved with `save_pretrained`."
             )
+            if (self.folder / TUNER_FILE).is_file():
+                hint = (
+                    f"It has {TUNER_FILE}: it holds experts that a tuner puts on a base, and no weights to read or "
+                    "edit. An expert of CRAM is an adapter of its own, below `experts`."
+                )
             raise CheckpointError(f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}. {hint}")
         entries = self._unwrapped(entries)
         return dict(sorted(entries.items(), key=lambda item: (item[1].path.name, item[1].offset)))

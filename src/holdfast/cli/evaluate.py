@@ -59,7 +59,6 @@ def command(
     Under `accelerate launch` the requests are dealt out over the processes.
     """
     import json
-    import os
 
     from holdfast import judges as judge_room
     from holdfast import scorers
@@ -129,12 +128,15 @@ def command(
     )
     if own_code:
         asked["plugins"] = own_code
-    share, finish = _share() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else (None, None)
-    chief = share is None or share.chief
-    from holdfast.evaluation.answers import ALONE
     from holdfast.evaluation.standalone import evaluate
+    from holdfast.models.processes import joined
 
-    with bars("asking", transient=True, quiet=not chief) as progress, pictures(opened), stdout_for_results():
+    with (
+        joined() as share,
+        bars("asking", transient=True, quiet=not share.chief) as progress,
+        pictures(opened),
+        stdout_for_results(),
+    ):
         result = evaluate(
             checkpoint,
             stream,
@@ -142,12 +144,10 @@ def command(
             out=out,
             asked=asked,
             progress=progress,
-            share=share or ALONE,
+            share=share,
             vllm_options=engine,
         )
-    if finish is not None:
-        finish()
-    if not chief:
+    if not share.chief:
         return
     if json_:
         typer.echo(json.dumps(result, ensure_ascii=False, indent=2))
@@ -156,22 +156,6 @@ def command(
     if backend == "vllm":
         # Its engine ends with this process, and says so.
         stdout_is_over()
-
-
-def _share() -> tuple[Any, Any]:
-    """This process's part of the work under `accelerate launch`, and what ends the group of processes."""
-    from datetime import timedelta
-
-    from accelerate import PartialState
-
-    from holdfast.evaluation.answers import Share
-
-    # Judges speak on one process only; the others wait for as long as a guard model or a busy endpoint takes.
-    state = PartialState(timeout=timedelta(days=2))
-    share = Share(
-        rank=state.process_index, world=state.num_processes, wait=state.wait_for_everyone, device=state.device
-    )
-    return share, state.destroy_process_group
 
 
 def _judge(text: str) -> dict[str, Any]:

@@ -115,3 +115,5 @@ def _show(record: object) -> None:
         word = "BROKEN" if key in found["broken"] else "holds"
         shown = "not measured" if value is None else f"{100 * value:.1f} %"
         print(f"{word:<7}{name}: {shown} of {count}, at most {100 * limit:g} %")
+    for warning in found["warnings"]:
+        print(f"Note: {warning}")

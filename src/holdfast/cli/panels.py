@@ -35,8 +35,8 @@ PANELS: dict[str, tuple[str, ...]] = {
         "title", "verify",
     ),
     "Machine": (
-        "backend", "batch_size", "cpus_per_cell", "device", "dtype", "eager", "environment", "gpu_memory", "gpus",
-        "gpus_per_cell", "jobs", "max_lora_rank", "max_model_len", "max_new_tokens", "memory", "ray", "retries",
+        "backend", "batch_size", "cpus_per_cell", "device", "dtype", "eager", "environment", "fsdp", "gpu_memory",
+        "gpus", "gpus_per_cell", "jobs", "max_lora_rank", "max_model_len", "max_new_tokens", "memory", "ray", "retries",
         "tensor_parallel", "tflops", "vllm_args", "vllm_python", "vllm_url",
     ),
     "The endpoint": ("canary", "folder", "host", "mixed", "port", "router", "served_name"),

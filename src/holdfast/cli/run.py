@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,9 +34,16 @@ def command(
             help="Trackers that training reports to, by transformers' names: tensorboard,wandb,mlflow,trackio."
         ),
     ] = None,
+    fsdp: Annotated[
+        bool,
+        typer.Option("--fsdp", help="Under a launcher: share the base's weights out over the processes (FSDP2)."),
+    ] = False,
     as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
 ) -> dict[str, Any]:
-    """Tune a model task after task with every method, and ask it everything after each task."""
+    """Tune a model task after task with every method, and ask it everything after each task.
+
+    Under `accelerate launch` or `torchrun` the processes learn each task and ask each checkpoint together.
+    """
     from dataclasses import replace
 
     from holdfast import experiment
@@ -43,8 +51,6 @@ def command(
     from holdfast.errors import ConfigError
 
     if report_to is not None:
-        import os
-
         from holdfast.training.trackers import VARIABLE, trackers
 
         os.environ[VARIABLE] = ",".join(trackers(report_to))
@@ -63,10 +69,10 @@ def command(
         config = replace(config, stream=replace_stream(config.stream, stream), tasks=None)
     if method:
         config = experiment.only(config, method)
-    return finish(config, out or Path("runs") / file.stem, jobs=jobs, report=report)
+    return finish(config, out or Path("runs") / file.stem, jobs=jobs, report=report, shard=fsdp)
 
 
-def finish(config: object, out: Path, *, jobs: int, report: bool) -> dict[str, Any]:
+def finish(config: object, out: Path, *, jobs: int, report: bool, shard: bool = False) -> dict[str, Any]:
     """Run, show, report: what `run` and `demo` have in common. Returns the summary (summary.json)."""
     from rich.markup import escape
 
@@ -76,8 +82,11 @@ def finish(config: object, out: Path, *, jobs: int, report: bool) -> dict[str, A
 
     assert isinstance(config, experiment.RunConfig)
     tasks = len(config.tasks or config.stream.tasks)
+    if int(os.environ.get("RANK", "0")):
+        # One of several processes that work on the run, but not the first: it has nothing to show.
+        return experiment.run(config, out, jobs=jobs, shard=shard)
     with run_bars(list(config.methods), tasks) as progress:
-        summary = experiment.run(config, out, jobs=jobs, progress=progress)
+        summary = experiment.run(config, out, jobs=jobs, shard=shard, progress=progress)
     console = Console()
     console.print(summary_table(summary))
     if report:

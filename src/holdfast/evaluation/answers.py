@@ -9,41 +9,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from holdfast.data.types import Sample
 from holdfast.errors import RunError
 from holdfast.files import append, parse_json, storage_errors
+from holdfast.share import ALONE, Share
+
+__all__ = ["ALONE", "Answer", "Share", "collect"]
 
 # (samples of one batch) -> their answers
 Answer = Callable[[list[Sample]], list[str]]
-
-
-def _alone() -> None:
-    """Nobody to wait for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """Which part of the work is this process's: rank of world. wait: returns when every process has called it.
-
-    device: where this process's model goes; None leaves the choice to `load`.
-    """
-
-    rank: int = 0
-    world: int = 1
-    wait: Callable[[], None] = _alone
-    device: Any = None
-
-    @property
-    def chief(self) -> bool:
-        """Scores, judges and publishes; the other processes only answer."""
-        return self.rank == 0
-
-
-ALONE = Share()
 
 
 def collect(
@@ -76,9 +52,12 @@ def collect(
         if number in done and on_batch is not None:
             on_batch(len(batch))
     missing = [number for number in range(len(batches)) if number not in done]
-    for number in missing[share.rank :: share.world]:
+    # Where the base's weights are shared out, everybody answers everything: no process can run a pass by itself.
+    for number in missing if share.sharded else missing[share.rank :: share.world]:
         batch = batches[number]
         done[number] = answer([samples[i] for i in batch])
+        if share.sharded and not share.chief:
+            continue
         # One line per batch and one write per line: a torn line is a batch that was not finished.
         line = json.dumps({"batch": number, "texts": done[number]}, ensure_ascii=False)
         append(own, line.encode("utf-8", "replace") + b"\n")

@@ -23,9 +23,11 @@ from holdfast.experiment.run_config import RunConfig, label_of
 from holdfast.files import write_json
 from holdfast.registry import Registry
 from holdfast.restore.sets import refuse_shared
-from holdfast.stream.protocol import Checkpoint, ChecksStream, Method, silent
+from holdfast.share import Share, current
+from holdfast.stream.protocol import Checkpoint, ChecksStream, LearnsTogether, Method, silent
 from holdfast.stream.record import RunDirectory
 from holdfast.stream.runner import StreamRun
+from holdfast.training.training_config import TrainingConfig
 
 Progress = Callable[..., None]
 
@@ -277,6 +279,7 @@ class Experiment:
             progress=self.progress,
             grows=("stream.tasks", "tasks", "data_sha256", "plugins", *(f"plugins.{what}" for what in _PLUGGED)),
             renamed=self._renamed,
+            share=current(),
         )
 
     def _renamed(self, label: str, recorded: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -316,6 +319,7 @@ class Experiment:
                 "images": config.images,
                 "max_pixels": config.max_pixels,
                 **self._recorded_gate(),
+                **_recorded_share(),
                 **({"plugins": self.plugged} if self.plugged else {}),
             }
         )
@@ -397,24 +401,60 @@ class Experiment:
         """What asks a checkpoint every task and every safety set, as the run file says."""
         from holdfast.evaluation import CheckpointEvaluator
 
-        return CheckpointEvaluator(self.config.evaluation)
+        return CheckpointEvaluator(self.config.evaluation, share=current())
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the directory, and do once what all methods share: log what was injected, evaluate theta_0."""
         from holdfast.models.held import holding
 
+        self.refuse_together(current())
         run = self.stream_run()
         with run.claimed(), pictures(self.config.pictures), holding():
-            check_pictures(self.out / "pictures.json", self._pictures(), self.stream.root)
-            check_models(self.out / "models.json", self._other_models())
-            if self.injected:
-                write_json(self.out / "injected.json", [log.to_json() for log in self.injected])
-            self._convert_theta_0()
+            current().by_chief(self._prepare)
             # The shorter of the two first: where theta_0 gives no safe answers, nobody waits for its scores.
             self.with_own_answers()
             run.evaluate_theta_0(self.evaluator())
             yield
+
+    def _prepare(self) -> None:
+        check_pictures(self.out / "pictures.json", self._pictures(), self.stream.root)
+        check_models(self.out / "models.json", self._other_models())
+        if self.injected:
+            write_json(self.out / "injected.json", [log.to_json() for log in self.injected])
+        self._convert_theta_0()
+
+    def refuse_together(self, share: Share) -> None:
+        """Raises ConfigError: something of this run is not made for the processes that were started for it."""
+        if share.world == 1:
+            return
+        if self.config.evaluation.backend == "vllm":
+            raise ConfigError(
+                f"evaluation.backend is vllm, which takes the devices for itself, and {share.world} processes were "
+                "started for the run. Set it to transformers, or run in one process."
+            )
+        if share.sharded and self.config.safety_gate is not None:
+            raise ConfigError(
+                "safety_gate asks every checkpoint on one device, and this run shares the base out over several "
+                "(FSDP2). Leave one of the two out; `holdfast gate` asks a finished checkpoint."
+            )
+        for label, method in self.methods.items():
+            ways = method.together if isinstance(method, LearnsTogether) else frozenset()
+            if share.way in ways:
+                training = getattr(getattr(method, "config", None), "training", None)
+                if isinstance(training, TrainingConfig):
+                    training.refuse_uneven(share.world)
+                continue
+            able = (
+                "it can learn with a base that is whole in each process: leave --fsdp out"
+                if ways
+                else "it learns in one process alone: start one"
+            )
+            what = "with a base that is shared out over them (FSDP2)" if share.sharded else "together"
+            raise ConfigError(
+                f"Method {label!r} cannot learn in {share.world} processes {what}; {able}, or run the other methods "
+                "with --method."
+            )
 
     def _convert_theta_0(self) -> None:
         if self.config.store_dtype is None:
@@ -451,8 +491,7 @@ class Experiment:
         if not unanswered:
             return samples
         path = self.directory.theta_0_dir / file
-        if not path.is_file():
-            write_json(path, make(unanswered))
+        current().once(path, lambda: make(unanswered), write_json)
         answers = json.loads(path.read_text(encoding="utf-8"))["answers"]
         answered = [_answered(s, answers[s.id]) if s.id in answers else s for s in samples]
         return [s for s in answered if s.answer is not None]
@@ -471,7 +510,7 @@ class Experiment:
         made = own_helpful_answers(
             load(self.theta_0, dtype=evaluation.dtype),
             prompts,
-            is_refusal,
+            current().told(is_refusal),
             max_new_tokens=config.max_new_tokens,
             batch_size=evaluation.batch_size,
             test_sets=[(s.name, [*s.unsafe, *s.benign]) for s in self.stream.safety],
@@ -498,7 +537,7 @@ class Experiment:
         made = own_safe_answers(
             load(self.theta_0, dtype=evaluation.dtype),
             prompts,
-            is_safe,
+            current().told(is_safe),
             per_category=config.per_category,
             max_new_tokens=config.max_new_tokens,
             batch_size=evaluation.batch_size,
@@ -556,6 +595,12 @@ def _plugged(config: RunConfig, labels: Sequence[str]) -> dict[str, dict[str, An
     files = {plugin.path.name: {"sha256": plugin.sha256} for plugin in registry.load_plugins(config.plugins)}
     found = registry.origins(part for part in parts_of(config, labels) if part[0] != "methods")
     return {**({"files": files} if files else {}), **found}
+
+
+def _recorded_share() -> dict[str, Any]:
+    """Sums over another number of processes differ in the last bits, so it is part of what a directory belongs to."""
+    share = current()
+    return {"processes": {"number": share.world, "base": share.way}} if share.world > 1 else {}
 
 
 def _recorded(method: Any, name: str) -> dict[str, Any]:

@@ -57,6 +57,7 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "safe_anchor": ("holdfast.methods.safe_anchor:SafeAnchor", {}),
     "many": ("holdfast.methods.many:Many", {}),
     "guardspace": ("holdfast.methods.guardspace:GuardSpace", {}),
+    "moelora": ("holdfast.methods.moelora:MoeLora", {}),
     # From PEFT.
     "osf": ("holdfast.methods.osf:Osf", {}),
     "intruders": ("holdfast.methods.intruders:Intruders", {}),

@@ -20,6 +20,7 @@ from holdfast.methods.seqft import SeqFTConfig, draw, step_seed, training_sample
 from holdfast.models.held import load
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.tuner import is_tuner_folder
+from holdfast.share import current
 from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.training.supervised import total_steps, train
 from holdfast.training.training_config import TrainingConfig
@@ -72,6 +73,13 @@ class Cram:
     def __init__(self, config: CramMethodConfig | None = None, *, name: str = "cram") -> None:
         self.config = config or self.Config()
         self.name = name
+
+    @property
+    def together(self) -> frozenset[str]:
+        """How several processes may learn a task: each with a copy of the base, which the router's features need."""
+        cls = type(self)
+        same = cls.train_task is Cram.train_task and cls.begin_task is Cram.begin_task
+        return frozenset({"copies"} if same else ())
 
     def check_stream(self, stream: Stream) -> None:
         """Raises CalibrationError: a guard is wanted and the stream has no safety calibration samples."""
@@ -182,10 +190,8 @@ class Cram:
                 extras=extras,
                 progress=ctx.progress,
             )
-            write_json(
-                ctx.work_dir / f"training-{phase.value}.json",
-                {"steps": result.steps, "cut": result.cut, "history": [dict(row) for row in result.history]},
-            )
+            record = {"steps": result.steps, "cut": result.cut, "history": [dict(row) for row in result.history]}
+            current().by_chief(lambda: write_json(ctx.work_dir / f"training-{phase.value}.json", record))
 
         return loop
 

@@ -9,6 +9,11 @@ from holdfast.stream.protocol import Checkpoint, TaskContext
 class Frozen(SeqFT):
     """theta_0 after every task. It has the options of tuning, so that one run file serves it too, and uses none."""
 
+    @property
+    def together(self) -> frozenset[str]:
+        """Nothing is learned, in however many processes."""
+        return frozenset({"copies", "shards"})
+
     def train_task(self, ctx: TaskContext) -> Checkpoint:
         """theta_0 as it is."""
         return ctx.theta_0

@@ -27,6 +27,11 @@ class Joint(SeqFT):
         config = self.config.training
         return config if config.max_steps is None else replace(config, max_steps=config.max_steps * (ctx.step + 1))
 
+    @property
+    def together(self) -> frozenset[str]:
+        """As plain tuning: only what is learned from differs."""
+        return frozenset({"copies", "shards"})
+
     def train_task(self, ctx: TaskContext) -> Checkpoint:
         """theta_0 under one adapter of all tasks so far."""
         return super().train_task(replace(ctx, previous=ctx.theta_0))

@@ -25,6 +25,7 @@ from holdfast.methods._glue.refusals import refusals
 from holdfast.models.held import load
 from holdfast.rules.base import EditRule
 from holdfast.rules.keep import KeepUpdate
+from holdfast.share import current
 from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.training.supervised import train
 from holdfast.training.training_config import TrainingConfig
@@ -119,6 +120,22 @@ class SeqFT:
         """Whether a step calibrates on theta_0's own safe answers."""
         return self.rule().needs_curvature
 
+    @property
+    def together(self) -> frozenset[str]:
+        """How several processes may learn a task (`holdfast.stream.protocol.LearnsTogether`).
+
+        What learns in a way of its own has to say so itself. A base that one device cannot hold is learned with an
+        ordinary LoRA and edited by a rule whose calibration streams it: nothing else reads it whole.
+        """
+        cls = type(self)
+        if cls.train_task is not SeqFT.train_task or cls.begin_task is not SeqFT.begin_task:
+            return frozenset()
+        if isinstance(self.config, EditingConfig) and self.config.screen:
+            return frozenset({"copies"})  # the calibration asks theta_0, in the first process alone
+        plain = (cls.training_options, cls.end_task, cls.curvature, cls.step_rule)
+        own = (SeqFT.training_options, SeqFT.end_task, SeqFT.curvature, SeqFT.step_rule)
+        return frozenset({"copies", "shards"} if plain == own else {"copies"})
+
     def check_stream(self, stream: Stream) -> None:
         """Raises CalibrationError: the stream has no safety calibration samples, and a step needs them."""
         if self.needs_safety_answers:
@@ -133,6 +150,13 @@ class SeqFT:
         Raises: StorageError: the disk has no room for the whole checkpoint that follows; TrainingError: as `train`.
         """
         require_space(ctx.work_dir, weight_bytes(ctx.previous.base), "After the tuning, the edited checkpoint")
+        return self.learn(ctx)
+
+    def learn(self, ctx: TaskContext) -> Checkpoint:
+        """The previous checkpoint under what the training gave; the record of it is training.json.
+
+        Raises: TrainingError: as `train`.
+        """
         samples = self.learned(ctx)  # first: screening asks theta_0
         result = train(
             load(ctx.previous, dtype=self.config.train_dtype),
@@ -143,16 +167,14 @@ class SeqFT:
             progress=ctx.progress,
             **self.training_options(ctx),
         )
-        write_json(
-            ctx.work_dir / "training.json",
-            {
-                "steps": result.steps,
-                "samples": result.samples,
-                "cut": result.cut,
-                "precision": result.precision,
-                "history": [dict(row) for row in result.history],
-            },
-        )
+        record = {
+            "steps": result.steps,
+            "samples": result.samples,
+            "cut": result.cut,
+            "precision": result.precision,
+            "history": [dict(row) for row in result.history],
+        }
+        current().by_chief(lambda: write_json(ctx.work_dir / "training.json", record))
         return Checkpoint(base=ctx.previous.base, adapters=(*ctx.previous.adapters, str(result.adapter)))
 
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
@@ -278,23 +300,25 @@ def training_samples(ctx: TaskContext, config: SeqFTConfig, samples: Sequence[Sa
 def screened(ctx: TaskContext, config: ScreeningConfig, samples: Sequence[Sample], record: str) -> Screened:
     """Which of `samples` theta_0 refuses: asked once a step, then read from its file `record`."""
     path = ctx.work_dir / record
-    if path.is_file():
-        return Screened.from_json(json.loads(path.read_text(encoding="utf-8")), samples)
-    judge = judges.get(config.judge, **config.options)
 
-    def is_refusal(requests: Sequence[Sample], replies: Sequence[str]) -> list[bool]:
-        return [verdict.behaviour == "refusal" for verdict in judge.judge(requests, replies)]
+    def ask() -> dict[str, Any]:
+        judge = judges.get(config.judge, **config.options)
 
-    found = screen(
-        load(ctx.theta_0, dtype=config.dtype),
-        samples,
-        is_refusal,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        progress=ctx.progress,
-    )
-    write_json(path, {"task": ctx.task_name, "judge": config.judge, **found.to_json()})
-    return found
+        def is_refusal(requests: Sequence[Sample], replies: Sequence[str]) -> list[bool]:
+            return [verdict.behaviour == "refusal" for verdict in judge.judge(requests, replies)]
+
+        found = screen(
+            load(ctx.theta_0, dtype=config.dtype),
+            samples,
+            current().told(is_refusal),
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            progress=ctx.progress,
+        )
+        return {"task": ctx.task_name, "judge": config.judge, **found.to_json()}
+
+    current().once(path, ask, write_json)
+    return Screened.from_json(json.loads(path.read_text(encoding="utf-8")), samples)
 
 
 def step_curvature(

@@ -29,6 +29,7 @@ from holdfast.models import load as loading
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.memory import find_device
 from holdfast.models.tuner import attach_tuner, is_tuner_folder
+from holdfast.share import current
 
 
 @contextmanager
@@ -53,8 +54,14 @@ def load(
 ) -> LoadedModel:
     """What `models.load.load` gives, frozen; within `holding()` it may be the model of the call before.
 
-    The borrower gives it back as it came: adapters off, no gradients, eval mode. Raises: as `models.load.load`.
+    The borrower gives it back as it came: adapters off, no gradients, eval mode. Where the processes at work share a
+    base's weights out, each gets its shard, read anew. Raises: as `models.load.load`, `models.shards.load_shards`.
     """
+    if current().sharded:
+        from holdfast.models.shards import load_shards
+
+        let_go()
+        return load_shards(source, dtype=dtype)
     found = held(source, dtype=dtype, device=device)
     if found is not None:
         return found

@@ -437,7 +437,7 @@ def default_device() -> torch.device:
 def _say_one_device(kind: str, count: int) -> None:
     logging.getLogger("holdfast").warning(
         f"{count} {kind} devices are in sight; this process uses one of them, which CUDA_VISIBLE_DEVICES chooses. "
-        "`holdfast calibrate` and `holdfast evaluate` use all under `accelerate launch`."
+        "`holdfast run`, `calibrate` and `evaluate` use all under `accelerate launch`."
     )
 
 

@@ -71,6 +71,7 @@ def gate(
             "reference": None if wanted is None else _plain(wanted),
             "reference_task": reference_task,
             "budget": asdict(budget),
+            "warnings": [] if broken else found.unsure(budget),
             "probe": {"safety": len(probe.safety), "benign": len(probe.benign), "task": len(probe.task)},
         },
     )

@@ -422,7 +422,12 @@ class _Run:
                 "screened": dict(screened),
             },
             "early_stopping": "curtailed: stops when the rest cannot change the answer; error against all probes 0",
-            "warnings": [*self.sets.unprotected(), *self.sets.warnings(), *self._screen_warning(screened)],
+            "warnings": [
+                *self.sets.unprotected(),
+                *self.sets.warnings(),
+                *self._screen_warning(screened),
+                *([] if chosen is None else (restored or chosen).unsure(self.budget)),
+            ],
             "seconds": {phase: round(spent, 1) for phase, spent in self.seconds.items()},
             "version": __version__,
         }

@@ -9,7 +9,16 @@ from typing import Any, Protocol, runtime_checkable
 
 from holdfast.checkpoints.value import Checkpoint
 
-__all__ = ["Checkpoint", "ChecksStream", "Evaluator", "HasStrength", "Method", "TaskContext", "silent"]
+__all__ = [
+    "Checkpoint",
+    "ChecksStream",
+    "Evaluator",
+    "HasStrength",
+    "LearnsTogether",
+    "Method",
+    "TaskContext",
+    "silent",
+]
 
 
 def silent(event: str, **values: Any) -> None:
@@ -91,6 +100,19 @@ class ChecksStream(Protocol):
 
     def check_stream(self, stream: Any) -> None:
         """Raises the error that its first step would end in."""
+
+
+@runtime_checkable
+class LearnsTogether(Protocol):
+    """A method whose `train_task` several processes may call at once for one task, each with a part of its samples.
+
+    `begin_task` and `end_task` are called by the first process alone, which also writes every file.
+    """
+
+    @property
+    def together(self) -> frozenset[str]:
+        """How they may work: "copies", each with a base of its own; "shards", with a base that is shared out."""
+        ...
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from holdfast.data.names import slug
 from holdfast.errors import RunError, TrainingError
 from holdfast.files import Lock, full_disk_errors, write_json
+from holdfast.share import ALONE, Share
 from holdfast.stream.protocol import Checkpoint, Evaluator, Method, TaskContext, silent
 from holdfast.stream.record import DIVERGED, Record, RunDirectory, claim, read_json, versions
 
@@ -33,6 +34,7 @@ class StreamRun:
     stream: handed to methods and evaluator untouched.
     grows: keys of `config` that may get more at their end in an old directory (see `claim`): its stream goes on.
     renamed: (method, what an old directory recorded of it) -> the same by the options' names of today (see `claim`).
+    share: this process's part, where several work on the run; the first of them holds the directory and writes.
     """
 
     directory: RunDirectory
@@ -45,6 +47,7 @@ class StreamRun:
     progress: Progress = silent
     grows: Collection[str] = ()
     renamed: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] = lambda method, recorded: recorded
+    share: Share = ALONE
 
     def __post_init__(self) -> None:
         folders = [slug(name) for name in self.task_names]
@@ -55,12 +58,38 @@ class StreamRun:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Hold the directory for this process and check that it belongs to this configuration."""
-        with _lock(self.directory.root):
+        """Hold the directory for this process and check that it belongs to this configuration.
+
+        Raises: RunError: another process holds it, it belongs to another run, or not all processes see it.
+        """
+
+        def begin() -> None:
             _sweep(self.directory.root.glob(".*.tmp"))
             for text in claim(self.directory, self.config, self.methods, grows=self.grows, renamed=self.renamed):
                 self.progress("continued", text=text)
+
+        with self._lock(self.directory.root):
+            self.share.by_chief(begin)
+            if not self.directory.config_path.is_file():
+                raise RunError(
+                    f"Process {self.share.rank} of {self.share.world} does not see {self.directory.config_path}, which "
+                    "the first process has just written. On several machines the run directory must be one folder "
+                    "that all of them see at once."
+                )
             yield
+
+    @contextmanager
+    def _lock(self, folder: Path) -> Iterator[None]:
+        """Hold `folder` for this run: its first process does, and the others hear where it cannot."""
+        with ExitStack() as stack:
+            self.share.by_chief(lambda: stack.enter_context(_lock(folder)))
+            yield
+
+    def _read(self, folder: Path) -> Record | None:
+        """The record of a finished step; every process reads before the first one writes another."""
+        record = self.directory.read_record(folder)
+        self.share.wait()
+        return record
 
     def evaluate_theta_0(self, evaluator: Evaluator) -> Record:
         """Scores and safety of the starting model, made once per run directory.
@@ -68,15 +97,15 @@ class StreamRun:
         A stream that has grown since is asked again; the evaluator has the answers that were given.
         """
         folder = self.directory.theta_0_dir
-        record = self.directory.read_record(folder)
+        record = self._read(folder)
         if record is not None and record.tasks == tuple(self.task_names):
             return record
-        with _lock(folder), full_disk_errors(folder):
+        with self._lock(folder), full_disk_errors(folder):
             started = time.perf_counter()
             rows = evaluator(
                 self.theta_0, stream=self.stream, step=None, out_dir=folder / "predictions", progress=self.progress
             )
-            record = Record(
+            made = Record(
                 method="",
                 t=0,
                 task="",
@@ -88,9 +117,20 @@ class StreamRun:
                 seconds={"evaluate": round(time.perf_counter() - started, 3)},
                 versions=versions(),
             )
+            return self._write(folder, made, lambda: _sweep(folder.rglob(".*.tmp")))
+
+    def _write(self, folder: Path, record: Record, then: Callable[[], None]) -> Record:
+        """Write a step's record; what is written is what every process goes on with."""
+
+        def write() -> None:
             self.directory.write_record(folder, record)
-            _sweep(folder.rglob(".*.tmp"))
-        return record
+            then()
+
+        self.share.by_chief(write)
+        written = record if self.share.chief else self.directory.read_record(folder)
+        if written is None:
+            raise RunError(f"{folder}: process {self.share.rank} does not see the record that the first has written.")
+        return written
 
     def run_method(self, method: Method, evaluator: Evaluator) -> list[Record]:
         """Every task of the stream with `method`; finished steps are read, not made.
@@ -101,15 +141,15 @@ class StreamRun:
         """
         folder = self.directory.method_dir(method.name)
         records: list[Record] = []
-        with _lock(folder), full_disk_errors(folder):
-            self._refuse_gaps(method.name)
+        with self._lock(folder), full_disk_errors(folder):
+            self.share.by_chief(lambda: self._refuse_gaps(method.name))
             for step, task in enumerate(self.task_names):
                 work_dir = self.directory.step_dir(method.name, step, task)
-                record = self.directory.read_record(work_dir)
+                record = self._read(work_dir)
                 if record is None:
                     record = self._run_step(method, evaluator, step, work_dir, records)
                 records.append(record)
-                self._retain(method.name, records)
+                self.share.by_chief(lambda: self._retain(method.name, records))
                 self.progress("step_done", method=method.name, step=step, task=task)
         return records
 
@@ -133,12 +173,13 @@ class StreamRun:
             seed=self.seed,
             progress=progress,
         )
-        marks = _Marks(work_dir / "phases.json", self.directory, progress)
+        marks = _Marks(work_dir / "phases.json", self.directory, progress, self.share)
         marks.phase("begin", lambda: method.begin_task(ctx))
         try:
-            trained = marks.checkpoint("train", lambda: method.train_task(ctx))
+            trained = marks.checkpoint("train", lambda: method.train_task(ctx), together=True)
         except TrainingError as error:
-            write_json(work_dir / DIVERGED, {"error": str(error)})  # with it, a lower learning rate may follow
+            if self.share.chief:
+                write_json(work_dir / DIVERGED, {"error": str(error)})  # with it, a lower learning rate may follow
             raise
         final = marks.checkpoint("end", lambda: method.end_task(ctx, trained))
         progress("phase", phase="evaluate")
@@ -157,9 +198,7 @@ class StreamRun:
             seconds=seconds,
             versions=versions(),
         )
-        self.directory.write_record(work_dir, record)
-        (work_dir / DIVERGED).unlink(missing_ok=True)
-        return record
+        return self._write(work_dir, record, lambda: (work_dir / DIVERGED).unlink(missing_ok=True))
 
     def _refuse_gaps(self, method: str) -> None:
         done = [
@@ -192,23 +231,36 @@ class StreamRun:
 
 
 class _Marks:
-    """phases.json of one step: which phases are finished, the checkpoint each gave, the seconds each took."""
+    """phases.json of one step: which phases are finished, the checkpoint each gave, the seconds each took.
 
-    def __init__(self, path: Path, directory: RunDirectory, progress: Progress) -> None:
-        self._path, self._directory, self._progress = path, directory, progress
-        self._done: dict[str, Any] = read_json(path) if path.is_file() else {}
+    Written by the first process; the others read what it says.
+    """
+
+    def __init__(self, path: Path, directory: RunDirectory, progress: Progress, share: Share) -> None:
+        self._path, self._directory, self._progress, self._share = path, directory, progress, share
+        self._done: dict[str, Any] = self._read()
+        share.wait()
+
+    def _read(self) -> dict[str, Any]:
+        return read_json(self._path) if self._path.is_file() else {}
 
     @property
     def seconds(self) -> dict[str, float]:
         return {name: mark["seconds"] for name, mark in self._done.items()}
 
-    def phase(self, name: str, work: Callable[[], Any]) -> Any:
+    def phase(self, name: str, work: Callable[[], Any], *, together: bool = False) -> Any:
+        """Do `work` where it is not done. together: in every process, instead of in the first one alone."""
         self._progress("phase", phase=name)
         if name in self._done:
             return None
         started = time.perf_counter()
-        result = work()
-        mark: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 3)}
+        result = work() if together else self._share.by_chief(work)
+        self._share.by_chief(lambda: self._mark(name, result, round(time.perf_counter() - started, 3)))
+        self._done = self._done if self._share.chief else self._read()
+        return result
+
+    def _mark(self, name: str, result: Any, seconds: float) -> None:
+        mark: dict[str, Any] = {"seconds": seconds}
         if isinstance(result, Checkpoint):
             mark["checkpoint"] = Checkpoint(
                 base=self._directory.relative(result.base),
@@ -216,10 +268,9 @@ class _Marks:
             ).to_json()
         self._done[name] = mark
         write_json(self._path, self._done)
-        return result
 
-    def checkpoint(self, name: str, work: Callable[[], Checkpoint]) -> Checkpoint:
-        self.phase(name, work)
+    def checkpoint(self, name: str, work: Callable[[], Checkpoint], *, together: bool = False) -> Checkpoint:
+        self.phase(name, work, together=together)
         if "checkpoint" not in self._done[name]:
             raise RunError(f"Phase {name!r} returned no Checkpoint; a method's {name}_task must return one.")
         checkpoint = self._directory.resolve(Checkpoint.from_json(self._done[name]["checkpoint"]))

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from holdfast.checkpoints.adapter import CONFIG_FILE
@@ -32,6 +33,9 @@ from holdfast.models.encode import IGNORED_LABEL, encode_training
 from holdfast.models.families import editable_linears
 from holdfast.models.load import cpu_has_bf16, quiet_transformers
 from holdfast.models.loaded import LoadedModel
+from holdfast.models.shards import is_sharded
+from holdfast.share import Share, current
+from holdfast.training.dealt import DealtBatches, deal
 from holdfast.training.trackers import trackers
 from holdfast.training.training_config import TrainingConfig
 
@@ -110,20 +114,27 @@ def train(
 ) -> TrainResult:
     """Tune an adapter on `samples` and save it into `out` (default: `work_dir / "adapter"`), in one rename.
 
+    Several processes (`holdfast.share.current`) learn together: each batch is dealt out over them, gradients are
+    averaged, and the first of them writes. With dropout, each draws its own.
+
     work_dir: the trainer's state lives here while the task runs; called again after a kill, training goes on from it.
     seed: decides initial factors, order and dropout.
     penalty_mean: what the penalty's value of one forward pass is a mean over; decides its share in an optimizer step.
     adapter: makes what is trained (anything with PEFT's `save_pretrained` and `unload`). extras: see `Extras`.
     progress: called with ("train", done=, total=, loss=) after each optimizer step.
 
-    Raises: DataError: no samples, or one that cannot be encoded. TrainingError: the loss or a gradient is not finite
-        (names the step and the last good state), or nothing is trainable. StorageError: the disk is full, or has no
+    Raises: DataError: no samples, or one that cannot be encoded. ConfigError: batch_size is no multiple of the number
+        of processes. TrainingError: the loss or a gradient is not finite (names the step and the last good state), or
+        nothing is trainable. StorageError: the disk is full, or has no
         room for the trainer's state.
     """
     if not samples:
         raise DataError("The training split is empty; expected at least one sample.")
     out = out or work_dir / "adapter"
     started = time.perf_counter()
+    share = current()
+    dealt = deal(len(samples), config, share, seed)
+    share.by_chief(lambda: _last_state(work_dir / "trainer"))  # halves go, before anybody looks
     if config.max_length is not None and _last_state(work_dir / "trainer") is None:
         refuse_cuts(loaded, samples, config.max_length, config.max_cut_share)
     total = total_steps(len(samples), config)
@@ -132,7 +143,7 @@ def train(
     set_seed(seed)
     wrapped = adapter(loaded, config)
     encode = _Encode(loaded, config.max_length, extras)
-    watch = _Watch(total, progress, fp16=precision == "fp16")
+    watch = _Watch(total, progress, fp16=precision == "fp16", share=share, seed=seed)
     try:
         if not any(p.requires_grad for p in wrapped.parameters()):
             raise TrainingError(f"The adapter of {loaded.name} has no trainable parameter; nothing would be learned.")
@@ -143,24 +154,27 @@ def train(
         ):
             trainer = _Trainer(
                 model=wrapped,
-                args=_arguments(loaded, config, work_dir / "trainer", seed, total, precision),
+                args=_arguments(loaded, config, work_dir / "trainer", seed, total, precision, dealt),
                 train_dataset=_Samples(samples),
                 data_collator=encode,
                 callbacks=[watch],
                 penalty=penalty,
                 penalty_mean=penalty_mean,
                 watch=watch,
+                dealt=dealt,
+                sharded=is_sharded(loaded.model),
             )
             trainer.remove_callback(PrinterCallback)
             if config.save_steps is not None:
                 require_space(work_dir, _state_bytes(wrapped), "The trainer's state (`save_steps`)")
             state = _last_state(work_dir / "trainer")
-            watch.cut = 0 if state is None else int((Path(state) / _COMPLETE).read_text() or 0)
+            # Of all processes, so one of them goes on counting from it.
+            watch.cut = int((Path(state) / _COMPLETE).read_text() or 0) if state is not None and share.chief else 0
             with full_disk_errors(work_dir / "trainer"):
                 trainer.train(resume_from_checkpoint=state)
             _check_finite(wrapped, total)
         with full_disk_errors(out):
-            _publish(wrapped, out)
+            share.by_chief(lambda: _publish(wrapped, out))
         history = tuple({k: float(v) for k, v in row.items()} for row in trainer.state.log_history if "loss" in row)
     finally:
         wrapped.unload()
@@ -168,12 +182,12 @@ def train(
         loaded.model.requires_grad_(False)
         # The trainer turns the cache off, and without it every later answer costs a forward pass over its whole prefix.
         loaded.model.config.use_cache = True
-    shutil.rmtree(work_dir / "trainer", ignore_errors=True)
+    share.by_chief(lambda: shutil.rmtree(work_dir / "trainer", ignore_errors=True))
     return TrainResult(
         adapter=out,
         steps=total,
         samples=len(samples),
-        cut=watch.cut,
+        cut=share.total(watch.cut),
         precision=precision,
         seconds=time.perf_counter() - started,
         history=history,
@@ -187,8 +201,16 @@ class _Samples(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
+    def __getitem__(self, index: int) -> Sample | _Idle:
+        # A process whose part of a batch is smaller than the others' has nothing to learn from the last of them.
+        return self.samples[index] if index >= 0 else _Idle(self.samples[-1 - index])
+
+
+@dataclass(frozen=True)
+class _Idle:
+    """A sample that is only there so that all processes run as many forward passes."""
+
+    sample: Sample
 
 
 class _Encode:
@@ -198,9 +220,12 @@ class _Encode:
         self.loaded, self.max_length, self.extras = loaded, max_length, extras
         self._pictures = current_pictures()  # a loader's worker starts without it where processes are not forked
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[Sample | _Idle]) -> dict[str, Tensor]:
+        samples = [item.sample if isinstance(item, _Idle) else item for item in items]
         with pictures(self._pictures):
             inputs, cut = self._encoded(samples)
+            if isinstance(items[0], _Idle):
+                inputs["labels"], cut = torch.full_like(inputs["labels"], IGNORED_LABEL), 0
             # With the batch, because this object is a copy in each of a loader's workers.
             return {**inputs, **(self.extras(samples) if self.extras else {}), _CUT: torch.tensor([cut])}
 
@@ -260,23 +285,66 @@ class _Trainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, penalty: Penalty | None, penalty_mean: PenaltyMean, watch: _Watch, **kwargs: Any
+        self,
+        *args: Any,
+        penalty: Penalty | None,
+        penalty_mean: PenaltyMean,
+        watch: _Watch,
+        dealt: DealtBatches | None,
+        sharded: bool,
+        **kwargs: Any,
     ) -> None:
+        self._sharded = sharded
         super().__init__(*args, **kwargs)
-        self._penalty, self._penalty_mean, self._watch = penalty, penalty_mean, watch
-        self._samples = 0  # of the optimizer step, in this process
+        self._penalty, self._penalty_mean, self._watch, self._dealt = penalty, penalty_mean, watch, dealt
+        self._samples = 0.0  # of the optimizer step, the mean over the processes
+        # Whoever shares the base out has placed it; not DDP but `_sync_replicated_trainable_parameters` is then asked.
+        self.is_distributed_loading_by_transformers = sharded
         # The trainer then counts the step's targets over its passes and processes, and divides the loss no further.
         self.model_accepts_loss_kwargs = True
 
+    def get_train_dataloader(self) -> DataLoader:
+        if self._dealt is None:
+            return super().get_train_dataloader()
+        return _DealtLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self._dealt,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self._sharded:
+            super()._move_model_to_device(model, device)
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        # Every process has drawn the same values from the same seed. transformers' own asks for a mean, which gloo
+        # does not have.
+        def average(parameter: Tensor) -> None:
+            if self.accelerator.sync_gradients:
+                assert parameter.grad is not None
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.accelerator.num_processes
+
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(average)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, count = super().get_batch_samples(*args, **kwargs)
-        self._samples = sum(len(batch["labels"]) for batch in batches)
+        learned = sum(len(batch["labels"]) for batch in batches if self._dealt is None or not _is_idle(batch))
+        self._samples = self._watch.share.total(learned) / self._watch.share.world
         self._watch.cut += sum(int(batch.pop(_CUT)) for batch in batches)
         return batches, count
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if self._dealt is not None and _is_idle(inputs):
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            loss = outputs["logits"].float().sum() * 0.0  # a gradient of zeros, for the others to add
+            return (loss, outputs) if return_outputs else loss
         outputs = model(**inputs)
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
         of_tokens = of_samples = 1.0  # this pass's share of the optimizer step
@@ -290,8 +358,10 @@ class _Trainer(Trainer):
         loss = loss * of_tokens
         if self._penalty is not None:
             share = of_tokens if self._penalty_mean == "tokens" else of_samples
-            loss = loss + self._penalty(model, inputs, outputs) * share
-        if not torch.isfinite(loss):
+            learner = model if self._dealt is None else self.accelerator.unwrap_model(model)
+            loss = loss + self._penalty(learner, inputs, outputs) * share
+        # One of several processes must not leave the others waiting: all of them meet it in the gradient.
+        if self._dealt is None and not torch.isfinite(loss):
             raise _not_finite("loss", float(loss.detach()), self.state.global_step + 1, self.state.max_steps, self.args)
         return (loss, outputs) if return_outputs else loss
 
@@ -301,17 +371,32 @@ class _Trainer(Trainer):
         return 0
 
 
+class _DealtLoader(DataLoader):
+    """A loader that passes the number of the epoch on to its batch sampler, as accelerate's own do."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def _is_idle(inputs: Mapping[str, Tensor]) -> bool:
+    return not bool((inputs["labels"] != IGNORED_LABEL).any())
+
+
 class _Watch(TrainerCallback):
     """Progress, gradients that are not finite, and the mark that a saved state is whole."""
 
-    def __init__(self, total: int, progress: Callable[..., None] | None, *, fp16: bool) -> None:
-        self.total, self.progress, self.fp16 = total, progress, fp16
+    def __init__(
+        self, total: int, progress: Callable[..., None] | None, *, fp16: bool, share: Share, seed: int
+    ) -> None:
+        self.total, self.progress, self.fp16, self.share, self.seed = total, progress, fp16, share, seed
         self.cut = 0  # samples that were cut, over all passes
         self.trained: list[nn.Parameter] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Once: a walk over all modules at every step costs a small model a tenth of its time.
         self.trained = [p for p in kwargs["model"].parameters() if p.requires_grad]
+        if self.share.rank:
+            torch.manual_seed(self.seed + 1_000_003 * self.share.rank)  # dropout of its own
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.fp16:
@@ -326,7 +411,9 @@ class _Watch(TrainerCallback):
             self.progress("train", done=state.global_step, total=self.total)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).write_text(str(self.cut))
+        cut = self.share.total(self.cut)  # returns when every process has saved its part
+        if self.share.chief:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).write_text(str(cut))
 
 
 def resolve_precision(device: torch.device, precision: str) -> str:
@@ -354,14 +441,22 @@ def _plain_attention(loaded: LoadedModel, precision: str) -> Iterator[None]:
 
 
 def _arguments(
-    loaded: LoadedModel, config: TrainingConfig, folder: Path, seed: int, total: int, precision: str
+    loaded: LoadedModel,
+    config: TrainingConfig,
+    folder: Path,
+    seed: int,
+    total: int,
+    precision: str,
+    dealt: DealtBatches | None,
 ) -> TrainingArguments:
     on_accelerator = loaded.device.type != "cpu"
+    forward_size = dealt.forward_size if dealt is not None else config.forward_size
+    passes = dealt.passes if dealt is not None else config.batch_size // config.forward_size
     made = TrainingArguments(
         output_dir=str(folder),
         max_steps=total,
-        per_device_train_batch_size=config.forward_size,
-        gradient_accumulation_steps=config.batch_size // config.forward_size,
+        per_device_train_batch_size=forward_size,
+        gradient_accumulation_steps=passes,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule,
         warmup_steps=math.ceil(config.warmup_ratio * total),
@@ -385,6 +480,7 @@ def _arguments(
         label_names=["labels"],
         dataloader_num_workers=config.workers,
         dataloader_pin_memory=on_accelerator,
+        ddp_find_unused_parameters=False,  # every trained tensor takes part in every pass
     )
     # One process, one device: with several in sight the trainer would deal every batch out over all of them in silence.
     if made.n_gpu > 1:

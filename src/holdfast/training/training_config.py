@@ -77,3 +77,11 @@ class TrainingConfig:
     def forward_size(self) -> int:
         """Samples per forward pass."""
         return self.micro_batch_size or self.batch_size
+
+    def refuse_uneven(self, processes: int) -> None:
+        """Raises ConfigError: a batch cannot be dealt out over so many processes in parts of one size."""
+        if self.batch_size % processes:
+            raise ConfigError(
+                f"batch_size {self.batch_size} cannot be dealt out evenly over {processes} processes. Make it a "
+                f"multiple of {processes}, or start another number of processes."
+            )

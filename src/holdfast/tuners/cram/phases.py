@@ -24,6 +24,7 @@ from holdfast.errors import AdapterError, ConfigError
 from holdfast.files import atomic_path, write_json
 from holdfast.functional.cram import ExpertFactors, GroupDecision, RankRule, expert_from_buffer, row_basis
 from holdfast.models.loaded import LoadedModel
+from holdfast.share import current
 from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.folder import base_for_peft, from_pretrained, load_expert, save_cram, save_expert
 from holdfast.tuners.cram.guard import Guard
@@ -82,8 +83,8 @@ class TaskLearning:
     """How one task becomes an expert.
 
     previous: the CRAM folder that this task continues, or None for the first task.
-    work_dir: what the phases publish: features.safetensors, buffer/, ranks.json, initial/, expert/, group.json. One
-        process writes it: with several, `CramTraining` runs under DDP, and all but the main one must keep off.
+    work_dir: what the phases publish: features.safetensors, buffer/, ranks.json, initial/, expert/, group.json. Where
+        several processes learn (`holdfast.share.current`) the first one surveys, consolidates and writes; all train.
     encoder: instead of the one that `config` names.
     """
 
@@ -128,10 +129,12 @@ class TaskLearning:
     def learn(self, loop: Loop) -> Path:
         """Every phase that is left. Returns the folder of the trained expert, which no router knows yet."""
         while (phase := self.phase) is not Phase.DONE:
+            share = current()
+            share.wait()  # everybody has read the phase before anybody ends it
             if phase is Phase.SURVEY:
-                self.survey()
+                share.by_chief(self.survey)
             elif phase is Phase.CONSOLIDATE:
-                self.consolidate()
+                share.by_chief(self.consolidate)
             else:
                 self._train(loop, phase, self.work_dir / "buffer" if phase is Phase.WARMUP else self.expert)
         return self.expert

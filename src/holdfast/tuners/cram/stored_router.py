@@ -13,6 +13,7 @@ from torch import Tensor
 from holdfast.config import decode
 from holdfast.errors import AdapterError, ConfigError
 from holdfast.files import read_json
+from holdfast.models.tuner import is_tuner_folder, tuner_name
 from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.guard import Guard, read_guard
 from holdfast.tuners.cram.router import ExpertCard, Router
@@ -50,6 +51,11 @@ def read_router(folder: Path) -> StoredRouter:
     Raises: AdapterError: no such folder, another format, damaged files or parts that do not fit each other.
     """
     path = folder / ROUTER
+    if is_tuner_folder(folder) and (name := tuner_name(folder)) != "cram":
+        raise AdapterError(
+            f"{folder} is a folder of {name}, which has no router that decides per request and no experts that load "
+            "alone: it is asked as an adapter of its base (`holdfast evaluate BASE --adapter FOLDER`), by transformers."
+        )
     if not path.is_file() or not (folder / TENSORS).is_file():
         raise AdapterError(f"{folder} is no CRAM folder; expected {ROUTER} and {TENSORS} in it.")
     try:
