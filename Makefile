@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 # One thread a worker: as many workers as cores (four at most: each holds about 1 GB).
 TEST_JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 
-.PHONY: demo test lint docs tables serve-test clean
+.PHONY: demo test lint style types pytest docs tables serve-test clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,14 +23,22 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/holdfast demo --out runs/demo
 
-lint: $(STAMP)
+lint: style types
+
+style: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test: lint
+pytest: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal
+
+# The type checker uses one core: what is left of the other is for the first tests.
+test: style
+	@$(MAKE) --no-print-directory -j 2 types pytest
 
 # A real vLLM on the CPU, in an environment of its own (3.5 GB); a quarter of an hour on two cores. Not part of `make test`.
 SERVE_VENV ?= .venv-vllm

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from holdfast.models.load import cpu_has_bf16
+from holdfast.models.precision import cpu_has_bf16
 from holdfast.models.widened import widen_while_running
 
 PROMPT = 256

@@ -23,7 +23,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from holdfast.files import write_json
 from holdfast.functional.cram import RankRule
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.model import Cram, find_targets
 from holdfast.tuners.cram.objective import CramTraining

@@ -12,7 +12,7 @@ from torch import Tensor
 import model_zoo
 from holdfast.data.types import Sample
 from holdfast.functional.cram import RankRule
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.model import Cram, find_targets

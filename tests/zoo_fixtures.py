@@ -6,7 +6,8 @@ import pytest
 
 import model_zoo
 from holdfast.data.types import Sample, Turn
-from holdfast.models.load import LoadedModel, load
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 
 
 @pytest.fixture(scope="session")

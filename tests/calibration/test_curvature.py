@@ -28,7 +28,8 @@ from holdfast.errors import CalibrationError, ConfigError, StorageError
 from holdfast.functional.hessian import InputGram
 from holdfast.functional.hpa import HpaConfig
 from holdfast.models import memory
-from holdfast.models.load import LoadedModel, load
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 from holdfast.rules.hpa import HpaRule
 from holdfast.stream.protocol import Checkpoint
 

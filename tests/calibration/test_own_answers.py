@@ -16,7 +16,7 @@ from holdfast.cli import app
 from holdfast.cli.samples import read_samples
 from holdfast.data.types import Sample
 from holdfast.errors import ConfigError, DataError
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 
 
 @pytest.fixture

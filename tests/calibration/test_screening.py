@@ -11,7 +11,7 @@ from holdfast.calibration.screening import Screened, screen, split
 from holdfast.data.types import Sample, Turn
 from holdfast.errors import DataError
 from holdfast.judges.keyword import StrictKeywordJudge
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 
 NO = "I'm sorry, I can't help with that."
 

@@ -21,7 +21,8 @@ from holdfast.data.types import Sample
 from holdfast.errors import CalibrationError, ConfigError, StorageError
 from holdfast.models.encode import ANSWER, IMAGE, encode_training, token_kinds
 from holdfast.models.families import editable_linears
-from holdfast.models.load import LoadedModel, load
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 from holdfast.models.streaming import load_streamed
 
 Q = "model.language_model.layers.0.self_attn.q_proj"

@@ -16,7 +16,7 @@ from holdfast.checkpoints.gram_store import GramStore, GramWriter, pack, running
 from holdfast.data.types import Sample
 from holdfast.errors import CalibrationError, ConfigError
 from holdfast.functional.hessian import InputGram
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 from zoo_fixtures import *  # noqa: F403
 
 META = {"model": {"fingerprint": "abc"}, "samples_sha256": "def", "normalization": "token"}

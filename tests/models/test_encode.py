@@ -13,7 +13,7 @@ from holdfast.data.types import Sample, Turn
 from holdfast.errors import DataError
 from holdfast.models import encode
 from holdfast.models.encode import ANSWER, IMAGE, PADDING, TEXT, encode_request, encode_training, token_kinds
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 
 
 def targets(loaded: LoadedModel, inputs: dict[str, torch.Tensor], row: int) -> str:

@@ -29,7 +29,8 @@ from holdfast.functional.hpa import HpaConfig, edit_weight
 from holdfast.models.encode import IMAGE, encode_request, encode_training, token_kinds
 from holdfast.models.families import decoder_blocks, editable_linears
 from holdfast.models.generate import generate
-from holdfast.models.load import LoadedModel, load
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 from holdfast.models.streaming import load_streamed
 from holdfast.rules.anchor import AnchorConfig, AnchorRule
 from holdfast.rules.hpa import HpaRule

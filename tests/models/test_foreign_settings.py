@@ -14,8 +14,8 @@ from holdfast.data.types import Sample
 from holdfast.errors import ModelError
 from holdfast.models.encode import decode, encode_request
 from holdfast.models.foreign_settings import require_bounded
-from holdfast.models.load import read_processor
 from holdfast.models.preflight import read_without_weights
+from holdfast.models.settings import read_processor
 
 ENDLESS = {"Regex": r"^(\w|\w)*$(?!.)|(\w|\w)*[^\w\W]$"}
 

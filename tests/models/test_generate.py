@@ -8,7 +8,7 @@ from holdfast.data.types import Sample
 from holdfast.errors import ConfigError
 from holdfast.models.encode import encode_request
 from holdfast.models.generate import generate
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 
 
 @pytest.mark.parametrize("seed", [None, 7])

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, ConfigError, ModelError
-from holdfast.models import load as load_module
+from holdfast.models import precision
 from holdfast.models.encode import encode_request
 from holdfast.models.families import editable_linears
-from holdfast.models.load import LoadedModel, load
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 from holdfast.stream.protocol import Checkpoint
 
 
@@ -182,7 +183,6 @@ def test_where_fp32_does_not_fit_blocks_are_widened_while_they_run(
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from holdfast.calibration.curvature import CalibrationConfig, collect_curvature, open_model
-    from holdfast.models import load as module
     from holdfast.models.generate import generate
 
     dtype = getattr(torch, stored)
@@ -192,7 +192,7 @@ def test_where_fp32_does_not_fit_blocks_are_widened_while_they_run(
     whole = load(tmp_path, device="cpu")
     assert {p.dtype for p in whole.model.parameters()} == {torch.float32}
     elements = sum(p.numel() for p in whole.model.parameters())
-    monkeypatch.setattr(module, "usable_bytes", lambda device: 3 * elements)
+    monkeypatch.setattr(precision, "usable_bytes", lambda device: 3 * elements)
     narrow = load(tmp_path, device="cpu")
     assert narrow.dtype is torch.float32  # what inputs are cast to
     answers = [generate(model, samples, max_new_tokens=3, batch_size=4) for model in (whole, narrow)]
@@ -217,15 +217,15 @@ def test_where_fp32_does_not_fit_blocks_are_widened_while_they_run(
 def test_one_process_uses_one_device_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    load_module._say_one_device.cache_clear()
+    precision._say_one_device.cache_clear()
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
     for count, said in ((1, 0), (4, 1), (4, 1)):
         monkeypatch.setattr("torch.accelerator.device_count", lambda n=count: n)
-        assert load_module.default_device() == torch.device("cuda")
+        assert precision.default_device() == torch.device("cuda")
         assert caplog.text.count("devices are in sight; this process uses one of them") == said
-    load_module._say_one_device.cache_clear()
+    precision._say_one_device.cache_clear()
     monkeypatch.setenv("WORLD_SIZE", "4")
-    load_module.default_device()
+    precision.default_device()
     assert caplog.text.count("in sight") == 1

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 import model_zoo
 from holdfast.errors import ModelError
 from holdfast.models.families import decoder_blocks, editable_linears, language_model
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 
 
 class Wrapper(nn.Module):

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from holdfast.data.types import Sample
 from holdfast.errors import ConfigError, DataError, TrainingError
-from holdfast.models.load import LoadedModel, load
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 from holdfast.training.supervised import TrainResult, resolve_precision, train
 from holdfast.training.training_config import TrainingConfig
 

@@ -30,9 +30,10 @@ from holdfast.functional.hessian import Normalization
 from holdfast.functional.inverse import OnFailure
 from holdfast.models.families import decoder_blocks, editable_linears
 from holdfast.models.held import held, let_go, load
-from holdfast.models.load import default_device, parse_dtype, read_config, resolve_dtype, stays_narrow
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.memory import find_device, usable_bytes
+from holdfast.models.precision import default_device, parse_dtype, resolve_dtype, stays_narrow
+from holdfast.models.settings import read_config
 from holdfast.models.streaming import load_streamed
 
 Activations = Literal["each", "old", "new"]

@@ -23,9 +23,9 @@ from holdfast.errors import CalibrationError, ConfigError
 from holdfast.functional.hessian import Normalization
 from holdfast.models.encode import ANSWER, IMAGE, PADDING, Inputs, encode_request, encode_training, token_kinds
 from holdfast.models.families import decoder_blocks, editable_linears
-from holdfast.models.load import quiet_transformers
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.memory import usable_bytes
+from holdfast.models.settings import quiet_transformers
 from holdfast.share import is_alone
 
 Tokens = Literal["all", "text", "answer"]

@@ -201,8 +201,8 @@ def _examine_memory(model: Path | None, config: Any, memory: dict[str, Any], dia
     """What the machine, a control group or `ulimit` leaves this process, against the weights and the estimates."""
     from holdfast.errors import DataError
     from holdfast.models.estimate import read_shape
-    from holdfast.models.load import default_device
     from holdfast.models.memory import free_memory_bytes, quotas
+    from holdfast.models.precision import default_device
 
     folder = model if model is not None else Path(config.model) if config is not None else None
     if folder is None or not folder.is_dir():

@@ -29,8 +29,8 @@ def examine_environment() -> dict[str, Any]:
     """Versions, cores, bf16 instructions, memory, devices, and what each extra lacks; plain data, bytes and counts."""
     import torch
 
-    from holdfast.models.load import cpu_has_bf16
     from holdfast.models.memory import free_memory_bytes
+    from holdfast.models.precision import cpu_has_bf16
 
     return {
         "python": platform.python_version(),

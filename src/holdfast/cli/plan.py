@@ -44,14 +44,14 @@ def _speed(gpus: int | None, tflops: float | None) -> float:
         return tflops * 1e12
     if gpus is not None:
         return _USUAL_TFLOPS * 1e12
-    from holdfast.models.load import default_device
+    from holdfast.models.precision import default_device
     from holdfast.models.speed import flops_per_second
 
     return flops_per_second(default_device())
 
 
 def _has_bf16() -> bool:
-    from holdfast.models.load import default_device
+    from holdfast.models.precision import default_device
     from holdfast.training.supervised import resolve_precision
 
     return resolve_precision(default_device(), "auto") == "bf16"

@@ -267,7 +267,7 @@ def decoder_layers(folder: Path) -> Blocks:
     from transformers import AutoModelForImageTextToText
 
     from holdfast.models.families import decoder_blocks, editable_linears
-    from holdfast.models.load import quiet_transformers, read_config
+    from holdfast.models.settings import quiet_transformers, read_config
 
     with quiet_transformers(), init_empty_weights():
         model = AutoModelForImageTextToText.from_config(read_config(str(folder)))

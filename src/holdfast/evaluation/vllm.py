@@ -27,7 +27,7 @@ from holdfast.errors import AdapterError, ConfigError, ModelError
 from holdfast.evaluation.engine_log import listened, root_cause
 from holdfast.evaluation.vllm_options import VllmOptions
 from holdfast.models.encode import adds_special_tokens, conversation, render
-from holdfast.models.load import read_processor
+from holdfast.models.settings import read_processor
 from holdfast.models.tuner import is_tuner_folder
 from holdfast.tuners.cram.model import request_key
 from holdfast.tuners.cram.standalone import open_on_base

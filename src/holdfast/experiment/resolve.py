@@ -460,7 +460,7 @@ class Experiment:
         if self.config.store_dtype is None:
             return
         from holdfast.checkpoints.cast import cast_checkpoint
-        from holdfast.models.load import parse_dtype
+        from holdfast.models.precision import parse_dtype
 
         cast_checkpoint(self.config.model, self.theta_0.base, parse_dtype(self.config.store_dtype))
 

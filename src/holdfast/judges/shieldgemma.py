@@ -87,7 +87,8 @@ class ShieldGemma2(GuardJudge):
         if self._parts is None:
             from transformers import AutoProcessor, ShieldGemma2ForImageClassification
 
-            from holdfast.models.load import default_device, parse_dtype, quiet_transformers
+            from holdfast.models.precision import default_device, parse_dtype
+            from holdfast.models.settings import quiet_transformers
 
             try:
                 with quiet_transformers():

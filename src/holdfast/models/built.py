@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from holdfast.checkpoints.naming import normalised
-from holdfast.models.load import quiet_transformers, read_config
+from holdfast.models.settings import quiet_transformers, read_config
 
 
 def module_names(folder: Path) -> list[str]:

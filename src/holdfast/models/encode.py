@@ -15,9 +15,9 @@ from holdfast.bounds import GIB, bounded, no_panic
 from holdfast.data.images import current_pictures, open_image, shrunk
 from holdfast.data.types import Sample, Turn
 from holdfast.errors import DataError, HoldfastError, ModelError
-from holdfast.models.load import quiet_transformers
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.memory import free_memory_bytes
+from holdfast.models.settings import quiet_transformers
 
 IMAGE_MARK = "<image>"
 IGNORED_LABEL = -100

@@ -12,8 +12,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from holdfast.data.types import Sample
 from holdfast.errors import ConfigError
 from holdfast.models.encode import decode, encode_request
-from holdfast.models.load import quiet_transformers
 from holdfast.models.loaded import LoadedModel
+from holdfast.models.settings import quiet_transformers
 
 OnBatch = Callable[[list[int], list[str]], None]
 

@@ -28,6 +28,9 @@ from holdfast.checkpoints.value import Checkpoint, Source, as_checkpoint
 from holdfast.models import load as loading
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.memory import find_device
+from holdfast.models.merge import merge_adapter
+from holdfast.models.precision import default_device, parse_dtype, resolve_dtype
+from holdfast.models.settings import quiet_transformers, read_config, read_processor
 from holdfast.models.tuner import attach_tuner, is_tuner_folder
 from holdfast.share import current
 
@@ -93,7 +96,7 @@ class _Holder:
         plain, on_top = _split(value)
         stamp = _stamp(plain)
         loaded = loading.load(plain, dtype=dtype, device=device)  # lets go of what is held
-        usual = loading.resolve_dtype(None, loading.read_config(plain.base), loaded.device)
+        usual = resolve_dtype(None, read_config(plain.base), loaded.device)
         self._kept = _Kept(plain, stamp, loaded, usual, _state(loaded.model))
         return self._with_tuner(loaded, value, on_top)
 
@@ -155,8 +158,8 @@ class _Kept:
         return bool(self.lent)
 
     def fits(self, dtype: Any, device: Any) -> bool:
-        wanted = self.usual if dtype is None else loading.parse_dtype(dtype)
-        target = loading.default_device() if device is None else find_device(device)
+        wanted = self.usual if dtype is None else parse_dtype(dtype)
+        target = default_device() if device is None else find_device(device)
         here = self.loaded.device
         return wanted == self.loaded.dtype and target.type == here.type and target.index in (None, here.index)
 
@@ -244,10 +247,10 @@ def _under(below: LoadedModel, value: Checkpoint, adapters: tuple[str, ...]) -> 
     """The model of `below` with `adapters` merged into it, in place."""
     model, processor = below.model, below.processor
     if any(has_settings(locate(adapter)) for adapter in adapters):
-        processor = loading.read_processor(value.base, model.config, value.adapters)
-    with loading.quiet_transformers():
+        processor = read_processor(value.base, model.config, value.adapters)
+    with quiet_transformers():
         for adapter in adapters:
-            model = loading.merge_adapter(model, adapter, base=value.base)
+            model = merge_adapter(model, adapter, base=value.base)
     model.eval()
     model.requires_grad_(False)
     return LoadedModel(model=model, processor=processor, name=str(value), family=below.family, source=value)

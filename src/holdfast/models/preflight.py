@@ -16,8 +16,8 @@ from holdfast.data.types import Sample
 from holdfast.errors import DataError, ModelError
 from holdfast.models.encode import IGNORED_LABEL, encode_request, encode_training
 from holdfast.models.families import family_of
-from holdfast.models.load import quiet_transformers, read_config, read_processor
 from holdfast.models.loaded import LoadedModel
+from holdfast.models.settings import quiet_transformers, read_config, read_processor
 
 SPREAD = 24  # samples of a split, evenly spread
 EXTREMES = 4  # samples of each extreme

@@ -15,14 +15,9 @@ from holdfast.checkpoints.tied import set_vocabulary, untie_in_memory
 from holdfast.checkpoints.value import Source, as_checkpoint
 from holdfast.errors import ModelError
 from holdfast.models.families import decoder_blocks, family_of
-from holdfast.models.load import (
-    LoadedModel,
-    default_device,
-    quiet_transformers,
-    read_config,
-    read_processor,
-    resolve_dtype,
-)
+from holdfast.models.loaded import LoadedModel
+from holdfast.models.precision import default_device, resolve_dtype
+from holdfast.models.settings import quiet_transformers, read_config, read_processor
 
 
 class StreamedBlocks:

@@ -22,7 +22,7 @@ from holdfast.editing.pair import open_pair
 from holdfast.editing.plan import Blocks, find_targets
 from holdfast.errors import ConfigError, unknown_name
 from holdfast.functional.columns import measure_change
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 from holdfast.rules.anchor import AnchorConfig, AnchorRule
 from holdfast.rules.base import EditRule
 from holdfast.rules.interpolation import InterpolationRule

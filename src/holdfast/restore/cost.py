@@ -10,8 +10,9 @@ from holdfast.checkpoints.adapter import is_adapter
 from holdfast.checkpoints.merged import MergedCheckpoint, open_checkpoint
 from holdfast.checkpoints.value import as_checkpoint
 from holdfast.data.types import Sample
-from holdfast.models.load import default_device, read_config, resolve_dtype
 from holdfast.models.memory import find_device
+from holdfast.models.precision import default_device, resolve_dtype
+from holdfast.models.settings import read_config
 from holdfast.models.speed import DECODE_SHARE, FORWARD_SHARE, flops_per_second
 from holdfast.restore.sets import RestoreSets
 

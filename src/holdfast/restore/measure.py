@@ -16,7 +16,7 @@ from holdfast.judges import Judge, Side, Verdict
 from holdfast.metrics.intervals import wilson
 from holdfast.models.encode import IGNORED_LABEL, encode_training
 from holdfast.models.generate import generate
-from holdfast.models.load import LoadedModel
+from holdfast.models.loaded import LoadedModel
 from holdfast.restore.search import Point, curtailed
 
 # Answer tokens of a sample whose distribution is compared; enough to tell two models apart, and little to keep.

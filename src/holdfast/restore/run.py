@@ -26,7 +26,8 @@ from holdfast.editing.pair import open_pair, tuned_checkpoint
 from holdfast.errors import ConfigError, DataError, StorageError
 from holdfast.files import atomic_path, write_json
 from holdfast.models.generate import generate
-from holdfast.models.load import LoadedModel, load
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 from holdfast.reports.restore_page import card_section, write_restore_page
 from holdfast.restore.measure import Probe, Reference, make_judge, make_scorer, reference
 from holdfast.restore.restore_config import RestoreConfig

@@ -26,8 +26,9 @@ from holdfast.data.types import Sample
 from holdfast.errors import DataError, HoldfastError
 from holdfast.models.encode import decode, encode_request
 from holdfast.models.generate import greedy_config
-from holdfast.models.load import load, quiet_transformers
+from holdfast.models.load import load
 from holdfast.models.loaded import LoadedModel
+from holdfast.models.settings import quiet_transformers
 from holdfast.models.tuner import is_tuner_folder
 from holdfast.serving.api_error import ApiError, bad_request
 from holdfast.serving.engine import BASE, Piece, chosen_part, model_names

@@ -32,7 +32,7 @@ from holdfast.evaluation.vllm import adapters_to_serve
 from holdfast.evaluation.vllm_options import VllmOptions
 from holdfast.files import sha256
 from holdfast.models.encode import adds_special_tokens, conversation, render
-from holdfast.models.load import read_processor
+from holdfast.models.settings import read_processor
 from holdfast.models.tuner import is_tuner_folder
 from holdfast.serving.api_error import ApiError, bad_request
 from holdfast.serving.engine import BASE, Piece, chosen_part, model_names

@@ -187,7 +187,7 @@ def read_gguf(source: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from holdfast.models.load import quiet_transformers
+    from holdfast.models.settings import quiet_transformers
 
     try:
         with quiet_transformers():
@@ -207,7 +207,7 @@ def make_tokenizer(source: Path) -> Any:
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    from holdfast.models.load import quiet_transformers
+    from holdfast.models.settings import quiet_transformers
 
     try:
         with quiet_transformers():

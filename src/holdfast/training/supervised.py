@@ -31,8 +31,9 @@ from holdfast.errors import DataError, TrainingError
 from holdfast.files import full_disk_errors, require_space
 from holdfast.models.encode import IGNORED_LABEL, encode_training
 from holdfast.models.families import editable_linears
-from holdfast.models.load import cpu_has_bf16, quiet_transformers
 from holdfast.models.loaded import LoadedModel
+from holdfast.models.precision import cpu_has_bf16
+from holdfast.models.settings import quiet_transformers
 from holdfast.models.shards import is_sharded
 from holdfast.share import Share, current
 from holdfast.training.dealt import DealtBatches, deal

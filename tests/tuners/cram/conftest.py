@@ -10,7 +10,8 @@ import pytest
 
 import cram_kit
 from holdfast.data.types import Sample
-from holdfast.models.load import LoadedModel, load
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 from holdfast.tuners.cram.model import Cram
 
 

@@ -13,7 +13,8 @@ import model_zoo
 from holdfast.models.encode import encode_request
 from holdfast.models.families import decoder_blocks
 from holdfast.models.generate import generate
-from holdfast.models.load import LoadedModel, load
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 
 
 @pytest.fixture(params=list(model_zoo.BUILDERS))

@@ -15,7 +15,8 @@ from holdfast.data.types import Sample
 from holdfast.errors import AdapterError, CalibrationError, ConfigError
 from holdfast.models.encode import encode_request
 from holdfast.models.generate import generate
-from holdfast.models.load import LoadedModel, load
+from holdfast.models.load import load
+from holdfast.models.loaded import LoadedModel
 from holdfast.tuners.cram import guard as guards
 from holdfast.tuners.cram.folder import from_pretrained, save_pretrained
 from holdfast.tuners.cram.guard import Evidence, Guard

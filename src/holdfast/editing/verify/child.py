@@ -149,7 +149,9 @@ def copy_extra_weights(model: nn.Module, folder: Path) -> None:
 def _load(request: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     from holdfast.checkpoints.adapter import LoraAdapter
     from holdfast.checkpoints.tied import set_vocabulary
-    from holdfast.models.load import PEFT_SECONDS, load, quiet_transformers, read_config, resize_vocabulary
+    from holdfast.models.load import load
+    from holdfast.models.merge import PEFT_SECONDS, resize_vocabulary
+    from holdfast.models.settings import quiet_transformers, read_config
 
     dense = request["kind"] == "dense"
     rows = None

@@ -223,7 +223,9 @@ class _Guard:
         from transformers import AutoModelForImageTextToText
 
         from holdfast.editing.verify.child import copy_extra_weights, forward, probe_ids
-        from holdfast.models.load import PEFT_SECONDS, load, quiet_transformers, resize_vocabulary
+        from holdfast.models.load import load
+        from holdfast.models.merge import PEFT_SECONDS, resize_vocabulary
+        from holdfast.models.settings import quiet_transformers
 
         value = self._merged_value()
         last_adapter = self.pair.after.adapters[-1] if value.adapters else None

@@ -19,8 +19,8 @@ from holdfast.errors import AdapterError, DataError, ModelError
 from holdfast.functional.cram import instruction_vector
 from holdfast.models.encode import encode_request
 from holdfast.models.families import decoder_blocks
-from holdfast.models.load import quiet_transformers
 from holdfast.models.loaded import LoadedModel
+from holdfast.models.settings import quiet_transformers
 from holdfast.tuners.cram.cram_config import BACKBONE, CramConfig
 
 

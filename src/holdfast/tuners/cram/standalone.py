@@ -33,8 +33,10 @@ from holdfast.data.types import Sample
 from holdfast.errors import AdapterError
 from holdfast.files import sha256, write_json
 from holdfast.models.families import decoder_blocks, family_of
-from holdfast.models.load import load, parse_dtype, quiet_transformers, read_config, read_processor
+from holdfast.models.load import load
 from holdfast.models.loaded import LoadedModel
+from holdfast.models.precision import parse_dtype
+from holdfast.models.settings import quiet_transformers, read_config, read_processor
 from holdfast.tuners.cram.cram_config import BACKBONE
 from holdfast.tuners.cram.folder import check_base, check_encoder, new_folder
 from holdfast.tuners.cram.guard import Guard
