@@ -232,7 +232,7 @@ def test_a_marker_in_a_folder_chooses_among_names_and_never_names_code(tmp_path)
     (tmp_path / "evil.py").write_text("raise SystemExit")
     for name in ("evil:attach", "os:system", "holdfast.tuners.cram:attach"):
         (tmp_path / tuner.MARKER).write_text(f'{{"tuner": "{name}"}}')
-        with pytest.raises(UnknownNameError, match=r"Unknown tuner \(in .*\) .*Available: cram\.$"):
+        with pytest.raises(UnknownNameError, match=r"Unknown tuner \(in .*\) .*Available: cram, moelora\.$"):
             tuner.attach_tuner(None, tmp_path)  # type: ignore[arg-type]
 
 

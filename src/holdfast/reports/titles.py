@@ -47,6 +47,7 @@ TITLES: dict[str, tuple[str, str]] = {
     "guardspace": ("GuardSpace", "adapters begin where safety is not, and cannot reach it"),
     "osf": ("OSF", "only weak directions of the weights are tuned"),
     "intruders": ("Intruders reduced", "directions of an adapter that the old weight has nothing like are reduced"),
+    "moelora": ("MoELoRA", "one mixture of adapters, with a router over tokens, is tuned on from task to task"),
     "frozen": ("Frozen base", "bound: nothing is learned"),
     "joint": ("Joint training", "bound: all tasks so far are tuned on at once, which needs all their data"),
     "cram": ("CRAM", "a small adapter for each task on an untouched base, found without a task id"),
