@@ -1,4 +1,4 @@
-"""One of two processes: both phases under accelerate's DDP or under FSDP2; rank 0 also learns alone, to compare."""
+"""One of two processes: both phases under FSDP2; rank 0 also learns alone, to compare."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from holdfast.tuners.cram.phases import consolidate, history_rows
 from holdfast.tuners.cram.router import card_from_features
 
 
-def learn(folder: Path, pictures: Path, accelerator: Accelerator | None, kind: str = "") -> dict[str, torch.Tensor]:
+def learn(folder: Path, pictures: Path, accelerator: Accelerator | None) -> dict[str, torch.Tensor]:
     """Two steps of SGD on the buffer, consolidation, two steps on the expert; each rank sees half of each batch."""
     tasks = cram_kit.requests(pictures)
     factors, phases = None, []
@@ -34,23 +34,20 @@ def learn(folder: Path, pictures: Path, accelerator: Accelerator | None, kind: s
         card, _ = card_from_features("cold", 0, features, cram.config, seed=0)
         extras = BatchFeatures(samples, features)
         training = CramTraining(cram, factors or buffer_factors(cram, seed=0), card, stable=stable)
-        if kind == "fsdp":
+        if accelerator is not None:
             mesh = init_device_mesh("cpu", (2,))
             for _, block in decoder_blocks(loaded.model):
                 fully_shard(block, mesh=mesh)
             fully_shard(training, mesh=mesh)
             assert hasattr(training.cram.layers[0].trained_a, "full_tensor"), "the trained factors are sharded too"
         optimizer = torch.optim.SGD([p for p in training.parameters() if p.requires_grad], lr=0.5)
-        model = training
-        if accelerator is not None and kind == "ddp":
-            model, optimizer = accelerator.prepare(training, optimizer)
         for number in range(2):
             # Answers of one length, so that a mean over the batch is the mean of two means over its halves.
             batch = [samples[i] for i in ((0, 2, 4, 6), (8, 10, 0, 2))[number]]
             if accelerator is not None:
                 batch = batch[accelerator.process_index :: 2]
             inputs = {**encode_training(loaded, batch), **extras(batch)}
-            loss = model(**inputs).loss
+            loss = training(**inputs).loss
             loss = loss + training.penalty(training, inputs, None)
             accelerator.backward(loss) if accelerator is not None else loss.backward()
             optimizer.step()
@@ -68,12 +65,12 @@ def learn(folder: Path, pictures: Path, accelerator: Accelerator | None, kind: s
 
 
 def main() -> None:
-    folder, out, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     rank = accelerator.process_index
     (out / f"pictures{rank}").mkdir()
-    save_file(learn(folder, out / f"pictures{rank}", accelerator, kind), out / f"rank{rank}.safetensors")
+    save_file(learn(folder, out / f"pictures{rank}", accelerator), out / f"rank{rank}.safetensors")
     if rank == 0:
         save_file(learn(folder, out / f"pictures{rank}", None), out / "single.safetensors")
     accelerator.end_training()

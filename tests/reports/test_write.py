@@ -25,6 +25,7 @@ from holdfast.reports.read_runs import load_run, read_rows
 from holdfast.reports.seeds import group_runs
 from holdfast.reports.titles import TITLES, title_of
 from holdfast.reports.verdict import COMPARED, pairs, verdict
+from holdfast.reports.write import ReportFiles
 
 METHODS = {"seqft": 0.6, "hpa": 0.9, "largest_change": 0.8}
 
@@ -35,8 +36,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(run: Path) -> str:
-    return write_report([run]).html.read_text(encoding="utf-8")
+def written(run: Path) -> ReportFiles:
+    return write_report([run])
+
+
+@pytest.fixture(scope="module")
+def page(written: ReportFiles) -> str:
+    return written.html.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are made and not painted, which is most of a report's time: for tests that read its words alone."""
+    monkeypatch.setattr(theme, "png", lambda figure: b"")
+    monkeypatch.setattr(theme, "svg", lambda figure, *words: "<svg></svg>")
 
 
 def configure(run: Path, *, methods: dict[str, Any] | None = None, **config: Any) -> Path:
@@ -105,6 +118,7 @@ def test_shares_of_behaviour_sum_to_one(run: Path) -> None:
         assert view.behaviour["compliance"] + view.behaviour["collapse"] == pytest.approx(view.figure("masr"))
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_what_was_asked_after_the_last_task_alone_is_no_curve(tmp_path: Path) -> None:
     run = fake_run.write_run(tmp_path / "run", methods=METHODS)
     curves = {"attack-success", "over-refusal"}
@@ -121,9 +135,8 @@ def test_what_was_asked_after_the_last_task_alone_is_no_curve(tmp_path: Path) ->
     assert "behaviour" in drawn and not curves & drawn
 
 
-def test_pictures_are_pngs_and_svgs_follow_the_theme(run: Path, page: str) -> None:
-    files = write_report([run])
-    assert {p.stem for p in files.pngs} >= {
+def test_pictures_are_pngs_and_svgs_follow_the_theme(written: ReportFiles, page: str) -> None:
+    assert {p.stem for p in written.pngs} >= {
         "bars",
         "accuracy",
         "behaviour",
@@ -131,18 +144,19 @@ def test_pictures_are_pngs_and_svgs_follow_the_theme(run: Path, page: str) -> No
         "over-refusal",
         "edit-hpa",
     }
-    for path in files.pngs:
+    for path in written.pngs:
         with Image.open(path) as image:
             assert image.format == "PNG" and min(image.size) > 150
     assert "currentColor" in page and "#1c2431" not in page.split("</style>")[1]
 
 
-def test_the_same_records_give_the_same_bytes(run: Path) -> None:
-    first = {p: p.read_bytes() for p in (lambda f: [f.html, *f.pngs, *f.tables])(write_report([run]))}
+def test_the_same_records_give_the_same_bytes(run: Path, written: ReportFiles) -> None:
+    first = {p: p.read_bytes() for p in [written.html, *written.pngs, *written.tables]}
     again = write_report([run])
     assert {p: p.read_bytes() for p in [again.html, *again.pngs, *again.tables]} == first
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_seeds_are_averaged_and_conditions_kept_apart(tmp_path: Path) -> None:
     runs = [fake_run.write_run(tmp_path / f"clean{s}", methods=METHODS, seed=s) for s in range(3)]
     runs += [fake_run.write_run(tmp_path / "bad", methods=METHODS, injected=0.01)]
@@ -167,6 +181,7 @@ def test_a_clear_difference_is_told_from_noise(tmp_path: Path) -> None:
     assert twin is not None and twin.low < 0 < twin.high
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_an_unfinished_run_is_shown_as_far_as_it_got(tmp_path: Path) -> None:
     run = fake_run.write_run(tmp_path / "run", methods=METHODS, steps=1)
     view = load_run(run)
@@ -174,6 +189,7 @@ def test_an_unfinished_run_is_shown_as_far_as_it_got(tmp_path: Path) -> None:
     assert "seqft 1/3 tasks" in write_report([run]).html.read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_an_unfinished_method_is_marked_wherever_it_stands_beside_finished_ones(tmp_path: Path) -> None:
     run = cut(fake_run.write_run(tmp_path / "run", methods=METHODS), "hpa", after=2)
     files = write_report([run])
@@ -187,6 +203,7 @@ def test_an_unfinished_method_is_marked_wherever_it_stands_beside_finished_ones(
     assert "| hpa (2 of 3 tasks) |" in write_card(run, "hpa").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_runs_that_finished_different_numbers_of_tasks_are_not_averaged(tmp_path: Path) -> None:
     runs = [fake_run.write_run(tmp_path / str(s), methods=METHODS, seed=s) for s in range(3)]
     cut(runs[2], "hpa", after=2)
@@ -208,6 +225,7 @@ def test_runs_that_finished_different_numbers_of_tasks_are_not_averaged(tmp_path
     assert difference(rows["hpa (2 of 3 tasks, 1 of 3 seeds)"], rows["seqft"], "AP") is None
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_runs_of_other_settings_stand_side_by_side_and_are_named_by_them(tmp_path: Path) -> None:
     runs = []
     for seed, rate in ((0, 1e-4), (1, 1e-4), (0, 3e-4)):
@@ -240,6 +258,7 @@ def test_seeds_of_one_thing_may_differ_in_places_and_in_what_the_seed_draws(tmp_
     assert group_runs([load_run(run) for run in runs])[1].detail == "stream.tasks.0.train other.json"
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_a_seed_is_not_averaged_with_its_copy(tmp_path: Path) -> None:
     runs = [fake_run.write_run(tmp_path / f"r{s}", methods=METHODS, seed=s) for s in range(2)]
     copies = [Path(shutil.copytree(run, tmp_path / f"copy-{run.name}")) for run in runs]
@@ -251,6 +270,7 @@ def test_a_seed_is_not_averaged_with_its_copy(tmp_path: Path) -> None:
     assert [(group.detail, len(group.runs)) for group in groups] == [("r0, r1", 2), ("copy-r0", 1), ("copy-r1", 1)]
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_methods_of_one_configuration_may_lie_in_several_runs(tmp_path: Path) -> None:
     runs = [
         fake_run.write_run(tmp_path / name, methods={name: 0.8}, seed=seed)
@@ -262,6 +282,7 @@ def test_methods_of_one_configuration_may_lie_in_several_runs(tmp_path: Path) ->
     assert write_report(runs, tmp_path / "out").lines
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_an_answer_may_hold_any_line_separator_of_unicode(tmp_path: Path) -> None:
     run = fake_run.write_run(tmp_path / "run", methods=METHODS)
     said = "one\u2028two\u2029three\x85four\x1cfive\vsix"
@@ -314,7 +335,7 @@ def words_of(tmp_path: Path, methods: dict[str, float], **options: Any) -> list[
     return verdict(group)
 
 
-def test_the_page_begins_with_a_verdict_in_plain_words(run: Path, page: str, tmp_path: Path) -> None:
+def test_the_page_begins_with_a_verdict_in_plain_words(run: Path, page: str, tmp_path: Path, unpainted: None) -> None:
     plain, best, chosen = verdict(group_runs([load_run(run)])[0])
     view = load_run(run).methods
     said = re.match(

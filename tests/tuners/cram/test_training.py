@@ -295,9 +295,11 @@ def test_a_task_with_and_without_images_trains_in_one_batch(make, requests):
     training.unload()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_learn_the_same_expert_as_one(pico_folder: Path, tmp_path: Path, kind: str):
-    """Over gloo: gradients averaged over two halves of a batch, in both phases; with FSDP2 all weights in shards."""
+def test_two_processes_learn_the_same_expert_as_one(pico_folder: Path, tmp_path: Path):
+    """Over gloo, with FSDP2: gradients averaged over two halves of a batch, in both phases, all weights in shards.
+
+    Whole copies (DDP) are asked of the method itself, in tests/experiment/test_together.py.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -305,7 +307,7 @@ def test_two_processes_learn_the_same_expert_as_one(pico_folder: Path, tmp_path:
     environment = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(worker), str(pico_folder), str(tmp_path), kind],
+            [sys.executable, str(worker), str(pico_folder), str(tmp_path)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
             stderr=subprocess.PIPE,
             text=True,
