@@ -1,0 +1,150 @@
+"""One task of the small world, tuned once and edited under many settings, on the validation draw.
+
+    python benchmarks/small_sweep.py --task guide --out runs/small_sweep [--rows anchor,anchor_lam_1] [--seed 0]
+
+Every row is a label of one run (`holdfast.experiment`), with 1 % harmful samples; the tuning and the Gram matrices are
+made by the first that needs them, and the others take them as they are. A killed sweep goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from five_seeds import FIGURES, Lines, cell, names, row_of
+from holdfast import experiment
+from holdfast.calibration.curvature import samples_sha256
+from holdfast.checkpoints.gram_store import GramStore
+from holdfast.files import atomic_path
+from holdfast.methods import seqft
+from holdfast.methods._glue import anchor_step
+from holdfast.small import recipe
+from holdfast.stream.summary import summarize_run
+from holdfast.tiny.stream import StreamSize, write_stream
+
+_NO_BENIGN: dict[str, Any] = {"benign_samples": 0, "edit": {"benign_share": None}}
+# Row -> method and what is changed of its options.
+ROWS: dict[str, dict[str, Any]] = {
+    "seqft": {},
+    "anchor": {},
+    **{f"anchor_mu_{mu:g}": {"edit": {"safety_weight": mu}} for mu in (0.03, 0.1, 0.3, 3.0)},
+    **{f"anchor_lam_{lam:g}": {"edit": {"damping": lam}} for lam in (0.001, 0.3, 1.0)},
+    "anchor_no_benign": _NO_BENIGN,
+    "anchor_benign_by_tokens": {"edit": {"benign_share": None}},
+    "anchor_no_benign_mu_0.3": {"benign_samples": 0, "edit": {"benign_share": None, "safety_weight": 0.3}},
+    "anchor_no_screen": {"screen": False},
+    "anchor_task_160": {"task_samples": 160},
+    "anchor_text": {"calibration": {"tokens": "text"}},
+    "anchor_answer": {"calibration": {"tokens": "answer"}},
+    "anchor_safety_8": {"safety_samples": 8},
+    "hpa": {},
+    "hpa_damping_1_percent": {"calibration": {"damping": 0.01}},
+    "hpa_p_1_5": {"edit": {"keep_bounds": [1.0, 5.0]}},
+    "interpolation": {},
+}
+
+
+def main() -> None:
+    options = parse()
+    size = StreamSize(
+        train=recipe.SETTINGS.steps * recipe.SETTINGS.batch,
+        validation=options.prompts,
+        safety_validation=options.safety,
+        test=1,
+        safety=1,
+    )
+    data = options.out / "data" / f"{options.task}-seed-{options.seed}"
+    if not data.exists():
+        write_stream(data, seed=options.seed, harmful=0.01, size=size, task_names=(options.task,), world=recipe.WORLD)
+    plain = recipe.run_data(data / "validation.yaml", options.rows, seed=options.seed, harmful=0.01, limit_between=0)
+    plain["defaults"]["task_samples"] = recipe.DEMO.task_samples
+    plain["methods"] = {name: {"method": name.partition("_")[0], **ROWS[name]} for name in options.rows}
+    out = options.out / f"{options.task}-seed-{options.seed}"
+    share(out / "shared")
+    experiment.run(
+        experiment.decode_run(plain, base=Path.cwd()), out, jobs=1, progress=Lines(options.task, options.seed)
+    )
+    summary = summarize_run(out)
+    table = markdown(summary, options.rows)
+    with atomic_path(options.out / f"{options.task}-seed-{options.seed}.md") as temporary:
+        temporary.write_text(table)
+    print(table)
+
+
+def share(folder: Path) -> None:
+    """Let all rows share one tuning, and Gram matrices of the same samples: one task from one model with one seed."""
+    tune, collect = seqft.train, anchor_step.collect_grams
+
+    def once(loaded: Any, samples: Any, config: Any, *, work_dir: Path, **rest: Any) -> Any:
+        kept = folder / "adapter"
+        if not kept.exists():
+            result = tune(loaded, samples, config, work_dir=work_dir, **rest)
+            with atomic_path(kept) as temporary:
+                shutil.copytree(result.adapter, temporary, dirs_exist_ok=True)
+            _results[folder] = result
+        adapter = Path(work_dir) / "adapter"
+        shutil.copytree(kept, adapter, dirs_exist_ok=True)
+        known = _results.get(folder)
+        return replace(known, adapter=adapter) if known else _Result(adapter=adapter)
+
+    def kept_grams(source: Any, samples: Sequence[Any], out: Path, **rest: Any) -> GramStore:
+        kept = folder / f"{out.name}-{samples_sha256(samples)[:16]}-{rest['tokens']}"
+        if not kept.exists():
+            made = collect(source, samples, out, **rest)
+            with atomic_path(kept) as temporary:
+                shutil.copytree(out, temporary, dirs_exist_ok=True)
+            return made
+        shutil.copytree(kept, out, dirs_exist_ok=True)
+        return GramStore.open(out)
+
+    seqft.train = once
+    anchor_step.collect_grams = kept_grams
+
+
+class _Result:
+    """What `train` says, of a tuning that an earlier process did."""
+
+    steps, samples, cut, precision, history = 0, 0, 0, "as tuned before", ()
+
+    def __init__(self, adapter: Path) -> None:
+        self.adapter = adapter
+
+
+_results: dict[Path, Any] = {}
+
+
+def markdown(summary: Mapping[str, Any], rows: Sequence[str]) -> str:
+    """A row per setting, in %."""
+    lines = [
+        "| setting | " + " | ".join(heading for _, heading, _ in FIGURES) + " |",
+        "|---|" + "---:|" * len(FIGURES),
+    ]
+    for name, row in (("before the task", summary["theta_0"]), *((n, summary["methods"][n]) for n in rows)):
+        figures = row_of([row])
+        lines.append(f"| {name} | " + " | ".join(cell(figures.get(key)) for key, _, _ in FIGURES) + " |")
+    return "\n".join([*lines, ""])
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="guide", choices=sorted(recipe.WORLD.tasks))
+    parser.add_argument("--rows", type=names, default=list(ROWS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompts", type=int, default=24, help="questions of the task")
+    parser.add_argument("--safety", type=int, default=16, help="requests per safety set and side")
+    parser.add_argument("--out", type=Path, default=Path("runs/small_sweep"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
