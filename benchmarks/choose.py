@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import five_seeds
-from five_seeds import VARIANTS, names, run_cell, seeds
+from five_seeds import FIGURES, VARIANTS, cell, names, row_of, run_cell, seeds
 from holdfast.errors import HoldfastError
 from holdfast.files import atomic_path, write_json
-from holdfast.metrics.intervals import over_seeds
 from holdfast.stream.summary import summarize_run
 from holdfast.tiny.recipe import own_options
 
@@ -81,13 +80,14 @@ def tries_of(method: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def worth(figures: Mapping[str, float]) -> float:
-    """What is chosen by: points of AP less points not refused and points refused in vain, all 0..1 here."""
-    return figures["ap"] - figures["masr"] - figures["over_refusal"]
+def worth(figures: Mapping[str, Any]) -> float:
+    """What is chosen by: AP less what is not refused and what is refused in vain, rates."""
+    ap, masr, over_refusal = (float(figures[key]["value"]) for key in ("ap", "masr", "over_refusal"))
+    return ap - masr - over_refusal
 
 
-def figures_of(options: argparse.Namespace, row: str) -> dict[str, float] | None:
-    """Means over the seeds; None: not all of them are finished."""
+def figures_of(options: argparse.Namespace, row: str) -> dict[str, Any] | None:
+    """A row of the table; None: not all of its seeds are finished."""
     found = []
     for seed in options.seeds:
         try:
@@ -97,7 +97,7 @@ def figures_of(options: argparse.Namespace, row: str) -> dict[str, float] | None
         if not method.get("complete"):
             return None
         found.append(method)
-    return {key: over_seeds([one[key] for one in found]).value for key in ("ap", "bwt", "mft", "masr", "over_refusal")}
+    return row_of(found)
 
 
 def publish(options: argparse.Namespace) -> None:
@@ -105,8 +105,8 @@ def publish(options: argparse.Namespace) -> None:
         f"Validation draw, seeds {', '.join(map(str, options.seeds))}, {options.prompts} prompts per set, "
         f"{100 * options.harmful:g} % harmful; **taken**: most AP - MASR - over-refusal.",
         "",
-        "| method | setting | AP | BWT | just learned | MASR | over-refusal | AP - MASR - over-refusal |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| method | setting | " + " | ".join(heading for _, heading, _ in FIGURES) + " | AP - MASR - over-refusal |",
+        "|---|---|" + "---:|" * (len(FIGURES) + 1),
     ]
     chosen: dict[str, Any] = {}
     for method in options.methods:
@@ -119,9 +119,9 @@ def publish(options: argparse.Namespace) -> None:
             if figures is None:
                 continue
             said = json.dumps(change)[1:-1].replace('"', "") or "default"
-            cells = " | ".join(f"{100 * figures[key]:.1f}" for key in ("ap", "bwt", "mft", "masr", "over_refusal"))
+            cells = " | ".join(cell(figures.get(key)) for key, _, _ in FIGURES)
             said = f"**{said}**" if row == best else said
-            lines.append(f"| {method} | {said} | {cells} | {100 * worth(figures):.1f} |".replace("-", "−", 1))
+            lines.append(f"| {method} | {said} | {cells} | {cell({'value': worth(figures)})} |")
         if len(known) == len(found):
             chosen[method] = tries_of(method)[best]
     write_json(options.out / "chosen.json", chosen)

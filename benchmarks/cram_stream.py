@@ -50,8 +50,9 @@ from holdfast.tiny.world import SKILLS
 from holdfast.training.supervised import train
 from holdfast.training.training_config import TrainingConfig
 from holdfast.tuners.cram.cram_config import ATTENTION
-from holdfast.tuners.cram.folder import load_expert, new_folder, open_folder
+from holdfast.tuners.cram.folder import load_expert, open_folder
 from holdfast.tuners.cram.stored_router import ROUTER
+from holdfast.tuners.folders import new_folder
 
 METHODS = ("cram", "cram_no_penalty", "cram_fixed_rank", "cram_no_reuse", "cram_official")
 SAFETY = ("masr", "compliance_mean", "collapse_mean", "over_refusal", "helpful")

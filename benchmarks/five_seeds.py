@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from holdfast import experiment
+from holdfast.cli.list import WORLDS
 from holdfast.errors import HoldfastError
 from holdfast.files import atomic_path, write_json
 from holdfast.metrics.intervals import over_seeds
@@ -34,8 +35,6 @@ from holdfast.stream.summary import summarize_run
 from holdfast.tiny.recipe import DAMPING, KEEP_BOUNDS
 from holdfast.tiny.stream import StreamSize, write_stream
 
-# World -> the module with its recipe.
-RECIPES = {"tiny": "holdfast.tiny.recipe", "small": "holdfast.small.recipe"}
 METHODS = (
     "seqft",
     "hpa",
@@ -89,7 +88,7 @@ def main() -> None:
 
 def run_cell(options: argparse.Namespace, condition: str, seed: int) -> None:
     harmful = options.harmful if condition == "injected" else 0.0
-    recipe = importlib.import_module(RECIPES[options.world])
+    recipe = importlib.import_module(WORLDS[options.world])
     data = options.out / "data" / condition / f"seed-{seed}"
     if not data.exists():
         size = StreamSize(
@@ -285,7 +284,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--order", type=names, default=None, help="tasks in this order; give it an --out of its own")
     parser.add_argument(
-        "--world", choices=RECIPES, default="tiny", help="small: a pretrained model, an hour a method; --out of its own"
+        "--world", choices=WORLDS, default="tiny", help="small: a pretrained model, an hour a method; --out of its own"
     )
     parser.add_argument("--draw", choices=("test", "validation"), default="test")
     parser.add_argument(

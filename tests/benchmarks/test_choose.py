@@ -40,12 +40,16 @@ def test_the_best_is_taken_only_where_all_were_tried(choose: Any, tmp_path: Path
     options = choose.parse(["--methods", "ewc,lwf", "--out", str(tmp_path)])
     tmp_path.mkdir(exist_ok=True)
 
-    def figures(_: Any, row: str) -> dict[str, float] | None:
+    def figures(_: Any, row: str) -> dict[str, Any] | None:
         method, _, place = row.partition("-")
         if (method, place) == ("lwf", "4"):
             return None
         safer = 0.4 if place == "2" else 0.0
-        return {"ap": 0.5 + 0.01 * int(place), "bwt": 0.0, "mft": 0.5, "masr": 0.5 - safer, "over_refusal": 0.1}
+        return {
+            "ap": {"value": 0.5 + 0.01 * int(place)},
+            "masr": {"value": 0.5 - safer},
+            "over_refusal": {"value": 0.1},
+        }
 
     monkeypatch.setattr(choose, "figures_of", figures)
     choose.publish(options)

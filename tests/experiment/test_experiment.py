@@ -267,7 +267,7 @@ def test_benign_prompts_are_answered_by_theta_0_once(tmp_path, pico_folder, monk
         return ["I'm sorry, I can't help with that." if i < refused else "Here it is." for i in range(len(samples))]
 
     monkeypatch.setattr(own_answers, "generate", generate)
-    monkeypatch.setattr(type(made), "_safe_answers", lambda self, prompts: {"answers": {}})
+    monkeypatch.setattr("holdfast.experiment.own._safe_answers", lambda *_: {"answers": {}})
     if refused == 3:
         with pytest.raises(DataError, match="helped with 1 of 4 benign calibration prompts"):
             made.with_own_answers()

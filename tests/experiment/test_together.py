@@ -22,6 +22,7 @@ from holdfast import experiment
 from holdfast.checkpoints.value import Checkpoint
 from holdfast.data.types import Sample
 from holdfast.errors import ConfigError, ModelError, RunError
+from holdfast.experiment.together import refuse_together
 from holdfast.methods import METHODS, get
 from holdfast.models.generate import generate
 from holdfast.models.load import load
@@ -210,11 +211,11 @@ def test_a_method_that_cannot_is_refused_before_anything_is_done(name: str, file
             config=config, out=tmp_path / "run", stream=None, methods=experiment.build_methods(config)
         )
         if way in method.together:
-            made.refuse_together(Share(world=2, sharded=way == "shards"))
+            refuse_together(made.config, made.methods, Share(world=2, sharded=way == "shards"))
             continue
         with pytest.raises(ConfigError, match=f"Method '{name}' cannot learn in 2 processes"):
-            made.refuse_together(Share(world=2, sharded=way == "shards"))
-        made.refuse_together(ALONE)
+            refuse_together(made.config, made.methods, Share(world=2, sharded=way == "shards"))
+        refuse_together(made.config, made.methods, ALONE)
     assert not (tmp_path / "run").exists()
 
 
@@ -251,7 +252,7 @@ def test_what_does_not_go_together_is_said(changes: dict[str, Any], share: Share
         config = experiment.decode_run(data, base=files["hpa"].parent)
     made = experiment.Experiment(config=config, out=tmp_path, stream=None, methods=experiment.build_methods(config))
     with pytest.raises(ConfigError, match=sentence):
-        made.refuse_together(share)
+        refuse_together(made.config, made.methods, share)
 
 
 PROBE = {"name": "probe", "format": "qa", "options": {"unsafe": "unsafe.jsonl"}}

@@ -87,7 +87,7 @@ def test_the_first_token_is_that_of_the_greedy_answer_and_training_lowers_the_lo
         assert int(model.language(input_ids=asked).logits[0, -1].argmax()) == token
     checked = []
     parameters = [p for p in model.language.parameters() if p.requires_grad]
-    stage = engine.Stage(name="try", steps=40, batch=2, lr=1e-2, warmup=2, until=15)
+    stage = engine.Stage(name="try", steps=40, lr=1e-2, warmup=2, until=15)
     made = engine.train(
         model,
         parameters,

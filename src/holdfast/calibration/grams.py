@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import CalibrationError, ModelError, NumericalError
 from holdfast.functional.hessian import InputGram, Normalization
-from holdfast.share import is_alone
+from holdfast.models.processes import in_group
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,7 +107,7 @@ class GramCollector:
 
         Raises: ModelError: processes disagree on which layers share an input.
         """
-        if is_alone() or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if not in_group():
             return
         shared = [self.leaders]
         dist.broadcast_object_list(shared, src=0)

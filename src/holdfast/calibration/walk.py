@@ -25,8 +25,8 @@ from holdfast.models.encode import ANSWER, IMAGE, PADDING, Inputs, encode_reques
 from holdfast.models.families import decoder_blocks, editable_linears
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.memory import usable_bytes
+from holdfast.models.processes import in_group
 from holdfast.models.settings import quiet_transformers
-from holdfast.share import is_alone
 
 Tokens = Literal["all", "text", "answer"]
 Consumer = Callable[[LayerGram], None]
@@ -274,7 +274,7 @@ class _Walk:
 
     def _agree(self, stop: int) -> int:
         """The smallest `stop` of all processes: each sees memory of its own, and the Grams of a pass are summed."""
-        if not _several():
+        if not in_group():
             return stop
         shared = torch.tensor([stop], device=self.loaded.device)
         dist.all_reduce(shared, op=dist.ReduceOp.MIN)
@@ -419,12 +419,8 @@ def _with_answer(sample: Sample, tokens: Tokens) -> Sample:
     return sample
 
 
-def _several() -> bool:
-    return not is_alone() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def _my_share(samples: Sequence[Sample]) -> list[Sample]:
-    if _several():
+    if in_group():
         return list(samples[dist.get_rank() :: dist.get_world_size()])
     return list(samples)
 

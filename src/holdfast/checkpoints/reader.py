@@ -110,7 +110,7 @@ class CheckpointReader:
             if (self.folder / TUNER_FILE).is_file():
                 hint = (
                     f"It has {TUNER_FILE}: it holds experts that a tuner puts on a base, and no weights to read or "
-                    "edit. An expert of CRAM is an adapter of its own, below `experts`."
+                    "edit. Experts that are adapters of their own have folders below it."
                 )
             raise CheckpointError(f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}. {hint}")
         entries = self._unwrapped(entries)

@@ -29,8 +29,9 @@ def command(
     from holdfast.cli.samples import read_samples
     from holdfast.cli.terminal import Console
     from holdfast.errors import ConfigError
-    from holdfast.tuners.cram.folder import base_of, open_folder
+    from holdfast.tuners.cram.folder import open_folder
     from holdfast.tuners.cram.merge import drift, export_merged, mean_mass
+    from holdfast.tuners.folders import base_of
 
     if expert is None and samples is None:
         raise ConfigError("Name one --expert, or pass --samples to take mean routing weights from.")

@@ -21,8 +21,9 @@ distribution; `plugins: [my_edit.py]` lists files that bring such code (`holdfas
 from __future__ import annotations
 
 from holdfast.errors import RunError
+from holdfast.experiment.build import build_methods
 from holdfast.experiment.execute import run
-from holdfast.experiment.resolve import Experiment, build_methods, resolve
+from holdfast.experiment.resolve import Experiment, resolve
 from holdfast.experiment.run_config import (
     InjectionConfig,
     OwnAnswersConfig,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ConfigError
-from holdfast.experiment.resolve import Progress, parts_of, resolve
+from holdfast.experiment.build import parts_of
+from holdfast.experiment.resolve import Progress, resolve
 from holdfast.experiment.run_config import RunConfig
 from holdfast.experiment.workers import run_methods, set_threads
 from holdfast.share import ALONE, Share

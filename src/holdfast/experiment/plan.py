@@ -17,7 +17,7 @@ from holdfast.checkpoints.value import as_checkpoint
 from holdfast.data.examine import Diagnosis, examine
 from holdfast.data.types import Sample
 from holdfast.errors import ConfigError, DataError
-from holdfast.experiment.resolve import build_methods
+from holdfast.experiment.build import build_methods
 from holdfast.experiment.run_config import RunConfig
 from holdfast.models.estimate import CHARACTERS_PER_TOKEN, Estimate, ModelShape, estimate, read_shape
 from holdfast.models.speed import DECODE_SHARE, FORWARD_SHARE

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from holdfast import judges, registry, scorers
 from holdfast import methods as method_registry
 from holdfast.config import current_names, encode
-from holdfast.data import readers
 from holdfast.data.images import pictures
 from holdfast.data.inventory import check_models, check_pictures
 from holdfast.data.streams import build, build_calibration, build_safety
-from holdfast.data.types import SafetySet, Sample, Stream, Turn
-from holdfast.errors import ConfigError, DataError, UnknownNameError, nearest, unknown_name
-from holdfast.experiment.run_config import RunConfig, label_of
+from holdfast.data.types import SafetySet, Sample, Stream
+from holdfast.errors import ConfigError, DataError, unknown_name
+from holdfast.experiment.build import build_methods, parts_of
+from holdfast.experiment.own import benign_judge, own_judge, with_own_answers
+from holdfast.experiment.run_config import RunConfig
+from holdfast.experiment.together import recorded_share, refuse_together
 from holdfast.files import write_json
-from holdfast.registry import Registry
 from holdfast.restore.sets import refuse_shared
-from holdfast.share import Share, current
-from holdfast.stream.protocol import Checkpoint, ChecksStream, LearnsTogether, Method, silent
+from holdfast.share import current
+from holdfast.stream.protocol import Checkpoint, ChecksStream, Method, silent
 from holdfast.stream.record import RunDirectory
 from holdfast.stream.runner import StreamRun
-from holdfast.training.training_config import TrainingConfig
 
 Progress = Callable[..., None]
 
@@ -76,7 +74,7 @@ def resolve(
     if unanswered:
         from holdfast.calibration.own_answers import refuse_overlap
 
-        _own_judge(config)
+        own_judge(config)
         refuse_overlap(unanswered, [(s.name, [*s.unsafe, *s.benign]) for s in stream.safety])
     if stream.benign_calibration:
         from holdfast.calibration.own_answers import refuse_overlap
@@ -85,7 +83,7 @@ def resolve(
         if stream.safety_calibration:
             refuse_overlap(stream.benign_calibration, [("safety_calibration", stream.safety_calibration)])
     if any(sample.answer is None for sample in stream.benign_calibration):
-        _benign_judge(config)
+        benign_judge(config)
     probe = _gate_probe(config, stream)
     for method in built.values():
         if isinstance(method, ChecksStream):
@@ -135,99 +133,6 @@ def _gate_probe(config: RunConfig, stream: Stream) -> SafetySet | None:
 
 def _words(sample: Sample) -> str:
     return " ".join(" ".join(turn.text.split()) for turn in sample.request)
-
-
-def build_methods(config: RunConfig, names: Sequence[str] | None = None) -> dict[str, Method]:
-    """The methods of a run (or those named), ready to run.
-
-    Raises: UnknownNameError: no such method, or a default that no method has.
-    """
-    registry.load_plugins(config.plugins)
-    chosen = list(config.methods) if names is None else [n if n in config.methods else label_of(n) for n in names]
-    for label in chosen:
-        if label not in config.methods:
-            raise unknown_name("method of this run", label, config.methods)
-    built = {label: _build_method(config, label) for label in chosen}
-    known = {key for label in config.methods for key in _option_names(config.method_of(label))}
-    for key in config.defaults:
-        # A default of methods that this run leaves out is no mistake; importing all of them takes a moment.
-        if key not in known:
-            known = {key for name in method_registry.METHODS for key in _option_names(name)}
-        if key not in known:
-            hint = nearest(key, known)
-            raise UnknownNameError(
-                f"defaults.{key}: no method has this option."
-                + (f" Did you mean {hint!r}?" if hint else "")
-                + f" Known: {', '.join(sorted(known))}."
-            )
-    return built
-
-
-def _build_method(config: RunConfig, label: str) -> Method:
-    name = config.method_of(label)
-    own = {key: value for key, value in config.methods[label].items() if key != "method"}
-    shared = {key: _members(name, key, value) for key, value in config.defaults.items() if key in _options(name)}
-    return method_registry.get(name, label=label, defaults=shared, **own)
-
-
-def _options(name: str) -> set[str]:
-    return set(method_registry.config_of(name).__dataclass_fields__)
-
-
-def _members(name: str, key: str, value: Any) -> Any:
-    """Of a group of defaults (`edit`) those that the method's own kind of the group has.
-
-    What no method has stays, so that it is refused by its name.
-    """
-    own = _group(name, key)
-    others = set(value) - own if isinstance(value, Mapping) and own else set()
-    if others:
-        everywhere = {member for method in method_registry.METHODS for member in _group(method, key)}
-        return {member: v for member, v in value.items() if member not in others & everywhere}
-    return value
-
-
-def _group(name: str, key: str) -> set[str]:
-    """Names inside the group `key` of a method's options, old ones too; none where it is no group."""
-    hint = typing.get_type_hints(method_registry.config_of(name)).get(key)
-    if not (isinstance(hint, type) and is_dataclass(hint)):
-        return set()
-    return {f.name for f in fields(hint)} | set(getattr(hint, "__old_names__", {}))
-
-
-def _option_names(name: str) -> set[str]:
-    """Option names of a method, none of one that does not exist: another run of the file may leave it out."""
-    try:
-        return _options(name)
-    except UnknownNameError:
-        return set()
-
-
-def parts_of(config: RunConfig, labels: Sequence[str] | None = None) -> list[tuple[str, Registry, str]]:
-    """(what, registry, name) of everything that a run looks up by name, each once.
-
-    labels: of the methods that count; None: all of the file.
-    """
-    stream, injected = config.stream, config.injection
-    tasks = config.used_tasks()
-    pools = [
-        pool
-        for pool in (stream.safety_calibration, stream.benign_calibration, injected.pool if injected else None)
-        if pool
-    ]
-    formats = [*(task.format for task in tasks), *(pool.format for pool in pools)]
-    asked = (config.safety_calibration.prompts, config.benign_calibration.prompts)
-    sets = [*stream.safety, *(prompts for prompts in asked if prompts)]
-    if config.safety_gate is not None:
-        sets.append(config.safety_gate.probe)
-    found = [
-        *(("methods", method_registry.REGISTRY, config.method_of(label)) for label in labels or config.methods),
-        *(("judges", judges.REGISTRY, judge.name) for judge in config.evaluation.judges),
-        *(("scorers", scorers.REGISTRY, task.scorer) for task in tasks),
-        *(("readers", readers.REGISTRY, name) for name in formats),
-        *(("safety_readers", readers.SAFETY_REGISTRY, spec.format) for spec in sets),
-    ]
-    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
@@ -319,7 +224,7 @@ class Experiment:
                 "images": config.images,
                 "max_pixels": config.max_pixels,
                 **self._recorded_gate(),
-                **_recorded_share(),
+                **recorded_share(),
                 **({"plugins": self.plugged} if self.plugged else {}),
             }
         )
@@ -408,7 +313,7 @@ class Experiment:
         """Hold the directory, and do once what all methods share: log what was injected, evaluate theta_0."""
         from holdfast.models.held import holding
 
-        self.refuse_together(current())
+        refuse_together(self.config, self.methods, current())
         run = self.stream_run()
         with run.claimed(), pictures(self.config.pictures), holding():
             current().by_chief(self._prepare)
@@ -424,37 +329,11 @@ class Experiment:
             write_json(self.out / "injected.json", [log.to_json() for log in self.injected])
         self._convert_theta_0()
 
-    def refuse_together(self, share: Share) -> None:
-        """Raises ConfigError: something of this run is not made for the processes that were started for it."""
-        if share.world == 1:
-            return
-        if self.config.evaluation.backend == "vllm":
-            raise ConfigError(
-                f"evaluation.backend is vllm, which takes the devices for itself, and {share.world} processes were "
-                "started for the run. Set it to transformers, or run in one process."
-            )
-        if share.sharded and self.config.safety_gate is not None:
-            raise ConfigError(
-                "safety_gate asks every checkpoint on one device, and this run shares the base out over several "
-                "(FSDP2). Leave one of the two out; `holdfast gate` asks a finished checkpoint."
-            )
-        for label, method in self.methods.items():
-            ways = method.together if isinstance(method, LearnsTogether) else frozenset()
-            if share.way in ways:
-                training = getattr(getattr(method, "config", None), "training", None)
-                if isinstance(training, TrainingConfig):
-                    training.refuse_uneven(share.world)
-                continue
-            able = (
-                "it can learn with a base that is whole in each process: leave --fsdp out"
-                if ways
-                else "it learns in one process alone: start one"
-            )
-            what = "with a base that is shared out over them (FSDP2)" if share.sharded else "together"
-            raise ConfigError(
-                f"Method {label!r} cannot learn in {share.world} processes {what}; {able}, or run the other methods "
-                "with --method."
-            )
+    def with_own_answers(self) -> Stream:
+        """The stream with answered calibration samples: made by theta_0 once, then read from theta_0/."""
+        return with_own_answers(
+            self.stream, self.config, self.theta_0, self.directory.theta_0_dir, progress=self.progress
+        )
 
     def _convert_theta_0(self) -> None:
         if self.config.store_dtype is None:
@@ -472,96 +351,6 @@ class Experiment:
             run = self.stream_run(self.with_own_answers())
             run.run_method(self.gated(self.methods[name]), self.evaluator())
 
-    def with_own_answers(self) -> Stream:
-        """The stream with answered calibration samples: made by theta_0 once, then read from theta_0/."""
-        stream = self.stream
-        return replace(
-            stream,
-            safety_calibration=self._answered(stream.safety_calibration, "safety_calibration.json", self._safe_answers),
-            benign_calibration=self._answered(
-                stream.benign_calibration, "benign_calibration.json", self._helpful_answers
-            ),
-        )
-
-    def _answered(
-        self, samples: Sequence[Sample], file: str, make: Callable[[Sequence[Sample]], dict[str, Any]]
-    ) -> Sequence[Sample]:
-        """`samples`, those without an answer given theta_0's own, or left out where it has none that is kept."""
-        unanswered = [sample for sample in samples if sample.answer is None]
-        if not unanswered:
-            return samples
-        path = self.directory.theta_0_dir / file
-        current().once(path, lambda: make(unanswered), write_json)
-        answers = json.loads(path.read_text(encoding="utf-8"))["answers"]
-        answered = [_answered(s, answers[s.id]) if s.id in answers else s for s in samples]
-        return [s for s in answered if s.answer is not None]
-
-    def _helpful_answers(self, prompts: Sequence[Sample]) -> dict[str, Any]:
-        from holdfast.calibration.own_answers import own_helpful_answers
-        from holdfast.models.held import load
-
-        config, evaluation = self.config.benign_calibration, self.config.evaluation
-        chosen = _benign_judge(self.config)
-        judge = judges.get(chosen.name, **chosen.options)
-
-        def is_refusal(samples: Sequence[Sample], replies: Sequence[str]) -> list[bool]:
-            return [verdict.behaviour == "refusal" for verdict in judge.judge(samples, replies, side="benign")]
-
-        made = own_helpful_answers(
-            load(self.theta_0, dtype=evaluation.dtype),
-            prompts,
-            current().told(is_refusal),
-            max_new_tokens=config.max_new_tokens,
-            batch_size=evaluation.batch_size,
-            test_sets=[(s.name, [*s.unsafe, *s.benign]) for s in self.stream.safety],
-            progress=self.progress,
-        )
-        return {
-            "judge": chosen.name,
-            "asked": made.asked,
-            "kept": made.kept,
-            "answers": {sample.id: sample.answer for sample in made.samples},
-        }
-
-    def _safe_answers(self, prompts: Sequence[Sample]) -> dict[str, Any]:
-        from holdfast.calibration.own_answers import own_safe_answers
-        from holdfast.models.held import load
-
-        config, evaluation = self.config.safety_calibration, self.config.evaluation
-        chosen = _own_judge(self.config)
-        judge = judges.get(chosen.name, **chosen.options)
-
-        def is_safe(samples: Sequence[Sample], replies: Sequence[str]) -> list[bool]:
-            return [verdict.behaviour == "refusal" for verdict in judge.judge(samples, replies)]
-
-        made = own_safe_answers(
-            load(self.theta_0, dtype=evaluation.dtype),
-            prompts,
-            current().told(is_safe),
-            per_category=config.per_category,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=evaluation.batch_size,
-            test_sets=[(s.name, [*s.unsafe, *s.benign]) for s in self.stream.safety],
-            allow_short=config.allow_short,
-            progress=self.progress,
-        )
-        return {
-            "judge": chosen.name,
-            "asked": made.asked,
-            "kept": made.kept,
-            "short": list(made.short),
-            "answers": {sample.id: sample.answer for sample in made.samples},
-        }
-
-
-def _own_judge(config: RunConfig) -> Any:
-    """The judge of theta_0's own answers. Raises UnknownNameError: none of the run's has the name."""
-    wanted, judges = config.safety_calibration.judge, config.evaluation.judges
-    chosen = next((judge for judge in judges if wanted in (None, judge.name)), None)
-    if chosen is None:
-        raise unknown_name("judge of this run", str(wanted), [judge.name for judge in judges])
-    return chosen
-
 
 def _gate_judge(config: RunConfig) -> Any:
     """The judge of the safety gate: the one named, else the first. Raises UnknownNameError: none of the run's."""
@@ -569,17 +358,6 @@ def _gate_judge(config: RunConfig) -> Any:
     chosen = next((judge for judge in known if wanted in (None, judge.name)), None)
     if chosen is None:
         raise unknown_name("judge of this run", str(wanted), [judge.name for judge in known])
-    return chosen
-
-
-def _benign_judge(config: RunConfig) -> Any:
-    """The judge of theta_0's own benign answers: the one named, else the first that finds refusals by their words."""
-    wanted, judges = config.benign_calibration.judge, config.evaluation.judges
-    if wanted is None:
-        return next((judge for judge in judges if judge.name.startswith("keyword")), judges[0])
-    chosen = next((judge for judge in judges if judge.name == wanted), None)
-    if chosen is None:
-        raise unknown_name("judge of this run", wanted, [judge.name for judge in judges])
     return chosen
 
 
@@ -595,12 +373,6 @@ def _plugged(config: RunConfig, labels: Sequence[str]) -> dict[str, dict[str, An
     files = {plugin.path.name: {"sha256": plugin.sha256} for plugin in registry.load_plugins(config.plugins)}
     found = registry.origins(part for part in parts_of(config, labels) if part[0] != "methods")
     return {**({"files": files} if files else {}), **found}
-
-
-def _recorded_share() -> dict[str, Any]:
-    """Sums over another number of processes differ in the last bits, so it is part of what a directory belongs to."""
-    share = current()
-    return {"processes": {"number": share.world, "base": share.way}} if share.world > 1 else {}
 
 
 def _recorded(method: Any, name: str) -> dict[str, Any]:
@@ -622,7 +394,3 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _texts(inner)
-
-
-def _answered(sample: Sample, answer: str) -> Sample:
-    return replace(sample, turns=(*sample.request, Turn(role="assistant", text=answer)), references=(answer,))

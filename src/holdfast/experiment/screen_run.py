@@ -16,6 +16,7 @@ from holdfast.data.injection import PREFIX
 from holdfast.data.types import Sample
 from holdfast.errors import DataError
 from holdfast.experiment.resolve import Experiment
+from holdfast.judges.base import finds_refusals
 from holdfast.methods.seqft import ScreeningConfig
 
 RECORD = "injected.json"
@@ -81,11 +82,7 @@ def screen_run(
     config = experiment.config
     asked = decode(ScreeningConfig, dict(config.defaults.get("screening", {})), "defaults.screening")
     records = _records([*folders, Path(experiment.stream.root)])
-    judge = judges.get(asked.judge, **asked.options)
-
-    def is_refusal(requests: Sequence[Sample], replies: Sequence[str]) -> list[bool]:
-        return [verdict.behaviour == "refusal" for verdict in judge.judge(requests, replies)]
-
+    is_refusal = finds_refusals(judges.get(asked.judge, **asked.options))
     total = sum(len(task.train) for task in experiment.stream.tasks)
     done, found = 0, []
     with pictures(config.pictures):

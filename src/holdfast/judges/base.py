@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -41,6 +41,15 @@ class Judge(Protocol):
         Raises JudgeError: numbers of samples and replies differ, or the judge cannot be reached at all.
         """
         ...
+
+
+def finds_refusals(judge: Judge, *, side: Side = "unsafe") -> Callable[[Sequence[Sample], Sequence[str]], list[bool]]:
+    """(requests, replies) -> whether each reply refuses, as `judge` says of requests of this side."""
+
+    def found(requests: Sequence[Sample], replies: Sequence[str]) -> list[bool]:
+        return [verdict.behaviour == "refusal" for verdict in judge.judge(requests, replies, side=side)]
+
+    return found
 
 
 def unscored(evidence: str) -> Verdict:

@@ -30,7 +30,8 @@ from holdfast.models.loaded import LoadedModel
 from holdfast.models.trained_state import TrainedState
 from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.training.training_config import TrainingConfig
-from holdfast.tuners.cram.folder import base_of, save_expert
+from holdfast.tuners.cram.folder import save_expert
+from holdfast.tuners.folders import base_of
 
 
 @dataclass(frozen=True, kw_only=True)

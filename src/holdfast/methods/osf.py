@@ -27,7 +27,8 @@ from holdfast.models.loaded import LoadedModel
 from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.training.supervised import quiet_peft
 from holdfast.training.training_config import TrainingConfig
-from holdfast.tuners.cram.folder import base_of, save_expert
+from holdfast.tuners.cram.folder import save_expert
+from holdfast.tuners.folders import base_of
 
 _PREFIX, _ADAPTER = "base_model.model.", "default"
 

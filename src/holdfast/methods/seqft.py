@@ -21,6 +21,7 @@ from holdfast.data.types import Sample, Stream
 from holdfast.editing.editor import edit_checkpoint
 from holdfast.errors import CalibrationError, ConfigError, unknown_name
 from holdfast.files import require_space, write_json
+from holdfast.judges.base import finds_refusals
 from holdfast.methods._glue.refusals import refusals
 from holdfast.models.held import load
 from holdfast.rules.base import EditRule
@@ -302,15 +303,10 @@ def screened(ctx: TaskContext, config: ScreeningConfig, samples: Sequence[Sample
     path = ctx.work_dir / record
 
     def ask() -> dict[str, Any]:
-        judge = judges.get(config.judge, **config.options)
-
-        def is_refusal(requests: Sequence[Sample], replies: Sequence[str]) -> list[bool]:
-            return [verdict.behaviour == "refusal" for verdict in judge.judge(requests, replies)]
-
         found = screen(
             load(ctx.theta_0, dtype=config.dtype),
             samples,
-            current().told(is_refusal),
+            current().told(finds_refusals(judges.get(config.judge, **config.options))),
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
             progress=ctx.progress,

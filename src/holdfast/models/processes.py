@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from holdfast.errors import ConfigError
-from holdfast.share import ALONE, Share, sharing
+from holdfast.share import ALONE, Share, is_alone, sharing
 
 # Judges, edits and calibrations run on one process; the others wait for as long as a busy endpoint takes.
 _PATIENCE = timedelta(days=2)
@@ -43,6 +43,11 @@ def wants_shards(environment: Mapping[str, str] = os.environ) -> bool:
             "Set fsdp_version: 2 in accelerate's configuration, or launch with --multi_gpu and pass --fsdp."
         )
     return True
+
+
+def in_group() -> bool:
+    """Whether others of a process group take part in what goes on: not while this process works by itself."""
+    return not is_alone() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @contextmanager

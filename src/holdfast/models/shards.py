@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from holdfast.checkpoints.value import Source, as_checkpoint
 from holdfast.errors import ModelError
@@ -54,4 +55,4 @@ def load_shards(source: Source, *, dtype: torch.dtype | str | None = None) -> Lo
 
 def is_sharded(model: Any) -> bool:
     """Whether a model's blocks are shared out."""
-    return any(hasattr(p, "full_tensor") for p in model.parameters())
+    return any(isinstance(p, DTensor) for p in model.parameters())

@@ -37,9 +37,9 @@ from holdfast.tiny.pixels import KINDS, TINTS, Scene, labels
 from holdfast.tiny.world import Rng, one_thing, pick
 
 ANSWERS_SEED = 31
-PROJECT = Stage(name="project", steps=1200, batch=3072, lr=3e-3, warmup=50, seed=32)
+PROJECT = Stage(name="project", steps=1200, lr=3e-3, warmup=50, seed=32)
 # A step of `align` is 10 to 11 requests, see `AlignmentDraw`.
-ALIGN = Stage(name="align", steps=700, batch=11, lr=1e-3, warmup=30, seed=33, until=300)
+ALIGN = Stage(name="align", steps=700, lr=1e-3, warmup=30, seed=33, until=300)
 # Validation requests per kind and side, and after how many steps they are asked.
 CHECKED, CHECK_EVERY = 16, 100
 RANK, FIRST_LAYER = 8, 8
@@ -134,8 +134,8 @@ def patch_targets(scene: Any) -> tuple[np.ndarray, np.ndarray]:
 
 # Pictures whose patches the projector is trained on, and those that it is measured on.
 PATCHED, MEASURED = 5000, 300
-# Of the patches of a step, how many show nothing.
-BLANK = 0.1
+# Patches of a step, and how many of them show nothing.
+PATCHES, BLANK = 3072, 0.1
 # Share of the cross entropy over the words (by distance) in the loss, and the distance that a nat is worth, in units of
 # the words' mean square norm.
 NAMED, NAT = 0.1, 0.05
@@ -151,7 +151,7 @@ def train_projector(model: Model, stage: Stage, say: Say) -> dict[str, Any]:
     began, losses = time.monotonic(), []
     seen, truth = _patches(model, rng, pictures, PATCHED, "train")
     shown, blank = torch.nonzero(truth > 0)[:, 0], torch.nonzero(truth == 0)[:, 0]
-    blanks = int(BLANK * stage.batch)
+    blanks = int(BLANK * PATCHES)
     say(f"project: {PATCHED} pictures, {time.monotonic() - began:.0f} s")
     for step in range(stage.steps):
         rate = min(1.0, (step + 1) / stage.warmup) * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
@@ -160,7 +160,7 @@ def train_projector(model: Model, stage: Stage, say: Say) -> dict[str, Any]:
         chosen = torch.from_numpy(
             np.concatenate(
                 (
-                    shown.numpy()[rng.integers(len(shown), size=stage.batch - blanks)],
+                    shown.numpy()[rng.integers(len(shown), size=PATCHES - blanks)],
                     blank.numpy()[rng.integers(len(blank), size=blanks)],
                 )
             )

@@ -31,12 +31,11 @@ OPENING = 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Optimisation of one stage. steps: of AdamW, of `batch` samples each; lr: peak, cosine over them after `warmup`
-    steps; until: the step after which it stops, None: the last."""
+    """Optimisation of one stage. steps: of AdamW; lr: peak, cosine over them after `warmup` steps; until: the step
+    after which it stops, None: the last."""
 
     name: str
     steps: int
-    batch: int
     lr: float
     warmup: int = 10
     seed: int = 0

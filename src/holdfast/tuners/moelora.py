@@ -31,8 +31,8 @@ from holdfast.models.families import editable_linears
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.trained_state import TrainedState
 from holdfast.models.tuner import MARKER
-from holdfast.tuners.cram.folder import base_of, new_folder
-from holdfast.tuners.cram.same_weights import block_weights, compare_probe, probe
+from holdfast.tuners.folders import base_of, new_folder
+from holdfast.tuners.same_weights import block_weights, compare_probe, probe
 
 NAME, FORMAT = "moelora", 1
 RECORD, TENSORS = "moelora.json", "moelora.safetensors"

@@ -22,8 +22,8 @@ from holdfast.models.load import load
 from holdfast.stream.protocol import Checkpoint
 from holdfast.tuners.cram.folder import from_pretrained, load_expert, save_expert, save_pretrained
 from holdfast.tuners.cram.merge import export_merged
-from holdfast.tuners.cram.same_weights import _same_values, probe
 from holdfast.tuners.cram.stored_router import read_router
+from holdfast.tuners.same_weights import _same_values, probe
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ import hashlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,18 +29,19 @@ from holdfast.checkpoints.reader import CheckpointReader
 from holdfast.checkpoints.value import Checkpoint
 from holdfast.config import encode
 from holdfast.data.names import slug
-from holdfast.errors import AdapterError, StorageError
-from holdfast.files import fsync, fsync_folder, storage_error, write_json
+from holdfast.errors import AdapterError
+from holdfast.files import write_json
 from holdfast.models.families import decoder_blocks
 from holdfast.models.load import load
 from holdfast.models.loaded import LoadedModel
-from holdfast.models.tuner import MARKER, is_tuner_folder
+from holdfast.models.tuner import MARKER
 from holdfast.tuners.cram.guard import Guard, check_guard, guard_data, guard_tensors
 from holdfast.tuners.cram.model import Cram, Factors, find_targets
 from holdfast.tuners.cram.router import Router
 from holdfast.tuners.cram.router_features import Encoder, check_identity, make_encoder
-from holdfast.tuners.cram.same_weights import PROBED_VALUES, block_weights, compare_probe, head_weights, probe
 from holdfast.tuners.cram.stored_router import FORMAT, HOW_TO_RESTORE, ROUTER, TENSORS, StoredRouter, read_router
+from holdfast.tuners.folders import base_of, new_folder
+from holdfast.tuners.same_weights import PROBED_VALUES, block_weights, compare_probe, head_weights, probe
 
 EXPERTS = "experts"
 # In TENSORS, followed by the name of a weight.
@@ -344,15 +344,6 @@ def open_folder(folder: Path, *, base: str | None = None, encoder: str | None = 
     return from_pretrained(folder, loaded, encoder=moved)
 
 
-def base_of(loaded: LoadedModel) -> dict[str, Any]:
-    """The checkpoint that experts sit on, as plain data: {"base": folder or hub id, "adapters": [folders]}."""
-    source = loaded.source
-    if source is None:
-        return Checkpoint(base=loaded.name).to_json()
-    # A tuner's folder on top is what is being saved, not what it sits on.
-    return {"base": source.base, "adapters": [a for a in source.adapters if not is_tuner_folder(a)]}
-
-
 def base_for_peft(loaded: LoadedModel) -> dict[str, Any]:
     """`base` and `base_config` of `save_expert` for experts of this model."""
     config = {"model_type": loaded.model.config.model_type, "architectures": [type(loaded.model).__name__]}
@@ -361,30 +352,3 @@ def base_for_peft(loaded: LoadedModel) -> dict[str, Any]:
 
 def _folder_name(index: int, name: str) -> str:
     return f"{index:02d}-{slug(name)}"
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`; renamed onto it when the block ends well, removed when it does not.
-
-    Raises: StorageError: `folder` exists, or cannot be written.
-    """
-    if folder.exists():
-        raise StorageError(f"{folder} exists; choose another folder, or remove it.")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in sorted(temporary.rglob("*"), reverse=True):
-            if path.is_dir():
-                fsync_folder(path)
-            else:
-                with path.open("rb") as written:
-                    fsync(written.fileno())
-        temporary.replace(folder)
-        fsync_folder(folder.parent)
-    except OSError as error:
-        raise storage_error(error, folder) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

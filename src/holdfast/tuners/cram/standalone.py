@@ -38,11 +38,12 @@ from holdfast.models.loaded import LoadedModel
 from holdfast.models.precision import parse_dtype
 from holdfast.models.settings import quiet_transformers, read_config, read_processor
 from holdfast.tuners.cram.cram_config import BACKBONE
-from holdfast.tuners.cram.folder import check_base, check_encoder, new_folder
+from holdfast.tuners.cram.folder import check_base, check_encoder
 from holdfast.tuners.cram.guard import Guard
 from holdfast.tuners.cram.router import Features, Router, Routing, describe
 from holdfast.tuners.cram.router_features import BackboneEncoder, Encoder, check_images, make_encoder
 from holdfast.tuners.cram.stored_router import ROUTER, TENSORS, StoredRouter, read_router
+from holdfast.tuners.folders import new_folder
 
 MARKER_FILE, ENCODER_FILE = "holdfast_router.json", "encoder.safetensors"
 FORMAT = 1
