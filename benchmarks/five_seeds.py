@@ -91,13 +91,16 @@ def run_cell(options: argparse.Namespace, condition: str, seed: int) -> None:
     recipe = importlib.import_module(WORLDS[options.world])
     data = options.out / "data" / condition / f"seed-{seed}"
     if not data.exists():
+        settings = recipe.SETTINGS
         size = StreamSize(
+            train=settings.steps * settings.batch,
             test=options.prompts,
             safety=options.prompts,
             validation=options.prompts,
             safety_validation=options.prompts,
         )
-        write_stream(data, seed=seed, harmful=harmful, size=size, task_names=options.order, world=recipe.WORLD)
+        tasks = options.order or recipe.DEMO.tasks
+        write_stream(data, seed=seed, harmful=harmful, size=size, task_names=tasks, world=recipe.WORLD)
     file = data / ("stream.yaml" if options.draw == "test" else "validation.yaml")
     plain = recipe.run_data(
         file,

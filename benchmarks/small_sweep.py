@@ -31,6 +31,7 @@ from holdfast.methods._glue import anchor_step
 from holdfast.small import recipe
 from holdfast.stream.summary import summarize_run
 from holdfast.tiny.stream import StreamSize, write_stream
+from holdfast.tuners.folders import new_folder
 
 _NO_BENIGN: dict[str, Any] = {"benign_samples": 0, "edit": {"benign_share": None}}
 # Row -> method and what is changed of its options.
@@ -38,9 +39,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "seqft": {},
     "anchor": {},
     **{f"anchor_mu_{mu:g}": {"edit": {"safety_weight": mu}} for mu in (0.03, 0.1, 0.3, 3.0)},
-    **{f"anchor_lam_{lam:g}": {"edit": {"damping": lam}} for lam in (0.001, 0.3, 1.0)},
+    **{f"anchor_lam_{lam:g}": {"edit": {"damping": lam}} for lam in (0.0003, 0.001, 0.003, 0.01, 0.3, 1.0)},
     "anchor_no_benign": _NO_BENIGN,
     "anchor_benign_by_tokens": {"edit": {"benign_share": None}},
+    **{
+        f"anchor_benign_after_{share:g}": {"edit": {"benign_side": "after", "benign_share": share}}
+        for share in (0.3, 0.6)
+    },
     "anchor_no_benign_mu_0.3": {"benign_samples": 0, "edit": {"benign_share": None, "safety_weight": 0.3}},
     "anchor_no_screen": {"screen": False},
     "anchor_task_160": {"task_samples": 160},
@@ -67,7 +72,6 @@ def main() -> None:
     if not data.exists():
         write_stream(data, seed=options.seed, harmful=0.01, size=size, task_names=(options.task,), world=recipe.WORLD)
     plain = recipe.run_data(data / "validation.yaml", options.rows, seed=options.seed, harmful=0.01, limit_between=0)
-    plain["defaults"]["task_samples"] = recipe.DEMO.task_samples
     plain["methods"] = {name: {"method": name.partition("_")[0], **ROWS[name]} for name in options.rows}
     out = options.out / f"{options.task}-seed-{options.seed}"
     share(out / "shared")
@@ -89,8 +93,7 @@ def share(folder: Path) -> None:
         kept = folder / "adapter"
         if not kept.exists():
             result = tune(loaded, samples, config, work_dir=work_dir, **rest)
-            with atomic_path(kept) as temporary:
-                shutil.copytree(result.adapter, temporary, dirs_exist_ok=True)
+            keep(result.adapter, kept)
             _results[folder] = result
         adapter = Path(work_dir) / "adapter"
         shutil.copytree(kept, adapter, dirs_exist_ok=True)
@@ -98,17 +101,22 @@ def share(folder: Path) -> None:
         return replace(known, adapter=adapter) if known else _Result(adapter=adapter)
 
     def kept_grams(source: Any, samples: Sequence[Any], out: Path, **rest: Any) -> GramStore:
-        kept = folder / f"{out.name}-{samples_sha256(samples)[:16]}-{rest['tokens']}"
+        kept = folder / f"{out.name}-{samples_sha256(samples)[:16]}-{rest['tokens']}-{len(source.adapters)}"
         if not kept.exists():
             made = collect(source, samples, out, **rest)
-            with atomic_path(kept) as temporary:
-                shutil.copytree(out, temporary, dirs_exist_ok=True)
+            keep(out, kept)
             return made
         shutil.copytree(kept, out, dirs_exist_ok=True)
         return GramStore.open(out)
 
     seqft.train = once
     anchor_step.collect_grams = kept_grams
+
+
+def keep(folder: Path, kept: Path) -> None:
+    """A copy of `folder` as `kept`, whole or not at all."""
+    with new_folder(kept) as temporary:
+        shutil.copytree(folder, temporary, dirs_exist_ok=True)
 
 
 class _Result:

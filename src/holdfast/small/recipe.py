@@ -41,6 +41,7 @@ def run_data(
             own["unaligned"] = str(model_path("base", cache=cache))
     # What is assembled is fp32 already: no copy of half a gigabyte in every run.
     data["store_dtype"] = None
+    data["defaults"]["task_samples"] = DEMO.task_samples
     data["evaluation"]["batch_size"] = 16
     data["safety_calibration"] = {"max_new_tokens": 24}
     data["benign_calibration"] = {"max_new_tokens": 24}
