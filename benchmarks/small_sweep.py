@@ -42,10 +42,6 @@ ROWS: dict[str, dict[str, Any]] = {
     **{f"anchor_lam_{lam:g}": {"edit": {"damping": lam}} for lam in (0.0003, 0.001, 0.003, 0.01, 0.3, 1.0)},
     "anchor_no_benign": _NO_BENIGN,
     "anchor_benign_by_tokens": {"edit": {"benign_share": None}},
-    **{
-        f"anchor_benign_after_{share:g}": {"edit": {"benign_side": "after", "benign_share": share}}
-        for share in (0.3, 0.6)
-    },
     "anchor_no_benign_mu_0.3": {"benign_samples": 0, "edit": {"benign_share": None, "safety_weight": 0.3}},
     "anchor_no_screen": {"screen": False},
     "anchor_task_160": {"task_samples": 160},

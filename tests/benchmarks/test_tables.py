@@ -24,7 +24,7 @@ def tables():
         sys.path.remove(str(BENCHMARKS))
 
 
-@pytest.mark.parametrize("name", ["main", "rivals", "harm-0.1", "harm-5", "order", "edit-once", "guard"])
+@pytest.mark.parametrize("name", ["main", "rivals", "harm-0.1", "harm-5", "order", "edit-once", "guard", "small"])
 def test_every_command_names_a_program_and_methods_that_exist(tables, tmp_path, name):
     args = argparse.Namespace(seeds="0..1", prompts=10, jobs=1, methods=None)
     five_seeds = importlib.import_module("five_seeds")
