@@ -56,6 +56,8 @@ METHODS = (
 # Rows that are no method of their own: a method with other options.
 VARIANTS: dict[str, dict[str, Any]] = {
     "hpa_damping_1_percent": {"method": "hpa", "calibration": {"damping": 0.01}},
+    "hpa_damping_100_percent": {"method": "hpa", "calibration": {"damping": 1.0}},
+    "anchor_benign": {"method": "anchor", "benign_samples": None, "edit": {"benign_share": 0.6}},
     "anchor_drop": {"method": "anchor", "training": {"screen": "drop"}},
     "hpa_drop": {"method": "hpa", "training": {"screen": "drop"}},
     "hpa_screen": {"method": "hpa", "screen": True},

@@ -38,7 +38,7 @@ RIVALS = (
     *("replay", "safety_replay", "one_shot", "moelora", "joint", "frozen"),
 )
 FEW = ("seqft", "hpa", "interpolation", "anchor", "cram", "cram_guard")
-SMALL = (*FEW, "hpa_damping_1_percent", "anchor_no_benign")
+SMALL = (*FEW, "hpa_damping_100_percent", "anchor_benign")
 ORDER = "guide,digits,larger,classify,caption,tally"
 # (better, worse) as the paper orders them on AP, BWT and MASR.
 CLAIMS = (("hpa", "safe_delta"), ("safe_delta", "model_tailor"), ("model_tailor", "seqft"), ("hpa", "hpa_eps"))

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from holdfast import judges
+from holdfast import experiment, judges, tiny
 from holdfast.data.streams import load_stream
-from holdfast.small import build, policy, tasks, world
+from holdfast.small import build, policy, recipe, tasks, world
 from holdfast.small.recipe import WORLD
+from holdfast.tiny import recipe as tiny_recipe
 from holdfast.tiny.pixels import KINDS
 from holdfast.tiny.stream import StreamSize, write_stream
 
@@ -176,3 +177,14 @@ def test_nothing_of_the_library_names_the_world_but_the_list_of_worlds():
         if "holdfast.small" in path.read_text(encoding="utf-8") and path.parent.name != "small"
     }
     assert naming == {"cli/list.py"}
+
+
+def test_its_run_file_has_what_was_chosen_for_this_world(written, monkeypatch):
+    monkeypatch.setattr(recipe, "model_path", lambda part, cache=None: tiny.model_path(part))
+    plain = recipe.run_data(written, ["anchor", "hpa", "safe_lora", "cram"], seed=0)
+    made = experiment.decode_run(plain, base=written.parent).methods
+    assert set(made) == {"anchor", "hpa", "safe_lora", "cram"}
+    assert plain["methods"]["anchor"]["benign_samples"] == 0
+    assert plain["methods"]["hpa"]["calibration"]["damping"] == 0.01 != plain["defaults"]["calibration"]["damping"]
+    assert plain["methods"]["safe_lora"]["unaligned"] == str(tiny.model_path("base"))
+    assert plain["methods"]["cram"] == tiny_recipe.own_options("cram")
