@@ -26,6 +26,9 @@ from torch import Tensor
 from five_seeds import names
 from holdfast.checkpoints.gram_store import GramStore
 from holdfast.functional.anchor import AnchorGrams, AnchorStrength
+from holdfast.rules.anchor import AnchorConfig
+
+_USUAL = AnchorConfig().damping
 
 
 def factors(folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -67,7 +70,7 @@ def main() -> None:
     tasks = stores(args.shared, "task-*-all-1")
     task, more = tasks[0], tasks[-1] if len(tasks) > 1 else None
     rows: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
-    main_share = []
+    largest, below = [], []
     for adapter_name, lora_a, metric in factors(args.shared / "adapter"):
         (layer,) = (name for name in task.modules if adapter_name.endswith(name.removeprefix("model.")))
         on_task, on_safety = task.gram(layer).double(), safety.gram(layer).double()
@@ -76,7 +79,9 @@ def main() -> None:
         if more is not None:
             few, many = tokens(task), tokens(more)
             seen.append((more.gram(layer).double() * many - on_task * few) / (many - few))
-        main_share.append(float(torch.linalg.eigvalsh(on_task)[-1] / on_task.trace()))
+        spectrum = torch.linalg.eigvalsh(on_task)
+        largest.append(float(spectrum[-1] / spectrum.sum()))
+        below.append(float((spectrum < _USUAL * spectrum.mean()).double().mean()))
         for damping in args.damping:
             grams = AnchorGrams(on_task, hold, damping=float(damping))
             for weight in args.weight:
@@ -86,7 +91,11 @@ def main() -> None:
                 length = (energy(edited, metric) / energy(lora_a, metric)) ** 0.5
                 rows[damping, weight].append([*kept, left, length])
     headings = ["lam", "mu_s", "kept", *(["kept, held out"] if more else []), "left on safety", "length"]
-    print(f"largest direction of the task's Gram: {100 * statistics.median(main_share):.0f} % of its trace (median)\n")
+    print(
+        f"the task's Grams: the largest direction has {100 * statistics.median(largest):.0f} % of the trace (at most "
+        f"{100 * max(largest):.0f} %), {100 * statistics.median(below):.0f} % of the directions have less than "
+        f"{_USUAL:g} of the mean (medians)\n"
+    )
     print("| " + " | ".join(headings) + " |\n|" + "---:|" * len(headings))
     for (damping, weight), found in rows.items():
         cells = (f"{100 * statistics.median(column):.1f}" for column in zip(*found, strict=True))
