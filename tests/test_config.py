@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
+import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.config import decode, encode
+from holdfast.config import decode, encode, with_defaults
 from holdfast.errors import ConfigError, UnknownNameError, unknown_name
+from holdfast.methods import METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +53,47 @@ def test_what_is_encoded_decodes_to_itself(
 ) -> None:
     value = Outer(name=name, inner=Inner(rank=rank), bounds=(low, 1.0), names=tuple(names), limit=limit)
     assert decode(Outer, encode(value)) == value
+
+
+def _leaves(data: object, place: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    if not isinstance(data, dict):
+        return []
+    return [leaf for key, value in data.items() for leaf in ((*place, key), *_leaves(value, (*place, key)))]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_an_option_that_an_earlier_version_did_not_have_is_at_its_default(name: str) -> None:
+    """Of every method, every option at every depth."""
+    module, _, cls = METHODS[name][0].partition(":")
+    config = getattr(importlib.import_module(module), cls).Config
+    needed = {f.name: "x" for f in dataclasses.fields(config) if f.default is f.default_factory is dataclasses.MISSING}
+    whole = encode(config(**needed))
+    for *where, option in _leaves(whole):
+        earlier = copy.deepcopy(whole)
+        group = functools.reduce(lambda found, key: found[key], where, earlier)
+        if option not in needed:
+            del group[option]
+        assert with_defaults(config, earlier) == whole, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Many:
+    several: tuple[Inner, ...] = ()
+    named: Mapping[str, Inner] = field(default_factory=dict)
+    perhaps: Inner | None = None
+    text: str | None = None
+
+
+def test_new_options_are_found_in_lists_mappings_and_what_may_be_absent() -> None:
+    earlier = {"several": [{"rank": 1}], "named": {"a": {"rank": 2}}, "perhaps": {"rank": 3}, "gone": 1}
+    assert with_defaults(Many, earlier) == {
+        "several": [{"rank": 1, "rate": 1e-4}],
+        "named": {"a": {"rank": 2, "rate": 1e-4}},
+        "perhaps": {"rank": 3, "rate": 1e-4},
+        "text": None,
+        "gone": 1,
+    }
+    assert with_defaults(Many, {"perhaps": None})["perhaps"] is None
 
 
 def test_an_unknown_key_names_the_nearest_and_where_it_stands() -> None:

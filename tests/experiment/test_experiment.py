@@ -423,3 +423,37 @@ def test_a_run_recorded_by_the_old_names_of_options_goes_on(run_file, tmp_path, 
     run.directory.config_path.write_text(json.dumps(recorded))
     with pytest.raises(RunError, match=r"max_groups"), run.claimed():
         pass
+
+
+def test_a_run_of_before_goes_on_where_an_option_is_new_and_at_its_default(run_file, tmp_path):
+    """As a later version finds the directory of an earlier one, whose config.json lacks what is new since then."""
+    run = experiment.resolve(experiment.read_run(run_file(methods=["hpa"])), tmp_path / "out").stream_run()
+    with run.claimed():
+        new = run.directory.config_path.read_bytes()
+    places = [
+        ("methods.hpa.edit", "ranking"),
+        ("methods.hpa.training", "weight_decay"),
+        ("methods.hpa", "screen"),
+        ("config.evaluation", "limit_between"),
+        ("config.stream.tasks.0", "image_search"),
+        ("config", "images"),
+        ("config", "max_pixels"),
+    ]
+    for where, option in places:
+        recorded = json.loads(new)
+        group = recorded
+        for part in where.split("."):
+            group = group[int(part) if part.isdigit() else part]
+        del group[option]
+        run.directory.config_path.write_text(json.dumps(recorded))
+        with run.claimed():
+            assert json.loads(run.directory.config_path.read_bytes()) == json.loads(new)
+    changed = experiment.read_run(run_file(methods=["hpa"], images="published"))
+    recorded = json.loads(new)
+    del recorded["config"]["images"]
+    run.directory.config_path.write_text(json.dumps(recorded))
+    with (
+        pytest.raises(RunError, match=r"images: 'upright' -> 'published'"),
+        experiment.resolve(changed, tmp_path / "out").stream_run().claimed(),
+    ):
+        pass

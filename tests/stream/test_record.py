@@ -117,14 +117,14 @@ def test_versions_name_what_decides_a_number() -> None:
 
 
 def test_what_was_recorded_by_old_names_goes_on_by_the_new(run: RunDirectory) -> None:
-    def renamed(method: str, recorded: Mapping[str, Any]) -> Mapping[str, Any]:
-        assert method == "m"
+    def today(method: str | None, recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+        assert method in ("m", None)
         return {"new": recorded["old"]} if "old" in recorded else recorded
 
     claim(run, {}, {"m": {"old": 1}, "other": {"old": 1}})
     with pytest.raises(RunError, match="new: absent -> 1"):
         claim(run, {}, {"m": {"new": 1}})
     with pytest.raises(RunError, match="new: 1 -> 2"):
-        claim(run, {}, {"m": {"new": 2}}, renamed=renamed)
-    assert claim(run, {}, {"m": {"new": 1}}, renamed=renamed) == ()
+        claim(run, {}, {"m": {"new": 2}}, today=today)
+    assert claim(run, {}, {"m": {"new": 1}}, today=today) == ()
     assert read_json(run.config_path)["methods"] == {"m": {"new": 1}, "other": {"old": 1}}

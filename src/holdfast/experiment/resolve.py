@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast import judges, registry, scorers
 from holdfast import methods as method_registry
-from holdfast.config import current_names, encode
+from holdfast.config import current_names, encode, with_defaults
 from holdfast.data.images import pictures
 from holdfast.data.inventory import check_models, check_pictures
 from holdfast.data.streams import build, build_calibration, build_safety
@@ -173,23 +173,31 @@ class Experiment:
 
     def stream_run(self, stream: Stream | None = None) -> StreamRun:
         """The runner's view of it."""
+        config = self.shared_config()
+
+        def today(label: str | None, recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+            if label is None:
+                filled = with_defaults(RunConfig, recorded)
+                filled["stream"] = _without_layouts(filled["stream"])
+                # Plugins are recorded by what they hold, and may come later.
+                known = {*recorded, *config} - ({"plugins"} - set(recorded))
+                return {key: value for key, value in filled.items() if key in known}
+            cls = type(self.methods[label].config)  # type: ignore[attr-defined]
+            return with_defaults(cls, current_names(cls, recorded, f"methods.{label}"))
+
         return StreamRun(
             directory=self.directory,
             stream=stream or self.stream,
             task_names=[task.name for task in self.stream.tasks],
             theta_0=self.theta_0,
             seed=self.config.seed,
-            config=self.shared_config(),
+            config=config,
             methods=self.recorded,
             progress=self.progress,
             grows=("stream.tasks", "tasks", "data_sha256", "plugins", *(f"plugins.{what}" for what in _PLUGGED)),
-            renamed=self._renamed,
+            today=today,
             share=current(),
         )
-
-    def _renamed(self, label: str, recorded: Mapping[str, Any]) -> Mapping[str, Any]:
-        method: Any = self.methods[label]
-        return current_names(type(method.config), recorded, f"methods.{label}")
 
     def shared_config(self) -> dict[str, Any]:
         """What config.json holds beside the methods: settings, and what identifies model and data."""
@@ -207,8 +215,7 @@ class Experiment:
                 "model": config.model,
                 "model_fingerprint": identity,
                 "model_settings": settings,
-                # Its layouts are written out in what the tasks name; directories of before know of none.
-                "stream": {key: value for key, value in encode(config.stream).items() if key != "layouts"},
+                "stream": _without_layouts(encode(config.stream)),
                 "tasks": config.tasks,
                 "data_sha256": {task.name: self._digest([*task.train, *task.test]) for task in self.stream.tasks},
                 "safety_sha256": {s.name: self._digest([*s.unsafe, *s.benign]) for s in self.stream.safety},
@@ -350,6 +357,11 @@ class Experiment:
         with pictures(self.config.pictures), holding():
             run = self.stream_run(self.with_own_answers())
             run.run_method(self.gated(self.methods[name]), self.evaluator())
+
+
+def _without_layouts(stream: Mapping[str, Any]) -> dict[str, Any]:
+    """An encoded stream without its layouts, which are written out in what the tasks name."""
+    return {key: value for key, value in stream.items() if key != "layouts"}
 
 
 def _gate_judge(config: RunConfig) -> Any:

@@ -222,13 +222,18 @@ NEXT_TASK_OPTIONS = ("max_length", "max_cut_share")
 DIVERGED = "diverged.json"
 
 
+# (method, or None for what all share; what was recorded of it) -> the same in the options of today: by their names,
+# with those that are new since then.
+AsToday = Callable[[str | None, Mapping[str, Any]], Mapping[str, Any]]
+
+
 def claim(
     run: RunDirectory,
     config: Mapping[str, Any],
     methods: Mapping[str, Mapping[str, Any]],
     *,
     grows: Collection[str] = (),
-    renamed: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] = lambda method, recorded: recorded,
+    today: AsToday = lambda method, recorded: recorded,
 ) -> tuple[str, ...]:
     """Write config.json of a new run directory, or check that an old one was made with the same configuration.
 
@@ -237,7 +242,7 @@ def claim(
     learning rate after a divergence. Such changes, and other versions of packages, are kept under `continued`.
 
     grows: keys (dotted) of lists and mappings that may get more at their end: a stream whose next task has come.
-    renamed: (method, what was recorded of it) -> the same by the options' names of today.
+    today: see `AsToday`; so a directory of an earlier version goes on with what it began with.
 
     Returns: sentences about what the run goes on with that it did not begin with.
     Raises:
@@ -257,8 +262,8 @@ def claim(
     old = read_json(path)
     if not isinstance(old, dict) or old.get("format") != CONFIG_FORMAT:
         raise RunError(f"{path} was not written by this version of holdfast. Choose another --out.")
-    recorded = {name: renamed(name, row) if name in methods else row for name, row in old["methods"].items()}
-    changed = list(_changes(old["config"], config, grows=grows))
+    recorded = {name: today(name, row) if name in methods else row for name, row in old["methods"].items()}
+    changed = list(_changes(today(None, old["config"]), config, grows=grows))
     allowed: list[_Change] = []
     again: set[str] = set()  # methods whose half-learned task starts again
     for name in methods:

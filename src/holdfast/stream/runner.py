@@ -20,7 +20,7 @@ from holdfast.errors import RunError, TrainingError
 from holdfast.files import Lock, full_disk_errors, write_json
 from holdfast.share import ALONE, Share
 from holdfast.stream.protocol import Checkpoint, Evaluator, Method, TaskContext, silent
-from holdfast.stream.record import DIVERGED, Record, RunDirectory, claim, read_json, versions
+from holdfast.stream.record import DIVERGED, AsToday, Record, RunDirectory, claim, read_json, versions
 
 Progress = Callable[..., None]
 
@@ -33,7 +33,7 @@ class StreamRun:
     methods: method name -> its resolved configuration, of the methods that this call runs.
     stream: handed to methods and evaluator untouched.
     grows: keys of `config` that may get more at their end in an old directory (see `claim`): its stream goes on.
-    renamed: (method, what an old directory recorded of it) -> the same by the options' names of today (see `claim`).
+    today: what an old directory recorded, in the options of today (see `claim`).
     share: this process's part, where several work on the run; the first of them holds the directory and writes.
     """
 
@@ -46,7 +46,7 @@ class StreamRun:
     methods: Mapping[str, Mapping[str, Any]]
     progress: Progress = silent
     grows: Collection[str] = ()
-    renamed: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] = lambda method, recorded: recorded
+    today: AsToday = lambda method, recorded: recorded
     share: Share = ALONE
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class StreamRun:
 
         def begin() -> None:
             _sweep(self.directory.root.glob(".*.tmp"))
-            for text in claim(self.directory, self.config, self.methods, grows=self.grows, renamed=self.renamed):
+            for text in claim(self.directory, self.config, self.methods, grows=self.grows, today=self.today):
                 self.progress("continued", text=text)
 
         with self._lock(self.directory.root):
