@@ -114,11 +114,28 @@ def current_names(cls: type, data: Mapping[str, Any], where: str = "") -> dict[s
     return found
 
 
-def with_defaults(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    """What an earlier version encoded of dataclass `cls`, with the options that are new since then, at every depth.
+def with_defaults(hint: Any, value: Any) -> Any:
+    """What an earlier version encoded of `hint`, with the options that are new since then, at every depth.
 
     A new option's default means what was done before there was one, so both say the same.
+
+    hint: a dataclass, or a type that is made of some, such as `tuple[TaskSpec, ...]` or `GateConfig | None`.
     """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        fitting = [arg for arg in args if with_defaults(arg, value) is not value]
+        return with_defaults(fitting[0], value) if fitting else value
+    if isinstance(value, Mapping):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            return _whole(hint, value)
+        if isinstance(origin, type) and issubclass(origin, Mapping):
+            return {key: with_defaults(args[1], inner) for key, inner in value.items()}
+    if isinstance(value, list) and isinstance(origin, type) and issubclass(origin, Sequence):
+        return [with_defaults(args[0], inner) for inner in value]
+    return value
+
+
+def _whole(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
     hints, found = typing.get_type_hints(cls), dict(data)
     for f in dataclasses.fields(cls):
         usual: Any = f.default
@@ -127,7 +144,7 @@ def with_defaults(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
         if f.name in found:
             if dataclasses.is_dataclass(usual):  # a group may have other defaults in `cls` than by itself
                 found[f.name] = _under(encode(usual), found[f.name])
-            found[f.name] = _with_defaults(hints[f.name], found[f.name])
+            found[f.name] = with_defaults(hints[f.name], found[f.name])
         elif usual is not dataclasses.MISSING:
             found[f.name] = encode(usual)
     return found
@@ -138,21 +155,6 @@ def _under(usual: Any, value: Any) -> Any:
     if not isinstance(usual, Mapping) or not isinstance(value, Mapping):
         return value
     return {**usual, **{key: _under(usual.get(key), inner) for key, inner in value.items()}}
-
-
-def _with_defaults(hint: Any, value: Any) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        fitting = [arg for arg in args if _with_defaults(arg, value) is not value]
-        return _with_defaults(fitting[0], value) if fitting else value
-    if isinstance(value, Mapping):
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            return with_defaults(hint, value)
-        if isinstance(origin, type) and issubclass(origin, Mapping):
-            return {key: _with_defaults(args[1], inner) for key, inner in value.items()}
-    if isinstance(value, list) and isinstance(origin, type) and issubclass(origin, Sequence):
-        return [_with_defaults(args[0], inner) for inner in value]
-    return value
 
 
 def decode(cls: type[T], data: Any, where: str = "") -> T:

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoints.value import Checkpoint
+from holdfast.config import with_defaults
+from holdfast.data.images import PictureConfig
 from holdfast.data.names import slug
+from holdfast.data.streams import SafetySpec, StreamSpec
 from holdfast.data.types import Stream
 from holdfast.errors import RunError
 from holdfast.evaluation.answers import ALONE, Share
@@ -80,7 +83,7 @@ def _evaluate(
     if share.chief:
         digests = {"model_sha256": checkpoint_digests(checkpoint), "data_sha256": data_digests(stream, config.limit)}
         asked = {**asked, **digests}
-        claim(RunDirectory(out), asked, {})
+        claim(RunDirectory(out), asked, {}, today=_in_options_of_today)
         require_space(out, _answer_bytes(stream, config.limit), "All answers, as long as they may get,")
     share.wait()
     predictions = out / "predictions"
@@ -108,6 +111,19 @@ def _evaluate(
     }
     write_json(out / "evaluation.json", result)
     return result
+
+
+# What `evaluate` is told that has options of its own, by its key in `asked`.
+_OPTIONS: Mapping[str, Any] = {
+    "stream": StreamSpec,
+    "safety": tuple[SafetySpec, ...],
+    "evaluation": EvaluationConfig,
+    "pictures": PictureConfig,
+}
+
+
+def _in_options_of_today(method: str | None, recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {key: with_defaults(_OPTIONS.get(key, Any), value) for key, value in recorded.items()}
 
 
 def _answer_bytes(stream: Stream, limit: int | None) -> int:
