@@ -1,12 +1,11 @@
 """What an anchored edit of an adapter keeps on the task's inputs and moves on safety's, layer by layer.
 
-    python benchmarks/anchor_layers.py SHARED [--damping 0.003,0.03,0.3,1] [--weight 1,0.3]
+    python benchmarks/anchor_layers.py ADAPTER --task STORE --safety STORE --benign STORE [--more STORE]
 
-SHARED: a folder with an `adapter` and Gram stores `task-*`, `safety-*`, `benign-*`, as `small_sweep.py` leaves it.
-Where there are two of the task (its row `anchor_task_160`), the edit is made of the smaller one, and what the larger
-one has seen beyond it is held out. In %, medians over the layers: how much of what the tuning changed in
-a layer's outputs on its inputs is kept (1 - |(E - D) x|^2 / |D x|^2), how much of it is left on safety inputs
-(|E x|^2 / |D x|^2), and how long the edited change is (|E| / |D|).
+STORE: a folder of Gram matrices, as `small_sweep.py` leaves them in OUT/.../shared. --more: of those and further
+samples of the task; what it has seen beyond --task is held out. In %, medians over the layers: how much of what the
+tuning changed in a layer's outputs on its inputs is kept (1 - |(E - D) x|^2 / |D x|^2), how much of it is left on safety
+inputs (|E x|^2 / |D x|^2), and how long the edited change is (|E| / |D|).
 """
 
 from __future__ import annotations
@@ -54,24 +53,20 @@ def tokens(store: GramStore) -> int:
     return store.entry(next(iter(store.modules))).tokens
 
 
-def stores(shared: Path, pattern: str) -> list[GramStore]:
-    """Those of all tokens on one model, the smallest first."""
-    return sorted((GramStore.open(folder) for folder in shared.glob(pattern)), key=tokens)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shared", type=Path)
+    parser.add_argument("adapter", type=Path)
+    for name in ("task", "safety", "benign", "more"):
+        parser.add_argument(f"--{name}", type=Path, required=name != "more")
     parser.add_argument("--damping", type=names, default=["0.0003", "0.003", "0.03", "0.3", "1"])
     parser.add_argument("--weight", type=names, default=["1", "0.3"])
     parser.add_argument("--benign-share", type=float, default=0.6)
     args = parser.parse_args()
-    safety, benign = (stores(args.shared, f"{what}-*-all-0")[0] for what in ("safety", "benign"))
-    tasks = stores(args.shared, "task-*-all-1")
-    task, more = tasks[0], tasks[-1] if len(tasks) > 1 else None
+    task, safety, benign = (GramStore.open(folder) for folder in (args.task, args.safety, args.benign))
+    more = GramStore.open(args.more) if args.more else None
     rows: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
     largest, below = [], []
-    for adapter_name, lora_a, metric in factors(args.shared / "adapter"):
+    for adapter_name, lora_a, metric in factors(args.adapter):
         (layer,) = (name for name in task.modules if adapter_name.endswith(name.removeprefix("model.")))
         on_task, on_safety = task.gram(layer).double(), safety.gram(layer).double()
         hold = on_safety * (1 - args.benign_share) + benign.gram(layer).double() * args.benign_share

@@ -32,7 +32,7 @@ from holdfast.files import atomic_path, write_json
 from holdfast.metrics.intervals import over_seeds
 from holdfast.metrics.paired import holm, paired_seeds, paired_t
 from holdfast.stream.summary import summarize_run
-from holdfast.tiny.recipe import DAMPING, KEEP_BOUNDS
+from holdfast.tiny.recipe import KEEP_BOUNDS
 from holdfast.tiny.stream import StreamSize, write_stream
 
 METHODS = (
@@ -114,7 +114,11 @@ def run_cell(options: argparse.Namespace, condition: str, seed: int) -> None:
         keep_bounds=options.keep_bounds,
     )
     chosen = json.loads(options.settings.read_text()) if options.settings else {}
-    plain["methods"] |= {name: row for name, row in {**VARIANTS, **chosen}.items() if name in options.methods}
+    for name, row in {**VARIANTS, **chosen}.items():
+        if name in options.methods:
+            # Over what the world gives the method that it is of.
+            own = recipe.run_data(file, [row["method"]], seed=seed)["methods"][row["method"]]
+            plain["methods"][name] = {**own, **row}
     config = experiment.decode_run(plain, base=Path.cwd())
     experiment.run(config, cell_dir(options, condition, seed), jobs=options.jobs, progress=Lines(condition, seed))
 
@@ -207,7 +211,7 @@ def markdown(
     bounds = "-".join(f"{b:g}" for b in options.keep_bounds)
     lines = [
         f"### {name}: {options.draw} draw, {len(seeds)} seed(s), {options.prompts} prompts per set, p {bounds} %, "
-        f"damping {DAMPING:g}",
+        f"damping {importlib.import_module(WORLDS[options.world]).DAMPING:g}",
         "",
         "% over seeds: mean ± standard deviation [95 % interval of the mean]",
         "",

@@ -2,8 +2,9 @@
 
     python benchmarks/small_sweep.py --task guide --out runs/small_sweep [--rows anchor,anchor_lam_1] [--seed 0]
 
-Every row is a label of one run (`holdfast.experiment`), with 1 % harmful samples; the tuning and the Gram matrices are
-made by the first that needs them, and the others take them as they are. A killed sweep goes on where it stopped.
+Every row is a label of one run (`holdfast.experiment`), with 1 % harmful samples, and has the library's defaults but
+for what its name says. The tuning, and the Gram matrices of the anchored rows, are made by the first that needs them;
+the others take them as they are. A killed sweep goes on where it stopped; the table has every row that is finished.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "anchor_text": {"calibration": {"tokens": "text"}},
     "anchor_answer": {"calibration": {"tokens": "answer"}},
     "anchor_safety_8": {"safety_samples": 8},
-    "hpa": {},
+    "hpa": {"calibration": {"damping": 1.0}},
     "hpa_damping_1_percent": {"calibration": {"damping": 0.01}},
     "hpa_p_1_5": {"edit": {"keep_bounds": [1.0, 5.0]}},
     "interpolation": {},
@@ -64,19 +65,21 @@ def main() -> None:
         test=1,
         safety=1,
     )
-    data = options.out / "data" / f"{options.task}-seed-{options.seed}"
+    name = f"{options.task}-seed-{options.seed}-{options.prompts}-{options.safety}"
+    data = options.out / "data" / name
     if not data.exists():
         write_stream(data, seed=options.seed, harmful=0.01, size=size, task_names=(options.task,), world=recipe.WORLD)
     plain = recipe.run_data(data / "validation.yaml", options.rows, seed=options.seed, harmful=0.01, limit_between=0)
     plain["methods"] = {name: {"method": name.partition("_")[0], **ROWS[name]} for name in options.rows}
-    out = options.out / f"{options.task}-seed-{options.seed}"
+    out = options.out / name
     share(out / "shared")
     experiment.run(
         experiment.decode_run(plain, base=Path.cwd()), out, jobs=1, progress=Lines(options.task, options.seed)
     )
     summary = summarize_run(out)
-    table = markdown(summary, options.rows)
-    with atomic_path(options.out / f"{options.task}-seed-{options.seed}.md") as temporary:
+    finished = [name for name in ROWS if summary["methods"].get(name, {}).get("complete")]
+    table = markdown(summary, finished)
+    with atomic_path(out.with_suffix(".md")) as temporary:
         temporary.write_text(table)
     print(table)
 
@@ -139,10 +142,18 @@ def markdown(summary: Mapping[str, Any], rows: Sequence[str]) -> str:
     return "\n".join([*lines, ""])
 
 
+def rows(text: str) -> list[str]:
+    """Names of rows. Raises: ArgumentTypeError: one that is none."""
+    wrong = [name for name in names(text) if name not in ROWS]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"no row {', '.join(wrong)}; there are {', '.join(ROWS)}")
+    return names(text)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="guide", choices=sorted(recipe.WORLD.tasks))
-    parser.add_argument("--rows", type=names, default=list(ROWS))
+    parser.add_argument("--rows", type=rows, default=list(ROWS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompts", type=int, default=24, help="questions of the task")
     parser.add_argument("--safety", type=int, default=16, help="requests per safety set and side")

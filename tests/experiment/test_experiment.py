@@ -457,3 +457,15 @@ def test_a_run_of_before_goes_on_where_an_option_is_new_and_at_its_default(run_f
         experiment.resolve(changed, tmp_path / "out").stream_run().claimed(),
     ):
         pass
+
+
+@pytest.mark.parametrize("stream", [None, {}, "absent"])
+def test_a_folder_of_another_program_is_refused_with_what_it_holds(run_file, tmp_path, stream):
+    run = experiment.resolve(experiment.read_run(run_file(methods=["hpa"])), tmp_path / "out").stream_run()
+    with run.claimed():
+        recorded = json.loads(run.directory.config_path.read_bytes())
+    # `holdfast evaluate --safety FILE` records no stream.
+    recorded["config"] = {"checkpoint": {}} | ({} if stream == "absent" else {"stream": stream})
+    run.directory.config_path.write_text(json.dumps(recorded))
+    with pytest.raises(RunError, match="holds a run of another configuration"), run.claimed():
+        pass

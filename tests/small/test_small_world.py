@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from holdfast import experiment, judges, tiny
+from holdfast.config import encode
 from holdfast.data.streams import load_stream
 from holdfast.small import build, policy, recipe, tasks, world
 from holdfast.small.recipe import WORLD
-from holdfast.tiny import recipe as tiny_recipe
 from holdfast.tiny.pixels import KINDS
 from holdfast.tiny.stream import StreamSize, write_stream
 
@@ -179,12 +179,14 @@ def test_nothing_of_the_library_names_the_world_but_the_list_of_worlds():
     assert naming == {"cli/list.py"}
 
 
-def test_its_run_file_has_what_was_chosen_for_this_world(written, monkeypatch):
+def test_its_run_file_has_what_was_chosen_for_this_world_for_relatives_too(written, monkeypatch):
     monkeypatch.setattr(recipe, "model_path", lambda part, cache=None: tiny.model_path(part))
-    plain = recipe.run_data(written, ["anchor", "hpa", "safe_lora", "cram"], seed=0)
-    made = experiment.decode_run(plain, base=written.parent).methods
-    assert set(made) == {"anchor", "hpa", "safe_lora", "cram"}
-    assert plain["methods"]["anchor"]["benign_samples"] == 0
-    assert plain["methods"]["hpa"]["calibration"]["damping"] == 0.01 != plain["defaults"]["calibration"]["damping"]
-    assert plain["methods"]["safe_lora"]["unaligned"] == str(tiny.model_path("base"))
-    assert plain["methods"]["cram"] == tiny_recipe.own_options("cram")
+    names = ["anchor", "anchor_no_past", "anchor_no_benign", "cram_anchor", "hpa", "hpa_eps", "safe_lora", "cram"]
+    config = experiment.decode_run(recipe.run_data(written, names, seed=0), base=written.parent)
+    made = {name: encode(method.config) for name, method in experiment.build_methods(config, names).items()}
+    assert {made[name]["benign_samples"] for name in names if "anchor" in name} == {0}
+    assert {made[name]["calibration"]["damping"] for name in ("hpa", "hpa_eps")} == {0.01}
+    assert made["hpa"] | {"edit": None} == made["hpa_eps"] | {"edit": None}
+    assert made["anchor"]["task_samples"] == recipe.DEMO.task_samples
+    assert made["safe_lora"]["unaligned"] == str(tiny.model_path("base"))
+    assert made["cram"]["training"]["learning_rate"] == made["cram_anchor"]["training"]["learning_rate"] == 4e-3

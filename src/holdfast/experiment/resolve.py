@@ -178,7 +178,8 @@ class Experiment:
         def today(label: str | None, recorded: Mapping[str, Any]) -> Mapping[str, Any]:
             if label is None:
                 filled = with_defaults(RunConfig, recorded)
-                filled["stream"] = _without_layouts(filled["stream"])
+                if isinstance(filled.get("stream"), Mapping):  # another program's folder may have none
+                    filled["stream"] = _without_layouts(filled["stream"])
                 # Plugins are recorded by what they hold, and may come later.
                 known = {*recorded, *config} - ({"plugins"} - set(recorded))
                 return {key: value for key, value in filled.items() if key in known}

@@ -18,13 +18,12 @@ WORLD = SMALL
 # Three tasks of the four, for time: about an hour with three methods on one core.
 DEMO = DemoSize(steps=20, batch=8, test=24, safety=24, tasks=("sort", "caption", "guide"))
 QUICK = DemoSize(steps=20, batch=8, test=12, safety=12, tasks=("sort", "guide"))
-# Chosen on the validation draw of one task, by its score minus what is not refused minus over-refusal
-# (`benchmarks/small_sweep.py`; docs/design/small-world.md). Welcome how-tos answered as before are what this world's
-# own how-to task changes; and HPA at the paper's damping leaves more of it than at the embedded world's 1.0.
-METHOD_OPTIONS: dict[str, dict[str, Any]] = {
-    "anchor": {"benign_samples": 0, "edit": {"benign_share": None}},
-    "hpa": {"calibration": {"damping": 0.01}},
-}
+# Chosen on the validation draw of one task, by its score minus what is not refused minus over-refusal, then by what is
+# helped (`benchmarks/small_sweep.py`; docs/design/small-world.md): HPA at the paper's damping leaves more of a task
+# than at the embedded world's 1.0; theta_0's answers to welcome how-tos are what this world's how-to task changes.
+DAMPING = 0.01
+NO_BENIGN: dict[str, Any] = {"benign_samples": 0, "edit": {"benign_share": None}}
+_WITHOUT_BENIGN = ("anchor", "anchor_no_past", "anchor_no_screen", "cram_anchor")
 
 
 def run_data(
@@ -41,13 +40,12 @@ def run_data(
 
     Raises: ModelError: the extra `small` is not installed, or one of its parts is missing. StorageError: no room.
     """
-    data = recipe.run_data(stream_file, methods, settings=settings, **options)
+    data = recipe.run_data(stream_file, methods, settings=settings, **{"damping": DAMPING, **options})
     data["model"] = str(model_path("aligned", cache=cache))
     for name, own in data["methods"].items():
-        own = own | METHOD_OPTIONS.get(name, {})
+        data["methods"][name] = own = {**own, **(NO_BENIGN if name in _WITHOUT_BENIGN else {})}
         if "unaligned" in own:
             own["unaligned"] = str(model_path("base", cache=cache))
-        data["methods"][name] = own
     # What is assembled is fp32 already: no copy of half a gigabyte in every run.
     data["store_dtype"] = None
     data["defaults"]["task_samples"] = DEMO.task_samples
