@@ -4,7 +4,7 @@
 
 STORE: a folder of Gram matrices, as `small_sweep.py` leaves them in OUT/.../shared. --more: of those and further
 samples of the task; what it has seen beyond --task is held out. In %, medians over the layers: how much of what the
-tuning changed in a layer's outputs on its inputs is kept (1 - |(E - D) x|^2 / |D x|^2), how much of it is left on safety
+tuning changed in a layer's outputs on its inputs is kept (1 - |(E - D) x|^2 / |D x|^2), how much is left on safety
 inputs (|E x|^2 / |D x|^2), and how long the edited change is (|E| / |D|).
 """
 
