@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import fake_run
+from holdfast.data.names import slug
 from holdfast.errors import RunError, UnknownNameError
 from holdfast.metrics.continual import summarize
 from holdfast.reports import theme, write_report
@@ -26,6 +27,7 @@ from holdfast.reports.seeds import group_runs
 from holdfast.reports.titles import TITLES, title_of
 from holdfast.reports.verdict import COMPARED, pairs, verdict
 from holdfast.reports.write import ReportFiles
+from holdfast.stream.summary import summarize_run
 
 METHODS = {"seqft": 0.6, "hpa": 0.9, "largest_change": 0.8}
 
@@ -187,6 +189,23 @@ def test_an_unfinished_run_is_shown_as_far_as_it_got(tmp_path: Path) -> None:
     view = load_run(run)
     assert view.methods["hpa"].finished == 1
     assert "seqft 1/3 tasks" in write_report([run]).html.read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_an_unfinished_run_that_asks_earlier_tasks_at_its_end_alone_is_shown(tmp_path: Path) -> None:
+    """As `limit_between: 0` leaves it, and as `holdfast demo` does while it runs."""
+    run = fake_run.write_run(tmp_path / "run", methods=METHODS, steps=2)
+    for path in run.glob("methods/*/2-*/record.json"):
+        record = json.loads(path.read_text())
+        earlier = fake_run.TASKS[0]
+        record["scores"][earlier] |= {"value": None, "n": 0}
+        path.write_text(json.dumps(record))
+        (path.parent / f"predictions/task-{slug(earlier)}.jsonl").unlink()
+    view = load_run(run).methods["hpa"]
+    assert view.finished == 2
+    assert "seqft 2/3 tasks" in write_report([run]).html.read_text(encoding="utf-8")
+    learned = summarize_run(run)["methods"]["hpa"]
+    assert learned["ap"] is learned["intervals"]["ap"] is learned["intervals"]["bwt"] is None
 
 
 @pytest.mark.usefixtures("unpainted")

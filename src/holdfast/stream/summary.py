@@ -155,7 +155,7 @@ def _method(directory: RunDirectory, name: str, records: Sequence[Record], theta
             judge: {s: [r.safety[s]["judges"][judge]["asr"] for r in records] for s in last.safety}
             for judge in _other_judges(last)
         },
-        "intervals": {**_task_intervals(folders, tasks, figures), **_safety_intervals(folders[-1], last)},
+        "intervals": {**_task_intervals(folders, records, figures), **_safety_intervals(folders[-1], last)},
         "unscored": _unscored(records),
         "seconds": _seconds(records),
     }
@@ -231,10 +231,12 @@ def _seconds(records: Sequence[Record]) -> dict[str, float]:
     return {**total, "total": round(sum(total.values()), 3)}
 
 
-def _task_intervals(folders: Sequence[Path], tasks: Sequence[str], figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Intervals of AP and BWT; null where a scorer gives one figure per corpus and none per sample."""
-    final = [_values(folders[-1], task) for task in tasks]
-    learned = [_values(folder, task) for folder, task in zip(folders, tasks, strict=True)]
+def _task_intervals(folders: Sequence[Path], records: Sequence[Record], figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Intervals of AP and BWT; null where a scorer gives one figure per corpus and none per sample, and where the last
+    step did not ask an earlier task (`limit_between` 0, before the stream's end)."""
+    tasks = [record.task for record in records]
+    final = [_values(folders[-1], records[-1], task) for task in tasks]
+    learned = [_values(f, r, task) for f, r, task in zip(folders, records, tasks, strict=True)]
     scored = [[x for x in v if x is not None] for v in final if v is not None]
     ap = bootstrap_ap(scored).to_json() if scored and len(scored) == len(tasks) else None
     pairs = [_both(a, b) for a, b in zip(learned[:-1], final[:-1], strict=True)]
@@ -248,7 +250,9 @@ def _task_intervals(folders: Sequence[Path], tasks: Sequence[str], figures: Mapp
     }
 
 
-def _values(folder: Path, task: str) -> list[float | None] | None:
+def _values(folder: Path, record: Record, task: str) -> list[float | None] | None:
+    if not record.scores[task]["n"]:
+        return None
     values = [row["value"] for row in predictions(folder, "task", task)]
     return values if any(v is not None for v in values) else None
 
