@@ -128,3 +128,11 @@ def test_what_was_recorded_by_old_names_goes_on_by_the_new(run: RunDirectory) ->
         claim(run, {}, {"m": {"new": 2}}, today=today)
     assert claim(run, {}, {"m": {"new": 1}}, today=today) == ()
     assert read_json(run.config_path)["methods"] == {"m": {"new": 1}, "other": {"old": 1}}
+
+
+@pytest.mark.parametrize("damage", [{"config": []}, {"config": None}, {"methods": 1}, {"methods": {"m": []}}])
+def test_a_record_whose_groups_are_gone_is_none_of_ours(run: RunDirectory, damage: dict[str, object]) -> None:
+    claim(run, {"seed": 0}, {"m": {"rank": 1}})
+    write_json(run.config_path, {**read_json(run.config_path), **damage})
+    with pytest.raises(RunError, match="was not written by this version"):
+        claim(run, {"seed": 0}, {"m": {"rank": 1}})

@@ -260,7 +260,7 @@ def claim(
         write_json(path, {"format": CONFIG_FORMAT, "config": config, "methods": methods, "versions": versions()})
         return ()
     old = read_json(path)
-    if not isinstance(old, dict) or old.get("format") != CONFIG_FORMAT:
+    if not isinstance(old, dict) or old.get("format") != CONFIG_FORMAT or not _is_whole(old):
         raise RunError(f"{path} was not written by this version of holdfast. Choose another --out.")
     recorded = {name: today(name, row) if name in methods else row for name, row in old["methods"].items()}
     changed = list(_changes(today(None, old["config"]), config, grows=grows))
@@ -293,6 +293,12 @@ def claim(
     if merged != old:
         write_json(path, merged)
     return tuple(f"continued with {text}" for text in news)
+
+
+def _is_whole(recorded: Mapping[str, Any]) -> bool:
+    """Whether a config.json has the groups that `claim` writes."""
+    config, methods = recorded.get("config"), recorded.get("methods")
+    return isinstance(config, dict) and isinstance(methods, dict) and all(isinstance(m, dict) for m in methods.values())
 
 
 @dataclass(frozen=True)
