@@ -14,7 +14,6 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,16 @@ from holdfast.methods._glue import anchor_step
 from holdfast.small import recipe
 from holdfast.stream.summary import summarize_run
 from holdfast.tiny.stream import StreamSize, write_stream
+from holdfast.training.supervised import TrainResult
 from holdfast.tuners.folders import new_folder
 
-_NO_BENIGN: dict[str, Any] = {"benign_samples": 0, "edit": {"benign_share": None}}
 # Row -> method and what is changed of its options.
 ROWS: dict[str, dict[str, Any]] = {
     "seqft": {},
     "anchor": {},
     **{f"anchor_mu_{mu:g}": {"edit": {"safety_weight": mu}} for mu in (0.03, 0.1, 0.3, 3.0)},
     **{f"anchor_lam_{lam:g}": {"edit": {"damping": lam}} for lam in (0.0003, 0.001, 0.003, 0.01, 0.3, 1.0)},
-    "anchor_no_benign": _NO_BENIGN,
+    "anchor_no_benign": recipe.NO_BENIGN,
     "anchor_benign_by_tokens": {"edit": {"benign_share": None}},
     "anchor_no_benign_mu_0.3": {"benign_samples": 0, "edit": {"benign_share": None, "safety_weight": 0.3}},
     "anchor_no_screen": {"screen": False},
@@ -93,11 +92,12 @@ def share(folder: Path) -> None:
         if not kept.exists():
             result = tune(loaded, samples, config, work_dir=work_dir, **rest)
             keep(result.adapter, kept)
-            _results[folder] = result
+            return result
         adapter = Path(work_dir) / "adapter"
         shutil.copytree(kept, adapter, dirs_exist_ok=True)
-        known = _results.get(folder)
-        return replace(known, adapter=adapter) if known else _Result(adapter=adapter)
+        return TrainResult(
+            adapter=adapter, steps=0, samples=0, cut=0, precision="as the first row was", seconds=0.0, history=()
+        )
 
     def kept_grams(source: Any, samples: Sequence[Any], out: Path, **rest: Any) -> GramStore:
         kept = folder / f"{out.name}-{samples_sha256(samples)[:16]}-{rest['tokens']}-{len(source.adapters)}"
@@ -116,18 +116,6 @@ def keep(folder: Path, kept: Path) -> None:
     """A copy of `folder` as `kept`, whole or not at all."""
     with new_folder(kept) as temporary:
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
-
-
-class _Result:
-    """What `train` says, of a tuning that an earlier process did."""
-
-    steps, samples, cut, precision, history = 0, 0, 0, "as tuned before", ()
-
-    def __init__(self, adapter: Path) -> None:
-        self.adapter = adapter
-
-
-_results: dict[Path, Any] = {}
 
 
 def markdown(summary: Mapping[str, Any], rows: Sequence[str]) -> str:
