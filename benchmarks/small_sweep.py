@@ -1,15 +1,17 @@
-"""One task of the small world, tuned once and edited under many settings, on the validation draw.
+"""One task of the small world or a few, tuned once and edited under many settings, on the validation draw.
 
-    python benchmarks/small_sweep.py --task guide --out runs/small_sweep [--rows anchor,anchor_lam_1] [--seed 0]
+    python benchmarks/small_sweep.py --tasks guide --out runs/small_sweep [--rows anchor,anchor_lam_1] [--seed 0]
 
 Every row is a label of one run (`holdfast.experiment`), with 1 % harmful samples, and has the library's defaults but
-for what its name says. The tuning, and the Gram matrices of the anchored rows, are made by the first that needs them;
-the others take them as they are. A killed sweep goes on where it stopped; the table has every row that is finished.
+for what its name says. A tuning of the same weights on the same samples, and Gram matrices of the same weights and
+samples, are made by the first row that needs them; the others take them as they are. A killed sweep goes on where it
+stopped; the table has every row that is finished, and the score of every task.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import sys
@@ -23,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from five_seeds import FIGURES, Lines, cell, names, row_of
 from holdfast import experiment
-from holdfast.calibration.curvature import samples_sha256
+from holdfast.calibration.curvature import model_identity, samples_sha256
 from holdfast.checkpoints.gram_store import GramStore
 from holdfast.files import atomic_path
 from holdfast.methods import seqft
@@ -43,6 +45,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "anchor_no_benign": recipe.NO_BENIGN,
     "anchor_benign_by_tokens": {"edit": {"benign_share": None}},
     "anchor_no_benign_mu_0.3": {"benign_samples": 0, "edit": {"benign_share": None, "safety_weight": 0.3}},
+    **{
+        f"anchor_no_benign_past_{mu:g}": {"benign_samples": 0, "edit": {"benign_share": None, "past_weight": mu}}
+        for mu in (0.0, 0.03, 0.1, 1.0)
+    },
     "anchor_no_screen": {"screen": False},
     "anchor_task_160": {"task_samples": 160},
     "anchor_text": {"calibration": {"tokens": "text"}},
@@ -64,17 +70,15 @@ def main() -> None:
         test=1,
         safety=1,
     )
-    name = f"{options.task}-seed-{options.seed}-{options.prompts}-{options.safety}"
+    name = f"{'-'.join(options.tasks)}-seed-{options.seed}-{options.prompts}-{options.safety}"
     data = options.out / "data" / name
     if not data.exists():
-        write_stream(data, seed=options.seed, harmful=0.01, size=size, task_names=(options.task,), world=recipe.WORLD)
+        write_stream(data, seed=options.seed, harmful=0.01, size=size, task_names=options.tasks, world=recipe.WORLD)
     plain = recipe.run_data(data / "validation.yaml", options.rows, seed=options.seed, harmful=0.01, limit_between=0)
     plain["methods"] = {name: {"method": name.partition("_")[0], **ROWS[name]} for name in options.rows}
     out = options.out / name
     share(out / "shared")
-    experiment.run(
-        experiment.decode_run(plain, base=Path.cwd()), out, jobs=1, progress=Lines(options.task, options.seed)
-    )
+    experiment.run(experiment.decode_run(plain, base=Path.cwd()), out, jobs=1, progress=Lines(name, options.seed))
     summary = summarize_run(out)
     finished = [name for name in ROWS if summary["methods"].get(name, {}).get("complete")]
     table = markdown(summary, finished)
@@ -84,13 +88,13 @@ def main() -> None:
 
 
 def share(folder: Path) -> None:
-    """Let all rows share one tuning, and Gram matrices of the same samples: one task from one model with one seed."""
+    """Let rows share what is the same for them: a tuning, and Gram matrices, by what they were made of."""
     tune, collect = seqft.train, anchor_step.collect_grams
 
-    def once(loaded: Any, samples: Any, config: Any, *, work_dir: Path, **rest: Any) -> Any:
-        kept = folder / "adapter"
+    def once(loaded: Any, samples: Any, config: Any, *, work_dir: Path, seed: int, **rest: Any) -> Any:
+        kept = folder / f"adapter-{weights(loaded)}-{samples_sha256(samples)[:16]}-{seed}"
         if not kept.exists():
-            result = tune(loaded, samples, config, work_dir=work_dir, **rest)
+            result = tune(loaded, samples, config, work_dir=work_dir, seed=seed, **rest)
             keep(result.adapter, kept)
             return result
         adapter = Path(work_dir) / "adapter"
@@ -100,7 +104,10 @@ def share(folder: Path) -> None:
         )
 
     def kept_grams(source: Any, samples: Sequence[Any], out: Path, **rest: Any) -> GramStore:
-        kept = folder / f"{out.name}-{samples_sha256(samples)[:16]}-{rest['tokens']}-{len(source.adapters)}"
+        identity = model_identity(source)
+        of = "-".join([identity["fingerprint"], *(a["fingerprint"] for a in identity["adapters"])])
+        key = hashlib.sha256(f"{of} {samples_sha256(samples)} {rest['tokens']}".encode()).hexdigest()[:16]
+        kept = folder / f"{out.name}-{key}"
         if not kept.exists():
             made = collect(source, samples, out, **rest)
             keep(out, kept)
@@ -110,6 +117,15 @@ def share(folder: Path) -> None:
 
     seqft.train = once
     anchor_step.collect_grams = kept_grams
+
+
+def weights(loaded: Any) -> str:
+    """What tells a loaded model's weights from another's."""
+    digest = hashlib.sha256()
+    for name, parameter in loaded.model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().float().contiguous().numpy())
+    return digest.hexdigest()[:16]
 
 
 def keep(folder: Path, kept: Path) -> None:
@@ -138,9 +154,17 @@ def rows(text: str) -> list[str]:
     return names(text)
 
 
+def tasks(text: str) -> tuple[str, ...]:
+    """Names of tasks. Raises: ArgumentTypeError: one that is none."""
+    wrong = [name for name in names(text) if name not in recipe.WORLD.tasks]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"no task {', '.join(wrong)}; there are {', '.join(recipe.WORLD.tasks)}")
+    return tuple(names(text))
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="guide", choices=sorted(recipe.WORLD.tasks))
+    parser.add_argument("--tasks", type=tasks, default=("guide",), help="one after another, as caption,guide")
     parser.add_argument("--rows", type=rows, default=list(ROWS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompts", type=int, default=24, help="questions of the task")

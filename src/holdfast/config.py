@@ -117,7 +117,8 @@ def current_names(cls: type, data: Mapping[str, Any], where: str = "") -> dict[s
 def with_defaults(hint: Any, value: Any) -> Any:
     """What an earlier version encoded of `hint`, with the options that are new since then, at every depth.
 
-    A new option's default means what was done before there was one, so both say the same.
+    A new option's default means what was done before there was one, so both say the same; where the default is another,
+    the option says what was (`field(default=..., metadata={"before": ...})`).
 
     hint: a dataclass, or a type that is made of some, such as `tuple[TaskSpec, ...]` or `GateConfig | None`.
     """
@@ -145,6 +146,8 @@ def _whole(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
             if dataclasses.is_dataclass(usual):  # a group may have other defaults in `cls` than by itself
                 found[f.name] = _under(encode(usual), found[f.name])
             found[f.name] = with_defaults(hints[f.name], found[f.name])
+        elif "before" in f.metadata:
+            found[f.name] = encode(f.metadata["before"])
         elif usual is not dataclasses.MISSING:
             found[f.name] = encode(usual)
     return found

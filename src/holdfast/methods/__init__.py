@@ -97,6 +97,7 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
                 "abstain": "off",
                 "held_out": 0.0,
                 "encoder": "openai/clip-vit-large-patch14-336",
+                "common_directions": 0.0,
             }
         },
     ),

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import cram_kit
 import model_zoo
 from holdfast.data.types import Sample, Turn
-from holdfast.errors import AdapterError, DataError, ModelError
+from holdfast.errors import AdapterError, ConfigError, DataError, ModelError
 from holdfast.models.encode import encode_request
+from holdfast.models.load import load
+from holdfast.tuners.cram.cram_config import CramConfig
 from holdfast.tuners.cram.folder import from_pretrained, save_pretrained
-from holdfast.tuners.cram.router_features import BackboneEncoder, ContrastiveEncoder, instruction, make_encoder
+from holdfast.tuners.cram.phases import check_continues
+from holdfast.tuners.cram.router_features import (
+    BackboneEncoder,
+    ContrastiveEncoder,
+    instruction,
+    make_encoder,
+    widest_directions,
+)
+from holdfast.tuners.cram.stored_router import COMMON, read_router
 
 WIDTH = 24
 
@@ -121,6 +135,115 @@ def test_a_router_on_a_contrastive_encoder_is_saved_moved_and_guarded(base, cont
 
 def test_what_is_no_encoder_is_refused(base, pico_folder, tmp_path):
     with pytest.raises(ModelError, match=r"is a 'llava' model; expected CLIP or SigLIP"):
-        make_encoder(str(pico_folder), base)
+        make_encoder(CramConfig(encoder=str(pico_folder)), base)
     with pytest.raises(ModelError, match=r"cannot be loaded"):
-        make_encoder(str(tmp_path), base)
+        make_encoder(CramConfig(encoder=str(tmp_path)), base)
+
+
+def rewrite(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change router.json."""
+    data = json.loads((folder / "router.json").read_text())
+    change(data)
+    (folder / "router.json").write_text(json.dumps(data))
+
+
+def rewrite_tensors(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change router.safetensors."""
+    tensors = load_file(folder / "router.safetensors")
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "router.safetensors")
+
+
+def in_a_cone(loaded, *, strength: float = 3.0):
+    """Give word embeddings a direction that those of a language model share, more or less of it."""
+    weight = loaded.model.get_input_embeddings().weight
+    g = torch.Generator().manual_seed(0)
+    direction = torch.randn(weight.shape[1], generator=g)
+    with torch.no_grad():
+        weight += strength * torch.rand(len(weight), 1, generator=g) ** 4 * direction
+    return torch.nn.functional.normalize(direction, dim=0)
+
+
+def test_what_all_words_share_is_left_out_of_instruction_vectors(pico_folder, requests):
+    loaded = load(pico_folder)
+    direction = in_a_cone(loaded)
+    share = 1.0 / loaded.model.get_input_embeddings().weight.shape[1]  # one direction
+    encoder = BackboneEncoder(loaded, common_directions=share)
+    assert encoder.common.shape == (1, len(direction)) and float((encoder.common @ direction).abs()) > 0.95
+    samples = [requests[name][0] for name in ("warm", "cold", "maths")]
+    weight = loaded.model.get_input_embeddings().weight
+    for sample, vector in zip(samples, encoder.text(samples), strict=True):
+        ids = loaded.tokenizer(sample.prompt, add_special_tokens=False)["input_ids"]
+        mean = weight[ids].mean(0) - weight.mean(0)
+        mean = mean - (mean @ encoder.common[0]) * encoder.common[0]
+        torch.testing.assert_close(vector, torch.nn.functional.layer_norm(mean, mean.shape), rtol=1e-4, atol=1e-5)
+    assert encoder.identity["common_directions"] == 1
+    assert BackboneEncoder(loaded, common_directions=0).identity["common_directions"] == 0
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("rows,width", [(40, 8), (9, 24), (3, 16)])
+def test_the_widest_directions_are_the_first_principal_ones(rows, width, count):
+    weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)) * torch.logspace(0, -3, width)
+    state = torch.random.get_rng_state()
+    found = widest_directions(weight, count)
+    assert torch.equal(state, torch.random.get_rng_state())  # draws nothing from anybody's generator
+    assert torch.equal(found, widest_directions(weight, count))
+    count = min(count, rows, width)
+    torch.testing.assert_close(found @ found.T, torch.eye(count), rtol=0, atol=1e-4)
+    spread = torch.linalg.svdvals(weight - weight.mean(0))
+    torch.testing.assert_close(
+        ((weight - weight.mean(0)) @ found.T).norm(dim=0), spread[:count], rtol=1e-3, atol=1e-4 * float(spread[0])
+    )
+
+
+def test_a_router_keeps_what_it_leaves_out(pico_folder, requests, tmp_path):
+    """So that it reads the same vectors later, and no other encoder's."""
+    loaded = load(pico_folder)
+    in_a_cone(loaded)
+    share = 2.0 / loaded.model.get_input_embeddings().weight.shape[1]
+    tasks = {name: requests[name] for name in ("warm", "maths")}
+    cram = cram_kit.with_experts(loaded, tasks, groups=(0, 1), common_directions=share)
+    samples = [tasks["warm"][0], tasks["maths"][0]]
+    expected, kept = cram.route(samples), cram.encoder.common
+    save_pretrained(cram, tmp_path / "cram")
+    cram.detach()
+    stored = read_router(tmp_path / "cram")
+    assert torch.equal(stored.common, kept) and stored.encoder["common_directions"] == 2
+    again = from_pretrained(tmp_path / "cram", loaded)
+    assert torch.equal(again.encoder.common, kept)
+    torch.testing.assert_close(again.route(samples).similarity, expected.similarity)
+    again.detach()
+    with pytest.raises(AdapterError, match=r"common_directions 2\), but this one is .* \(common_directions 0\)"):
+        from_pretrained(tmp_path / "cram", loaded, encoder=BackboneEncoder(loaded, common_directions=0))
+    with pytest.raises(ConfigError, match=r"was made with common_directions .* Set common_directions to"):
+        check_continues(tmp_path / "cram", stored.router.config, CramConfig())
+    for change, message in (
+        (lambda t: t.pop(COMMON), r"has shape None; expected \(2, "),
+        (lambda t: t.update({COMMON: t[COMMON][:1].clone()}), r"has shape \(1, .*expected \(2, "),
+        (lambda t: t[COMMON].fill_(torch.nan), r"holds NaN or inf"),
+    ):
+        folder = tmp_path / f"damaged-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(tmp_path / "cram", folder)
+        rewrite_tensors(folder, change)
+        with pytest.raises(AdapterError, match=rf"damaged: {COMMON} {message}"):
+            read_router(folder)
+
+
+def test_a_folder_of_an_earlier_format_left_nothing_out(pico_folder, requests, tmp_path):
+    loaded = load(pico_folder)
+    in_a_cone(loaded)
+    cram = cram_kit.with_experts(loaded, {"warm": requests["warm"]}, groups=(0,), common_directions=0.0)
+    expected = cram.route(requests["warm"][:2]).similarity
+    save_pretrained(cram, tmp_path / "cram")
+    cram.detach()
+
+    def earlier(data):
+        data["format"] = 4
+        del data["config"]["common_directions"], data["encoder"]["common_directions"]
+
+    rewrite(tmp_path / "cram", earlier)
+    again = from_pretrained(tmp_path / "cram", loaded)
+    assert again.config.common_directions == 0
+    torch.testing.assert_close(again.route(requests["warm"][:2]).similarity, expected)
+    again.detach()

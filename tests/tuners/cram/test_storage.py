@@ -364,7 +364,7 @@ def test_a_damaged_router_is_refused(base, damaged):
         from_pretrained(damaged, base)
     (damaged / "router.json").write_text('{"format": 9}')
     with pytest.raises(
-        AdapterError, match=r"has format 9; this version of holdfast reads formats 3 and 4. .* or learn its tasks again"
+        AdapterError, match=r"has format 9; this version of holdfast reads formats 3 to 5. .* or learn its tasks again"
     ):
         read_router(damaged)
     for content in ("[]", "{", "\xff"):

@@ -83,6 +83,10 @@ class CramConfig:
     held_out: share of a task's training samples that only set the floors and never a centroid.
     route_by: "image" refuses requests without an image; "auto" routes them by the experts' text centroids.
     encoder: "backbone" (the model's own input embeddings and vision tower), or a CLIP or SigLIP folder or hub id.
+    common_directions: of the backbone's instruction vectors, the directions in which word embeddings vary most are left
+        out, as many as this share of their width ("all-but-the-top", Mu and Viswanath 2018: a hundredth). A pretrained
+        language model's embeddings share them, whatever is said; with them no two tasks would differ by join_cosine.
+        0: none are, as in folders that were made before there was this option.
     released: choices of the released code in place of ours.
     """
 
@@ -104,6 +108,7 @@ class CramConfig:
     held_out: float = 0.1
     route_by: Literal["auto", "image"] = "auto"
     encoder: str = BACKBONE
+    common_directions: float = field(default=0.01, metadata={"before": 0.0})
     released: ReleasedCode = field(default_factory=ReleasedCode)
 
     def __post_init__(self) -> None:
@@ -126,7 +131,7 @@ class CramConfig:
         for name in ("sigma_scale", "penalty", "abstain_slack"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more.")
-        for name in ("dropout", "held_out", "abstain_quantile"):
+        for name in ("dropout", "held_out", "abstain_quantile", "common_directions"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a share in [0, 1).")
         if not 0 < self.warmup_fraction < 1:
@@ -161,6 +166,7 @@ class CramConfig:
                 "abstain": "off",
                 "held_out": 0.0,
                 "encoder": RELEASED_ENCODER,
+                "common_directions": 0.0,
                 **changes,
             }
         )

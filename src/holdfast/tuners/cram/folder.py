@@ -39,7 +39,15 @@ from holdfast.tuners.cram.guard import Guard, check_guard, guard_data, guard_ten
 from holdfast.tuners.cram.model import Cram, Factors, find_targets
 from holdfast.tuners.cram.router import Router
 from holdfast.tuners.cram.router_features import Encoder, check_identity, make_encoder
-from holdfast.tuners.cram.stored_router import FORMAT, HOW_TO_RESTORE, ROUTER, TENSORS, StoredRouter, read_router
+from holdfast.tuners.cram.stored_router import (
+    COMMON,
+    FORMAT,
+    HOW_TO_RESTORE,
+    ROUTER,
+    TENSORS,
+    StoredRouter,
+    read_router,
+)
 from holdfast.tuners.folders import base_of, new_folder
 from holdfast.tuners.same_weights import PROBED_VALUES, block_weights, compare_probe, head_weights, probe
 
@@ -140,6 +148,8 @@ def save_cram(
             shutil.copytree(source, temporary / EXPERTS / name)
         tensors = {BASE_PROBE + name: values for name, values in probe(block_weights(loaded)).items()}
         tensors |= {ENCODER_PROBE + name: values for name, values in probe(encoder.probed()).items()}
+        if len(encoder.common):
+            tensors[COMMON] = encoder.common
         if guard is not None:
             tensors |= {HEAD_PROBE + name: values for name, values in probe(head_weights(loaded)).items()}
             tensors |= guard_tensors(guard)
@@ -200,7 +210,7 @@ def from_pretrained(folder: Path, loaded: LoadedModel, *, encoder: Encoder | Non
     stored = read_router(folder)
     check_experts(folder, stored)
     check_base(folder, stored, loaded)
-    encoder = encoder or make_encoder(stored.router.config.encoder, loaded)
+    encoder = encoder or make_encoder(stored.router.config, loaded, common=stored.common)
     check_encoder(folder, stored, encoder)
     experts = [load_expert(path) for path in stored.folders]
     targets = find_targets(loaded.model, stored.router.config)
@@ -340,7 +350,7 @@ def open_folder(folder: Path, *, base: str | None = None, encoder: str | None = 
     stored = read_router(folder)
     source = Checkpoint(base=base) if base else Checkpoint.from_json(stored.base)
     loaded = load(source)
-    moved = make_encoder(encoder, loaded) if encoder else None
+    moved = make_encoder(replace(stored.router.config, encoder=encoder), loaded) if encoder else None
     return from_pretrained(folder, loaded, encoder=moved)
 
 

@@ -54,7 +54,7 @@ class Cram(nn.Module):
             raise AdapterError(f"The router knows {len(router)} experts, but {len(experts)} were given.")
         self.router = router
         self.experts: list[Factors] = list(experts)
-        self.encoder = encoder or make_encoder(router.config.encoder, loaded)
+        self.encoder = encoder or make_encoder(router.config, loaded)
         self.active = Active()
         self.guard = guard
         self.last_routing: Routing | None = None

@@ -25,7 +25,7 @@ from holdfast.files import atomic_path, write_json
 from holdfast.functional.cram import ExpertFactors, GroupDecision, RankRule, expert_from_buffer, row_basis
 from holdfast.models.loaded import LoadedModel
 from holdfast.share import current
-from holdfast.tuners.cram.cram_config import CramConfig
+from holdfast.tuners.cram.cram_config import BACKBONE, CramConfig
 from holdfast.tuners.cram.folder import base_for_peft, from_pretrained, load_expert, save_cram, save_expert
 from holdfast.tuners.cram.guard import Guard
 from holdfast.tuners.cram.model import Cram, Factors
@@ -267,6 +267,12 @@ def check_continues(previous: Path, stored: CramConfig, config: CramConfig) -> N
             f"{previous} was made with encoder {stored.encoder!r}, but encoder is {config.encoder!r}; the centroids of "
             "one mean nothing to another. Keep the folder's encoder (if its files only moved, write the new place into "
             'router.json, under "config", "encoder"), or begin a folder of its own.'
+        )
+    if config.encoder == BACKBONE and config.common_directions != stored.common_directions:
+        raise ConfigError(
+            f"{previous} was made with common_directions {stored.common_directions:g}, but common_directions is "
+            f"{config.common_directions:g}; instruction vectors of the one mean nothing to the other. Set "
+            f"common_directions to {stored.common_directions:g} under `cram`, or begin a folder of its own."
         )
 
 

@@ -2,10 +2,12 @@
 
 The default needs nothing beside the model: instruction vectors from its input embeddings, image vectors from what its
 own vision tower hands to the first decoder block. A forward pass computes the latter anyway, so serving pays nothing.
+Word embeddings of a language model lie in a cone: what they all share is taken out of instruction vectors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -29,9 +31,15 @@ class Encoder(Protocol):
 
     in_forward: image vectors can be read off the forward pass itself (`BackboneEncoder.pool`).
     identity: plain data that names the encoder and its widths; stored with the router.
+    common: directions (k, d_text), orthonormal, that are left out of its instruction vectors; stored with the router.
     """
 
     in_forward: bool
+
+    @property
+    def common(self) -> Tensor:
+        """Directions (k, d_text), fp32 on the CPU, that are left out of instruction vectors; k may be 0."""
+        ...
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -79,16 +87,23 @@ def check_images(samples: Sequence[Sample], config: CramConfig) -> None:
         )
 
 
+# Of a vocabulary, for the directions that all of it shares: a quarter of a gigabyte at 4096 units.
+_ROWS = 16_384
+
+
 class _Stop(Exception):  # noqa: N818 (a signal, not an error)
     """Ends a forward pass in front of the first decoder block."""
 
 
 class BackboneEncoder:
-    """The model's own input embeddings (centred) and what it shows of its images to its first decoder block."""
+    """The model's own input embeddings (centred) and what it shows of its images to its first decoder block.
+
+    common_directions: see `CramConfig`; a tensor (k, d) of directions is used as it is (a router that was stored).
+    """
 
     in_forward = True
 
-    def __init__(self, loaded: LoadedModel, *, batch_size: int = 16) -> None:
+    def __init__(self, loaded: LoadedModel, *, common_directions: float | Tensor = 0.01, batch_size: int = 16) -> None:
         self.loaded, self.batch_size = loaded, batch_size
         self.image_ids = torch.tensor(sorted(loaded.image_token_ids), dtype=torch.long, device=loaded.device)
         if not len(self.image_ids):
@@ -97,18 +112,33 @@ class BackboneEncoder:
             )
         self.embeddings = loaded.model.get_input_embeddings()
         # Frequent directions that all words share would make every pair of instructions look alike.
-        self._centre = _weight(self.embeddings).float().mean(0)
+        weight = _weight(self.embeddings)
+        self._centre = weight.float().mean(0)
+        if isinstance(common_directions, float | int):
+            common_directions = widest_directions(weight, round(common_directions * weight.shape[1]))
+        self._common = common_directions.to(self._centre.device, torch.float32)
+
+    @property
+    def common(self) -> Tensor:
+        """Directions (k, d), fp32 on the CPU, in which word embeddings vary most; left out of instruction vectors."""
+        return self._common.cpu()
 
     @property
     def identity(self) -> dict[str, Any]:
         """Plain data that names the encoder and its widths; stored with the router."""
         width = int(self._centre.shape[0])
-        return {"kind": BACKBONE, "id": BACKBONE, "text_width": width, "image_width": width}
+        return {
+            "kind": BACKBONE,
+            "id": BACKBONE,
+            "text_width": width,
+            "image_width": width,
+            "common_directions": len(self._common),
+        }
 
     @torch.no_grad()
     def text(self, samples: Sequence[Sample]) -> Tensor:
-        """Instruction vectors (n, d_text), fp32 on the CPU: the centred mean of a request's token embeddings,
-        normalised.
+        """Instruction vectors (n, d_text), fp32 on the CPU: the centred mean of a request's token embeddings without
+        the common directions, normalised.
 
         Raises: DataError: a sample without instruction text.
         """
@@ -117,7 +147,8 @@ class BackboneEncoder:
         for ids in self.loaded.tokenizer([instruction(s) for s in samples], add_special_tokens=False)["input_ids"]:
             tokens = torch.tensor(ids, dtype=torch.long, device=weight.device)
             rows.append(weight[tokens].float().mean(0) - self._centre)
-        return instruction_vector(torch.stack(rows)).cpu()
+        means = torch.stack(rows)
+        return instruction_vector(means - (means @ self._common.T) @ self._common).cpu()
 
     @torch.no_grad()
     def images(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
@@ -187,6 +218,11 @@ class ContrastiveEncoder:
         self.model = self.model.to(device).eval().requires_grad_(False)
 
     @property
+    def common(self) -> Tensor:
+        """None: (0, d_text)."""
+        return torch.zeros(0, self.identity["text_width"])
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Plain data that names the encoder and its widths; stored with the router."""
         config = self.model.config
@@ -231,9 +267,27 @@ class ContrastiveEncoder:
         return dict(self.model.named_parameters())
 
 
-def make_encoder(name: str, loaded: LoadedModel) -> Encoder:
-    """The encoder that a configuration names."""
-    return BackboneEncoder(loaded) if name == BACKBONE else ContrastiveEncoder(name, device=loaded.device)
+def make_encoder(config: CramConfig, loaded: LoadedModel, *, common: Tensor | None = None) -> Encoder:
+    """The encoder that a configuration names. common: the common directions of a stored router, instead of new ones."""
+    if config.encoder != BACKBONE:
+        return ContrastiveEncoder(config.encoder, device=loaded.device)
+    return BackboneEncoder(loaded, common_directions=config.common_directions if common is None else common)
+
+
+@torch.no_grad()
+def widest_directions(weight: Tensor, count: int) -> Tensor:
+    """(count, d) orthonormal: the directions in which the rows of `weight` (n, d) vary most, fp32.
+
+    From at most 16,384 rows, evenly spaced, by a randomised method of one seed: the same for the same weights.
+    """
+    if not count:
+        return weight.new_zeros(0, weight.shape[1], dtype=torch.float32)
+    rows = weight[:: max(1, math.ceil(len(weight) / _ROWS))].float()
+    count = min(count, *rows.shape)
+    with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
+        torch.manual_seed(0)
+        found = torch.pca_lowrank(rows, min(2 * count + 8, *rows.shape), niter=8)[2]
+    return found[:, :count].T.contiguous()
 
 
 def check_identity(stored: dict[str, Any], encoder: Encoder) -> None:

@@ -41,7 +41,7 @@ from holdfast.tuners.cram.cram_config import BACKBONE
 from holdfast.tuners.cram.folder import check_base, check_encoder
 from holdfast.tuners.cram.guard import Guard
 from holdfast.tuners.cram.router import Features, Router, Routing, describe
-from holdfast.tuners.cram.router_features import BackboneEncoder, Encoder, check_images, make_encoder
+from holdfast.tuners.cram.router_features import Encoder, check_images, make_encoder
 from holdfast.tuners.cram.stored_router import ROUTER, TENSORS, StoredRouter, read_router
 from holdfast.tuners.folders import new_folder
 
@@ -229,7 +229,7 @@ def export_router(folder: Path, out: Path, *, base: str | None = None) -> dict[s
         if stored.router.config.encoder == BACKBONE:
             loaded = load(source)
             check_base(folder, stored, loaded)
-            check_encoder(folder, stored, BackboneEncoder(loaded))
+            check_encoder(folder, stored, make_encoder(stored.router.config, loaded, common=stored.common))
             written = outside_blocks(loaded)
             save_file({k: v.detach().cpu().clone().contiguous() for k, v in written.items()}, temporary / ENCODER_FILE)
         copy_side_files(locate(source.base), temporary, [locate(adapter) for adapter in source.adapters])
@@ -283,11 +283,11 @@ def open_exported(folder: Path) -> StandaloneRouter:
     stored = read_router(folder)
     processor = read_processor(str(folder))
     if stored.router.config.encoder != BACKBONE:
-        encoder: Encoder = make_encoder(stored.router.config.encoder, _Nowhere())  # type: ignore[arg-type]
+        encoder: Encoder = make_encoder(stored.router.config, _Nowhere())  # type: ignore[arg-type]
         held = sum(p.numel() * p.element_size() for p in encoder.probed().values())
     else:
         loaded, held = _without_blocks(folder, processor, dtype)
-        encoder = BackboneEncoder(loaded)
+        encoder = make_encoder(stored.router.config, loaded, common=stored.common)
     check_encoder(folder, stored, encoder)
     return StandaloneRouter(
         stored, encoder, processor, folders=folders, bytes_held=held, load_seconds=time.perf_counter() - started
@@ -307,11 +307,11 @@ def open_on_base(folder: Path, *, base: str | None = None) -> StandaloneRouter:
         check_base(folder, stored, loaded)
         for _, block in decoder_blocks(loaded.model):
             block.to("meta")
-        encoder: Encoder = BackboneEncoder(loaded)
+        encoder: Encoder = make_encoder(stored.router.config, loaded, common=stored.common)
         processor = loaded.processor
     else:
         processor = read_processor(source.base, adapters=source.adapters)
-        encoder = make_encoder(stored.router.config.encoder, _Nowhere())  # type: ignore[arg-type]
+        encoder = make_encoder(stored.router.config, _Nowhere())  # type: ignore[arg-type]
     check_encoder(folder, stored, encoder)
     held = sum(p.numel() * p.element_size() for p in encoder.probed().values())
     folders = {card.name: path for card, path in zip(stored.router.experts, stored.folders, strict=True)}

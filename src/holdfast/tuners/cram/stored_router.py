@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -19,8 +20,10 @@ from holdfast.tuners.cram.guard import Guard, read_guard
 from holdfast.tuners.cram.router import ExpertCard, Router
 
 # 4: a guard may lie in the router's two files. A folder of format 3 has none and is read as such.
-FORMAT = 4
-READ_FORMATS = (3, 4)
+# 5: what is left out of instruction vectors lies there; in earlier ones nothing is.
+FORMAT = 5
+READ_FORMATS = (3, 4, 5)
+COMMON = "instruction.common_directions"  # (k, text_width); absent where k is 0
 ROUTER, TENSORS = "router.json", "router.safetensors"
 HOW_TO_RESTORE = f"Restore {ROUTER} and {TENSORS} from where the folder is intact, or learn the tasks again."
 
@@ -36,6 +39,11 @@ class StoredRouter:
     encoder: dict[str, Any]
     base: dict[str, Any]
     guard: Guard | None = None
+
+    @property
+    def common(self) -> Tensor:
+        """(k, text_width): directions that are left out of instruction vectors, k may be 0."""
+        return self.tensors.get(COMMON, torch.zeros(0, self.encoder["text_width"]))
 
     def probe(self, prefix: str) -> dict[str, Tensor]:
         """The probed values under `prefix`, by the name of their weight.
@@ -67,12 +75,13 @@ def read_router(folder: Path) -> StoredRouter:
     try:
         if data.get("format") not in READ_FORMATS:
             raise AdapterError(
-                f"{path} has format {data.get('format')!r}; this version of holdfast reads formats 3 and 4. Read it "
+                f"{path} has format {data.get('format')!r}; this version of holdfast reads formats 3 to 5. Read it "
                 "with the version that wrote it, or learn its tasks again. Each of its experts is an ordinary LoRA and "
                 "loads alone."
             )
         with safe_open(folder / TENSORS, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        data["encoder"].setdefault("common_directions", 0)
         if problem := _problem(data, tensors):
             raise AdapterError(f"{folder}: the router is damaged: {problem}. {HOW_TO_RESTORE}")
         rows = data["experts"]
@@ -85,7 +94,7 @@ def read_router(folder: Path) -> StoredRouter:
             for i, row in enumerate(rows)
         ]
         return StoredRouter(
-            router=Router(decode(CramConfig, data["config"], "config"), cards),
+            router=Router(decode(CramConfig, _config(data), "config"), cards),
             folders=tuple(folder / row["folder"] for row in rows),
             digests=tuple(row["sha256"] for row in rows),
             tensors=tensors,
@@ -97,6 +106,14 @@ def read_router(folder: Path) -> StoredRouter:
         raise AdapterError(
             f"{folder}: the router is damaged or of another version: {error!r}. {HOW_TO_RESTORE}"
         ) from error
+
+
+def _config(data: Mapping[str, Any]) -> Any:
+    """The configuration as it is called today; of a folder before format 5, what it meant."""
+    recorded = data["config"]
+    if data["format"] < 5 and isinstance(recorded, Mapping) and "common_directions" not in recorded:
+        return {**recorded, "common_directions": 0.0}
+    return recorded
 
 
 def _stored_guard(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Guard | None:
@@ -116,6 +133,8 @@ def _problem(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | No
     widths = [encoder[key] for key in ("text_width", "image_width")]
     if not (_are_strings([encoder["kind"], encoder["id"]]) and all(_is_count(w, 1) for w in widths)):
         return f"encoder is {encoder!r}; expected its kind, id, text_width and image_width"
+    if problem := _problem_of_common(encoder["common_directions"], tensors.get(COMMON), widths[0]):
+        return problem
     for i, row in enumerate(rows):
         if problem := _problem_of_expert(row, tensors, f"expert.{i}.", *widths):
             return f"expert {row['name']!r}: {problem}"
@@ -125,6 +144,18 @@ def _problem(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | No
     known = {f"expert.{i}.{kind}_centroid" for i in range(len(rows)) for kind in ("text", "image")}
     if extra := sorted(key for key in tensors if key.startswith("expert.") and key not in known):
         return f"{TENSORS} holds {extra[0]}, but {ROUTER} names {len(rows)} expert(s)"
+    return None
+
+
+def _problem_of_common(count: Any, directions: Tensor | None, width: int) -> str | None:
+    if not _is_count(count, 0):
+        return f"common_directions of its encoder is {count!r}; expected a whole number, 0 or more"
+    shape = None if directions is None else tuple(directions.shape)
+    if shape != ((count, width) if count else None):
+        expected = f"({count}, {width})" if count else "none"
+        return f"{COMMON} has shape {shape}; expected {expected}, as its encoder says"
+    if directions is not None and not bool(torch.isfinite(directions).all()):
+        return f"{COMMON} holds NaN or inf"
     return None
 
 
