@@ -24,7 +24,6 @@ from five_seeds import FIGURES, VARIANTS, cell, names, row_of, run_cell, seeds
 from holdfast.errors import HoldfastError
 from holdfast.files import atomic_path, write_json
 from holdfast.stream.summary import summarize_run
-from holdfast.tiny.recipe import own_options
 
 # Each {} is what the method has by default (for safe_delta, the paper's 0.1 is the second).
 TRIES: dict[str, tuple[dict[str, Any], ...]] = {
@@ -63,21 +62,9 @@ TRIES: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
-def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, group by group; the second decides."""
-    done = dict(first)
-    for key, value in second.items():
-        old = done.get(key)
-        done[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return done
-
-
 def tries_of(method: str) -> dict[str, dict[str, Any]]:
-    """Row name -> options of every try."""
-    return {
-        f"{method}-{i}": merged({"method": method, **own_options(method)}, change)
-        for i, change in enumerate(TRIES[method])
-    }
+    """Row name -> what every try changes of the method as the world has it."""
+    return {f"{method}-{i}": {"method": method, **change} for i, change in enumerate(TRIES[method])}
 
 
 def worth(figures: Mapping[str, Any]) -> float:

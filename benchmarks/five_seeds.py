@@ -63,6 +63,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hpa_screen": {"method": "hpa", "screen": True},
     "hpa_benign": {"method": "hpa", "benign_samples": None},
 }
+# Beside a cell's data: what they were written for.
+SIZE = "size.json"
 # (key in summary.json, heading, whether more is better)
 FIGURES = (
     ("ap", "AP", True),
@@ -92,7 +94,10 @@ def run_cell(options: argparse.Namespace, condition: str, seed: int) -> None:
     harmful = options.harmful if condition == "injected" else 0.0
     recipe = importlib.import_module(WORLDS[options.world])
     data = options.out / "data" / condition / f"seed-{seed}"
-    if not data.exists():
+    asked = {"prompts": options.prompts, "world": options.world, "harmful": harmful}
+    if data.exists():
+        require_same_size(data, asked)
+    else:
         settings = recipe.SETTINGS
         size = StreamSize(
             train=settings.steps * settings.batch,
@@ -103,6 +108,7 @@ def run_cell(options: argparse.Namespace, condition: str, seed: int) -> None:
         )
         tasks = options.order or recipe.DEMO.tasks
         write_stream(data, seed=seed, harmful=harmful, size=size, task_names=tasks, world=recipe.WORLD)
+        write_json(data / SIZE, asked)
     file = data / ("stream.yaml" if options.draw == "test" else "validation.yaml")
     plain = recipe.run_data(
         file,
@@ -118,9 +124,29 @@ def run_cell(options: argparse.Namespace, condition: str, seed: int) -> None:
         if name in options.methods:
             # Over what the world gives the method that it is of.
             own = recipe.run_data(file, [row["method"]], seed=seed)["methods"][row["method"]]
-            plain["methods"][name] = {**own, **row}
+            plain["methods"][name] = merged(own, row)
     config = experiment.decode_run(plain, base=Path.cwd())
     experiment.run(config, cell_dir(options, condition, seed), jobs=options.jobs, progress=Lines(condition, seed))
+
+
+def require_same_size(data: Path, asked: Mapping[str, Any]) -> None:
+    """Raises SystemExit: the data of a cell are of another size than asked for, so its figures would be, too."""
+    found = json.loads((data / SIZE).read_text()) if (data / SIZE).is_file() else {}
+    for name, value in found.items():
+        if value != asked[name]:
+            raise SystemExit(
+                f"{data} was written with {name} {value}, and {name} is {asked[name]} now: the table would say that "
+                "its figures are of the latter. Give the same, or another --out."
+            )
+
+
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, group by group; the second decides."""
+    done = dict(first)
+    for key, value in second.items():
+        old = done.get(key)
+        done[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return done
 
 
 def cell_dir(options: argparse.Namespace, condition: str, seed: int) -> Path:

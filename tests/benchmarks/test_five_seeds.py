@@ -41,6 +41,21 @@ def test_a_paired_difference_is_the_mean_over_seeds_with_its_t_interval(five_see
     assert text.endswith("*") == (wanted.low > 0 or wanted.high < 0)
 
 
+def test_data_of_another_size_are_not_taken_for_those_asked_for(five_seeds, tmp_path):
+    asked = {"prompts": 100, "world": "tiny", "harmful": 0.01}
+    five_seeds.require_same_size(tmp_path, asked)  # of an earlier version: nothing is known
+    (tmp_path / five_seeds.SIZE).write_text('{"prompts": 100, "world": "tiny", "harmful": 0.01}')
+    five_seeds.require_same_size(tmp_path, asked)
+    with pytest.raises(SystemExit, match=r"written with prompts 100, and prompts is 200 now"):
+        five_seeds.require_same_size(tmp_path, {**asked, "prompts": 200})
+
+
+def test_a_row_changes_what_it_names_alone(five_seeds):
+    own = {"method": "hpa", "calibration": {"damping": 1.0, "tokens": "all"}, "unaligned": "here"}
+    found = five_seeds.merged(own, {"calibration": {"damping": 0.01}})
+    assert found == {"method": "hpa", "calibration": {"damping": 0.01, "tokens": "all"}, "unaligned": "here"}
+
+
 def test_other_seeds_are_no_pairs(five_seeds):
     with pytest.raises(DataError, match="over the same samples"):
         five_seeds.difference({"values": [0.1, 0.2]}, {"values": [0.1]}, 1.0)

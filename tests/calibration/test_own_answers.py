@@ -67,8 +67,17 @@ def test_prompts_of_a_test_set_are_refused_by_id_and_by_content(loaded: LoadedMo
     with pytest.raises(DataError, match=r"part of the test set 'vlguard' \(by id\): steal-1"):
         own_safe_answers(loaded, prompts, refuses, test_sets=[("vlguard", [Sample.single("steal-1", "Other")])])
     copies = [replace(prompts[-1], id="renamed")]
-    with pytest.raises(DataError, match=r"by text and image, under another id\): pictured"):
+    with pytest.raises(DataError, match=r"by text and image\): pictured"):
         own_safe_answers(loaded, prompts, refuses, test_sets=[("copy", copies)])
+
+
+@pytest.mark.usefixtures("replies")
+def test_numbers_of_rows_are_no_ids_of_a_test_set(loaded: LoadedModel, prompts: list[Sample]) -> None:
+    numbered = [replace(prompt, id=str(at)) for at, prompt in enumerate(prompts)]
+    others = [Sample.single(str(at), f"Something else, {at}") for at in range(len(prompts))]
+    own_safe_answers(loaded, numbered, refuses, test_sets=[("others", others)])
+    with pytest.raises(DataError, match=r"by text and image"):
+        own_safe_answers(loaded, numbered, refuses, test_sets=[("copy", [*others, replace(prompts[0], id="9")])])
 
 
 def test_nothing_to_ask_is_an_error(loaded: LoadedModel, prompts: list[Sample]) -> None:

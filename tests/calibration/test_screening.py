@@ -72,11 +72,27 @@ def test_a_record_gives_the_same_parts(
     found = screen(loaded, task, is_refusal)
     record = found.to_json()
     assert record["asked"] == 4 and record["kept"] == 2
-    assert record["refused"] == [{"id": "harm", "reply": NO}, {"id": "turns", "reply": NO}]
+    assert record["refused"] == [
+        {"place": 1, "id": "harm", "reply": NO},
+        {"place": 3, "id": "turns", "reply": NO},
+    ]
     assert Screened.from_json(record, task) == found
+    earlier = {**record, "refused": [{k: v for k, v in row.items() if k != "place"} for row in record["refused"]]}
+    assert Screened.from_json(earlier, task) == found
     for others in (task[:3], [*task, task[0]], [Sample.single("x", "?", "!")] * 4):
         with pytest.raises(DataError, match="other samples"):
             Screened.from_json(record, others)
+
+
+def test_samples_of_one_id_are_told_apart(
+    task: list[Sample], loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids are unique in a task: a method that learns several at once screens them together."""
+    answering(monkeypatch)
+    both = [*task, Sample.single("harm", "What colour is it?", "Red."), Sample.single("plain", "Why harm?", "So.")]
+    found = screen(loaded, both, is_refusal)
+    assert [both.index(s) for s in found.kept] == [0, 2, 4] and found.places == (1, 3, 5)
+    assert Screened.from_json(found.to_json(), both) == found
 
 
 def test_nothing_refused_is_nothing_moved(task: list[Sample]) -> None:

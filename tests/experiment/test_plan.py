@@ -67,6 +67,36 @@ def test_memory_follows_the_micro_batch_and_says_which_one_fits(planned) -> None
     assert (wider.training_bytes - small.training_bytes) % (4 * BYTES_PER_TRAINED) == 0
 
 
+def test_the_frozen_weights_take_what_they_are_loaded_as(tmp_path: Path, pico_folder: Path) -> None:
+    """Whatever the precision of the arithmetic: fp32 weights that bf16 arithmetic reads are 4 bytes each."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    config = experiment.read_run(pico.run_file(folder, pico_folder, defaults={"training": TRAINING}))
+    devices = replace(ONE, bf16=True)
+    of = {
+        dtype: plan_run(replace(config, methods={"seqft": {"train_dtype": dtype}}), devices)
+        for dtype in ("float32", "bfloat16")
+    }
+    wide, narrow = (of[dtype].methods["seqft"].training_bytes for dtype in ("float32", "bfloat16"))
+    assert wide - narrow == 2 * of["float32"].parameters
+    kept = {
+        store: plan_run(replace(config, store_dtype=store), devices).methods["seqft"] for store in (None, "float32")
+    }
+    assert kept["float32"].disk_bytes > kept[None].disk_bytes >= 3 * 2 * of["float32"].parameters
+
+
+def test_all_calibration_answers_are_counted_where_none_are_named(planned, tmp_path: Path, pico_folder: Path) -> None:
+    folder = tmp_path / "more"
+    folder.mkdir()
+    config = experiment.read_run(pico.run_file(folder, pico_folder, methods={"anchor": {}}))
+
+    def edit(**options) -> float:  # type: ignore[no-untyped-def]
+        found = plan_run(replace(config, methods={"anchor": {"task_samples": 4, **options}}), ONE)
+        return found.methods["anchor"].seconds["calibration and edit"]
+
+    assert edit(safety_samples=None) == edit(safety_samples=1000) > edit(safety_samples=1)
+
+
 def test_what_cannot_be_planned_is_said(tmp_path: Path, pico_folder: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()

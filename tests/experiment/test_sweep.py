@@ -136,6 +136,21 @@ def test_a_finished_cell_with_other_settings_is_refused_before_anything_runs(gri
     assert json.loads((tmp_path / "out" / "seed=0" / "finished.json").read_text())["values"] == {"seed": "0"}
 
 
+def test_an_option_that_is_new_since_a_cell_was_finished_makes_no_other_cell_of_it(grid, fake, tmp_path):
+    cells = read_grid(grid("run: run.yaml\nvary: {seed: [0]}"))
+    sweep(cells, tmp_path / "out", places=fake)
+    path = tmp_path / "out" / "seed=0" / "finished.json"
+    mark = json.loads(path.read_text())
+    mark["digest"] = "of an earlier version"
+    del mark["config"]["safety_calibration"]["allow_short"], mark["config"]["threads"]
+    path.write_text(json.dumps(mark))
+    assert [r.state for r in sweep(cells, tmp_path / "out", places=fake)] == ["kept"]
+    mark["config"]["seed"] = 9
+    path.write_text(json.dumps(mark))
+    with pytest.raises(RunError, match=r"seed=0 is finished with other settings"):
+        sweep(cells, tmp_path / "out", places=fake)
+
+
 def test_what_stops_the_sweep_stops_its_cells_and_starts_none_again(grid, tmp_path):
     slow = tmp_path / "slow.py"
     slow.write_text(FAKE.replace("seed = job", "import time; time.sleep(60); seed = job"))

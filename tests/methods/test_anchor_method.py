@@ -49,7 +49,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     def screen(loaded, samples, is_refusal, **options):
         from holdfast.calibration.screening import split
 
-        return split(samples, {s.id: NO for s in samples if s.id in ids})
+        return split(samples, {at: NO for at, s in enumerate(samples) if s.id in ids})
 
     monkeypatch.setattr(seqft, "screen", screen)
     return ids
@@ -129,6 +129,19 @@ def test_the_past_of_another_stream_is_refused(stream, pico_folder, tmp_path, re
     trained = method().train_task(ctx)
     with pytest.raises(CalibrationError, match=r"something else|unfinished"):
         method().end_task(ctx, trained)
+
+
+def test_a_benign_answer_takes_no_refusal_of_the_same_id_away(stream, pico_folder, tmp_path, refusing):
+    """Files without ids number their rows: the first of the task and the first benign request are both "0"."""
+    ctx = context(stream, pico_folder, tmp_path)
+    refusing.update(sample.id for sample in stream.tasks[0].train)
+    drawn = seqft.draw(stream.tasks[0].train, 6, seqft.step_seed(ctx))
+    refusing.discard(drawn[0].id)
+    same = [replace(b, id=s.id) for b, s in zip(stream.benign_calibration, drawn[1:], strict=False)]
+    ctx = replace(ctx, stream=replace(stream, benign_calibration=same))
+    run(method(), ctx)
+    grams = {n: GramStore.open(ctx.scratch_dir / "grams" / n).meta["samples"] for n in ("safety", "benign", "task")}
+    assert grams == {"safety": 2 + 5, "benign": 3, "task": 1}
 
 
 @pytest.mark.parametrize("number", [0, 2, None])

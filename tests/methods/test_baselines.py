@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from holdfast.data.types import Sample
-from holdfast.errors import CalibrationError, ConfigError
+from holdfast.editing.account import EditReport
+from holdfast.errors import CalibrationError, CheckpointError, ConfigError
 from holdfast.functional.guardspace import guarded_start
 from holdfast.methods import get, safe_anchor
+from holdfast.methods._glue import repair
 from holdfast.methods._glue.lora_layers import live_factors, read_adapter
 from holdfast.methods.guardspace import GuardedLora
 from holdfast.methods.safe_anchor import anchored_adapter, mean_loss, top_directions
@@ -109,6 +113,69 @@ def test_one_shot_puts_a_repair_on_top_of_the_tuned_adapter(ctx):
     for ours, theirs in zip(read_adapter(trained.adapters[0]), read_adapter(plain.adapters[0]), strict=True):
         assert torch.equal(ours.b, theirs.b), "the task itself is learned as by SeqFT"
     assert any(float(f.b.abs().max()) > 0 for f in read_adapter(trained.adapters[1]))
+
+
+@pytest.mark.parametrize("micro, largest", [(1, 1), (2, 2), (4, 3), (None, 3)])
+def test_a_repair_has_no_larger_forward_passes_than_the_task(ctx, monkeypatch, micro, largest):
+    sizes = []
+
+    def seen(loaded, samples, config, **rest):
+        sizes.append((len(samples), config.batch_size, config.forward_size))
+        return repair_train(loaded, samples, config, **rest)
+
+    repair_train = repair.train
+    monkeypatch.setattr(repair, "train", seen)
+    training = {**TRAINING, "micro_batch_size": micro}
+    get("one_shot", epochs=1, refusals=6, training=training).train_task(ctx)
+    ((samples, batch, passes),) = sizes
+    assert samples == batch == 6 and batch % passes == 0 and passes <= (micro or TRAINING["batch_size"])
+    assert passes == largest
+
+
+def test_a_task_that_was_learned_whole_is_not_learned_again(ctx, monkeypatch):
+    """Killed in the repair after it."""
+    method = get("one_shot", epochs=1, training=TRAINING)
+    whole = method.train_task(ctx)
+    first = {path: path.stat().st_mtime_ns for path in (ctx.scratch_dir / "adapter").iterdir()}
+    shutil.rmtree(whole.adapters[1])
+    assert method.train_task(ctx) == whole
+    assert first == {path: path.stat().st_mtime_ns for path in (ctx.scratch_dir / "adapter").iterdir()}
+
+
+@pytest.mark.parametrize("name", ["resta", "safe_lora"])
+def test_another_model_than_the_unaligned_one_is_refused_before_a_task_is_learned(ctx, tmp_path, name):
+    with pytest.raises(CheckpointError, match="nowhere is neither a folder nor a hub id"):
+        get(name, unaligned=str(tmp_path / "nowhere")).begin_task(ctx)
+    source = Path(ctx.theta_0.base)
+    narrow = tmp_path / "narrow"
+    shutil.copytree(source, narrow)
+    tensors = load_file(narrow / "model.safetensors")
+    key = next(k for k in tensors if k.endswith("q_proj.weight") and "vision" not in k)
+    save_file({**tensors, key: tensors[key][:4].clone()}, narrow / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"{name}: unaligned is .*{key}.* has it with shape \(4, .*before its alig"):
+        get(name, unaligned=str(narrow)).begin_task(ctx)
+    save_file({k: v for k, v in tensors.items() if k != key}, narrow / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="has none"):
+        get(name, unaligned=str(narrow)).begin_task(ctx)
+
+
+def test_safelora_leaves_a_layer_alone_that_alignment_left_alone(ctx, tmp_path):
+    """An alignment by a LoRA on two projections says nothing of the others."""
+    source = Path(ctx.theta_0.base)
+    other = tmp_path / "unaligned"
+    shutil.copytree(source, other)
+    method = get("safe_lora", unaligned=str(other), training=TRAINING)
+    trained = method.train_task(ctx)
+    with pytest.raises(ConfigError, match=r"has the weights of the model that is tuned in every layer"):
+        method.end_task(ctx, trained)
+    tensors = load_file(other / "model.safetensors")
+    moved = {k: v + 0.01 * torch.randn(v.shape) for k, v in tensors.items() if k.endswith("q_proj.weight")}
+    save_file({**tensors, **moved}, other / "model.safetensors", metadata={"format": "pt"})
+    final = method.end_task(ctx, trained)
+    rows = EditReport.load(ctx.work_dir / "edit.json").layers
+    projected = {row["layer"] for row in rows if row["projected"]}
+    assert Path(final.base).is_dir() and projected
+    assert all(name.endswith("q_proj") for name in projected)
 
 
 @pytest.mark.parametrize("keep, changes", [(1.0, False), (0.0, True)])
@@ -216,6 +283,10 @@ def test_osf_as_an_ordinary_lora_is_what_peft_changed(ctx, pico_folder):
     "name, options, message",
     [
         ("osf", {"kept": 1.0}, "kept is 1.0"),
+        ("safe_delta", {"protected_share": 15}, "protected_share is 15.0; expected a share"),
+        ("safe_delta", {"strength": -1}, "strength is -1.0"),
+        ("safe_delta", {"task_samples": 0}, "task_samples is 0"),
+        ("ties", {"weight": -3}, "weight is -3.0"),
         ("safety_replay", {"refusals": 0}, "refusals is 0"),
         ("one_shot", {"epochs": 0}, "epochs is 0"),
         ("one_shot", {"learning_rate": 0.0}, "learning_rate is 0.0"),

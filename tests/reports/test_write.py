@@ -209,6 +209,17 @@ def test_an_unfinished_run_that_asks_earlier_tasks_at_its_end_alone_is_shown(tmp
 
 
 @pytest.mark.usefixtures("unpainted")
+def test_an_unfinished_run_that_asks_a_part_of_earlier_tasks_is_shown(tmp_path: Path) -> None:
+    """As `limit_between: 2` leaves it, and for ever where a gate stopped the method."""
+    run = fake_run.write_run(tmp_path / "run", methods=METHODS, steps=2)
+    for path in run.glob(f"methods/*/2-*/predictions/task-{slug(fake_run.TASKS[0])}.jsonl"):
+        path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines()[:2]))
+    assert load_run(run).methods["hpa"].finished == 2
+    assert "seqft 2/3 tasks" in write_report([run]).html.read_text(encoding="utf-8")
+    assert summarize_run(run)["methods"]["hpa"]["intervals"]["bwt"] is not None
+
+
+@pytest.mark.usefixtures("unpainted")
 def test_an_unfinished_method_is_marked_wherever_it_stands_beside_finished_ones(tmp_path: Path) -> None:
     run = cut(fake_run.write_run(tmp_path / "run", methods=METHODS), "hpa", after=2)
     files = write_report([run])

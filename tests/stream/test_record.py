@@ -11,7 +11,7 @@ import pytest
 from holdfast.errors import RunError
 from holdfast.files import write_json
 from holdfast.stream.protocol import Checkpoint
-from holdfast.stream.record import Record, RunDirectory, claim, read_json, versions
+from holdfast.stream.record import DIVERGED, Record, RunDirectory, claim, read_json, versions
 
 
 def record(t: int, run: RunDirectory) -> Record:
@@ -128,6 +128,24 @@ def test_what_was_recorded_by_old_names_goes_on_by_the_new(run: RunDirectory) ->
         claim(run, {}, {"m": {"new": 2}}, today=today)
     assert claim(run, {}, {"m": {"new": 1}}, today=today) == ()
     assert read_json(run.config_path)["methods"] == {"m": {"new": 1}, "other": {"old": 1}}
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_task_that_starts_again_starts_from_nothing(run: RunDirectory, learned: bool) -> None:
+    """Whatever parts a method learned it in (CRAM: a buffer, then an expert): they are of the old learning rate."""
+
+    def of(rate: float) -> dict[str, dict[str, Any]]:
+        return {"m": {"training": {"learning_rate": rate}}}
+
+    claim(run, {}, of(0.1))
+    step = run.step_dir("m", 0, "task 1")
+    for part in ("buffer", "initial", "phase/trainer"):
+        (step / "scratch" / part).mkdir(parents=True)
+    write_json(step / "phases.json", {"begin": {"seconds": 1.0}, **({"train": {"seconds": 1.0}} if learned else {})})
+    write_json(step / DIVERGED, {})
+    assert claim(run, {}, of(0.01))
+    assert (step / "scratch" / "buffer").exists() is (step / "phases.json").exists() is learned
+    assert not (step / DIVERGED).exists()
 
 
 @pytest.mark.parametrize("damage", [{"config": []}, {"config": None}, {"methods": 1}, {"methods": {"m": []}}])

@@ -191,6 +191,34 @@ def test_a_checkpoint_that_a_later_one_builds_on_stays(fakes, tmp_path):
     assert len(list((tmp_path / "run").glob("methods/fake/*/checkpoint"))) == 3
 
 
+def test_what_a_killed_write_left_is_removed_file_or_folder(fakes, tmp_path):
+    """A folder is published by one rename, too: killed before it, it stands there half written."""
+
+    class Killed(fakes.FakeMethod):
+        def end_task(self, ctx, trained):
+            if ctx.step == 1:
+                raise InterruptedError
+            return super().end_task(ctx, trained)
+
+    start = tmp_path / "start"
+    whole_run(fakes, tmp_path / "whole", start=start)
+    run = fakes.make_run(tmp_path / "run", start=start)
+    with run.claimed():
+        run.evaluate_theta_0(fakes.FakeEvaluator())
+        with pytest.raises(InterruptedError):
+            run.run_method(Killed(), fakes.FakeEvaluator())
+    method = tmp_path / "run" / "methods" / "fake"
+    places = [tmp_path / "run", method / "1-count", method / "2-read-aloud", method / "2-read-aloud" / "scratch"]
+    for place in places:
+        for folder in (place / ".cram.tmp", place / ".cram.tmp" / ".inner.tmp", place / "..expert.part.tmp"):
+            folder.mkdir(parents=True)
+            (folder / "weights").write_bytes(b"x")
+        (place / ".record.json.abc.tmp").write_text("{")
+    whole_run(fakes, tmp_path / "run", start=start)
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
 def test_a_removal_that_was_killed_half_way_is_finished(fakes, tmp_path):
     whole_run(fakes, tmp_path / "run")
     left = tmp_path / "run" / "methods" / "fake" / "1-count" / ".scratch.removed"

@@ -124,6 +124,14 @@ def test_an_unfinished_run_has_the_figures_of_the_tasks_so_far(planted):
     assert method["ap"] == 0.75
 
 
+def test_a_task_that_was_asked_in_part_again_counts_by_what_was_asked_both_times(planted):
+    """As `limit_between: 2` leaves a run that is going on: the task just learned whole, earlier ones in part."""
+    path = planted.step_dir("m", 1, "b") / "predictions" / "task-a.jsonl"
+    path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines()[1:3]))
+    bwt = summarize_run(planted.root)["methods"]["m"]["intervals"]["bwt"]
+    assert bwt["value"] == -1.0  # samples 1 and 2: right when learned, wrong now
+
+
 def test_what_could_not_be_scored_is_absent_and_counted(tmp_path):
     run = RunDirectory(tmp_path / "run")
     write_json(run.config_path, {"format": CONFIG_FORMAT, "config": {}, "methods": {"m": {}}})

@@ -140,15 +140,18 @@ def own_helpful_answers(
 
 
 def refuse_overlap(prompts: Sequence[Sample], test_sets: Iterable[tuple[str, Sequence[Sample]]]) -> None:
-    """Raises DataError where a prompt is part of a test set, by its id or by its request's text and images."""
-    ids = {prompt.id for prompt in prompts}
+    """Raises DataError where a prompt is part of a test set, by its id or by its request's text and images.
+
+    An id that is a number may be a place in a file: two files have the same ones, and nothing else in common.
+    """
+    ids = {prompt.id for prompt in prompts if not prompt.id.isdecimal()}
     contents = {_content(prompt): prompt.id for prompt in prompts}
     for name, samples in test_sets:
         common = sorted(ids & {s.id for s in samples})
         same = sorted({contents[c] for s in samples if (c := _content(s)) in contents} - set(common))
         if common or same:
             shown = ", ".join([*common, *same][:5])
-            how = "by id" if common else "by text and image, under another id"
+            how = "by id" if common else "by text and image"
             raise DataError(
                 f"{len(common) + len(same)} calibration prompt(s) are part of the test set {name!r} ({how}): {shown}. "
                 "What is calibrated on cannot be tested on; remove them from the prompts."

@@ -21,10 +21,14 @@ IsRefusal = Callable[[Sequence[Sample], Sequence[str]], Sequence[bool]]
 
 @dataclass(frozen=True, kw_only=True)
 class Screened:
-    """kept: samples as they were, in order. refused: the others, answered by the model's own refusal. asked: of all."""
+    """kept: samples as they were, in order. refused: the others, answered by the model's own refusal. asked: of all.
+
+    places: of the refused ones among all; ids are unique in a task only, and several tasks may be screened at once.
+    """
 
     kept: tuple[Sample, ...]
     refused: tuple[Sample, ...]
+    places: tuple[int, ...] = ()
 
     @property
     def asked(self) -> int:
@@ -32,19 +36,24 @@ class Screened:
         return len(self.kept) + len(self.refused)
 
     def to_json(self) -> dict[str, Any]:
-        """Counts, and every refused sample by id with the reply that decided."""
+        """Counts, and every refused sample by its place and id with the reply that decided."""
         return {
             "asked": self.asked,
             "kept": len(self.kept),
-            "refused": [{"id": sample.id, "reply": sample.answer} for sample in self.refused],
+            "refused": [
+                {"place": place, "id": sample.id, "reply": sample.answer}
+                for place, sample in zip(self.places, self.refused, strict=True)
+            ],
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], samples: Sequence[Sample]) -> Screened:
         """What `to_json` recorded of these samples. Raises DataError: it was made of others."""
-        replies = {row["id"]: row["reply"] for row in data["refused"]}
+        rows = data["refused"]
+        places = {sample.id: place for place, sample in enumerate(samples)}  # for a record of an earlier version
+        replies = {row.get("place", places.get(row["id"], -1)): row["reply"] for row in rows}
         found = split(samples, replies)
-        if found.asked != data["asked"] or len(found.refused) != len(replies):
+        if found.asked != data["asked"] or [s.id for s in found.refused] != [row["id"] for row in rows]:
             raise DataError(
                 f"The record of a screening is of {data['asked']} other samples than the {len(samples)} here. Remove "
                 "it to have them screened again."
@@ -79,17 +88,25 @@ def screen(
     verdicts = is_refusal(requests, replies)
     taught = is_refusal(requests, [sample.answer or "" for sample in samples])
     found = zip(samples, replies, verdicts, taught, strict=True)
-    return split(samples, {sample.id: reply for sample, reply, refuses, own in found if refuses and not own})
+    return split(samples, {at: reply for at, (_, reply, refuses, own) in enumerate(found) if refuses and not own})
 
 
-def split(samples: Sequence[Sample], refusals: Mapping[str, str]) -> Screened:
-    """Part samples by the ids in `refusals` (id -> the model's reply)."""
+def split(samples: Sequence[Sample], refusals: Mapping[int, str]) -> Screened:
+    """Part samples by the places in `refusals` (place among the samples -> the model's reply)."""
+    places = [at for at in range(len(samples)) if at in refusals]
     refused = [
-        replace(s, turns=(*s.request, Turn(role="assistant", text=refusals[s.id])), references=(refusals[s.id],))
-        for s in samples
-        if s.id in refusals
+        replace(
+            samples[at],
+            turns=(*samples[at].request, Turn(role="assistant", text=refusals[at])),
+            references=(refusals[at],),
+        )
+        for at in places
     ]
-    return Screened(kept=tuple(s for s in samples if s.id not in refusals), refused=tuple(refused))
+    return Screened(
+        kept=tuple(s for at, s in enumerate(samples) if at not in refusals),
+        refused=tuple(refused),
+        places=tuple(places),
+    )
 
 
 __all__ = ["IsRefusal", "Screened", "screen", "split"]

@@ -18,7 +18,7 @@ from holdfast.data.examine import Diagnosis, examine
 from holdfast.data.types import Sample
 from holdfast.errors import ConfigError, DataError
 from holdfast.experiment.build import build_methods
-from holdfast.experiment.run_config import RunConfig
+from holdfast.experiment.run_config import OwnBenignConfig, RunConfig
 from holdfast.models.estimate import CHARACTERS_PER_TOKEN, Estimate, ModelShape, estimate, read_shape
 from holdfast.models.speed import DECODE_SHARE, FORWARD_SHARE
 from holdfast.training.training_config import TrainingConfig
@@ -30,6 +30,7 @@ BYTES_PER_TRAINED = 16
 # Most replies end before the bound on their length.
 REPLY_SHARE = 0.5
 _LINEAR = "_proj.weight"
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,8 @@ class _Planner:
         }
         notes = [
             "A method that trains on more than the new task's samples (old ones, refusals) takes more than that.",
-            "Checkpoints of the last two steps of a method are counted as whole models; adapters take less.",
+            "Checkpoints of three steps of a method (two stay, one is written) are counted as whole models; adapters "
+            "take less.",
         ]
         return Plan(parameters=self.parameters, tokens=tokens, methods=methods, notes=notes)
 
@@ -150,16 +152,20 @@ class _Planner:
                 self._evaluation(tasks[: step + 1], last=step == len(tasks) - 1) for step in range(len(tasks))
             ),
         }
-        at = {size: self._training_bytes(training, tasks, size) for size in _divisors(training.batch_size)}
         room = self.devices.memory_bytes
-        stored = {"float32": 4, "bfloat16": 2, "float16": 2}.get(self.config.store_dtype or "")
+        stored = _BYTES.get(self.config.store_dtype or "")
+        # The frozen weights as they are loaded; where nothing says otherwise, as they are stored.
+        kept = _BYTES.get(getattr(options, "train_dtype", None) or self.config.store_dtype or "")
+        weights = self.shape.weight_bytes if kept is None else kept * self.parameters
+        at = {size: self._training_bytes(training, tasks, size, weights) for size in _divisors(training.batch_size)}
         model = self.shape.weight_bytes if stored is None else stored * self.parameters
         return MethodPlan(
             seconds=seconds,
             training_bytes=at[training.forward_size],
             micro_batch=training.forward_size,
             fits=None if room is None else max((size for size, need in at.items() if need <= room), default=0),
-            disk_bytes=2 * model + self._trained(training) * BYTES_PER_TRAINED,
+            # Two steps' checkpoints and the one that is being written; theta_0 as it is kept, where it is converted.
+            disk_bytes=(3 if stored is None else 4) * model + self._trained(training) * BYTES_PER_TRAINED,
         )
 
     # Seconds.
@@ -175,11 +181,12 @@ class _Planner:
 
     def _edit(self, options: Any, tasks: Sequence[str], tokens: Mapping[str, float]) -> float:
         """One walk over the calibration samples, and one factor per distinct input; 0 for a method without either."""
-        count = sum(
-            int(getattr(options, name, 0) or 0) for name in ("task_samples", "safety_samples", "benign_samples")
-        )
-        if not count:
+        if not isinstance(getattr(options, "task_samples", None), int):
             return 0.0
+        count = options.task_samples
+        for name, there in (("safety_samples", self._prompts("safety")), ("benign_samples", self._prompts("benign"))):
+            wanted = getattr(options, name, 0)
+            count += there if wanted is None else min(wanted, there or wanted)  # null: all that there are
         walked = count * sum(tokens.values()) / max(1, len(tasks))
         # q, k and v see one input, gate and up another: distinct widths are about half of the layers.
         widths = [inputs for _, inputs in self.linears]
@@ -187,6 +194,13 @@ class _Planner:
         factor = sum(width**3 for width in widths) / 2
         work = 2 * self.parameters * walked / FORWARD_SHARE + gram + factor
         return work / self.devices.speed
+
+    def _prompts(self, what: str) -> int:
+        """How many calibration answers a run has of a kind: those of the stream, or those that theta_0 is asked for."""
+        own = self.config.safety_calibration if what == "safety" else self.config.benign_calibration
+        prompts = own.prompts.name if own.prompts is not None else f"{what}_calibration"
+        limit = own.limit if isinstance(own, OwnBenignConfig) else None
+        return max((len(v[:limit]) for k, v in self.diagnosis.samples.items() if k[0] == prompts), default=0)
 
     def _evaluation(self, tasks: Sequence[str], *, last: bool) -> float:
         """Replies after one step: the task just learned in full, what is looked at along the way by its own limit."""
@@ -239,7 +253,7 @@ class _Planner:
     def _trained(self, training: TrainingConfig) -> int:
         return sum(training.rank * (outputs + inputs) for outputs, inputs in self.linears)
 
-    def _training_bytes(self, training: TrainingConfig, tasks: Sequence[str], micro_batch: int) -> int:
+    def _training_bytes(self, training: TrainingConfig, tasks: Sequence[str], micro_batch: int, weights: int) -> int:
         """The most of any task on one device: the model, one batch of its longest samples, what is trained."""
         narrow = self.devices.bf16 if training.precision == "auto" else training.precision != "fp32"
         itemsize = 2 if narrow else 4
@@ -250,7 +264,7 @@ class _Planner:
             held = found.checkpointed_bytes if training.gradient_checkpointing else found.training_bytes
             # Estimates of activations are those of 16 bits; logits are fp32 already.
             activations = (held - found.weight_bytes - found.logit_bytes) * itemsize // 2
-            most = max(most, self.parameters * itemsize + found.logit_bytes + activations)
+            most = max(most, weights + found.logit_bytes + activations)
         return most + self._trained(training) * BYTES_PER_TRAINED
 
     def _estimate(self, samples: Sequence[Sample], batch_size: int) -> Estimate:

@@ -61,6 +61,11 @@ class OwnAnswersConfig:
     judge: str | None = None
     allow_short: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("per_category", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected 1 or more.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OwnBenignConfig:
@@ -199,12 +204,22 @@ def decode_run(data: Mapping[str, Any], *, base: Path, where: str = "run") -> Ru
     if "stream" in data:
         data["stream"] = stream_spec(data["stream"], base=base)
     if "methods" in data:
-        data["methods"] = _method_options(data["methods"])
+        data["methods"] = _models_from(base, _method_options(data["methods"]))
     if isinstance(data.get("model"), str) and (base / Path(data["model"]).expanduser()).is_dir():
         data["model"] = str((base / Path(data["model"]).expanduser()).absolute())
     if "plugins" in data:
         data["plugins"] = plugin_files(data["plugins"], base=base)
     return decode(RunConfig, data, where)
+
+
+def _models_from(base: Path, value: Any) -> Any:
+    """Options with the folders of models that they name made absolute: relative ones start from `base`, as `model`."""
+    if isinstance(value, Mapping):
+        return {key: _models_from(base, inner) for key, inner in value.items()}
+    if isinstance(value, str) and value and not Path(value).is_absolute():
+        folder = base / Path(value).expanduser()
+        return str(folder.absolute()) if (folder / "config.json").is_file() else value
+    return value
 
 
 def only(config: RunConfig, names: Sequence[str]) -> RunConfig:

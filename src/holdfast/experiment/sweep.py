@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast import registry
-from holdfast.config import encode
+from holdfast.config import encode, with_defaults
 from holdfast.data.streams import read_yaml
 from holdfast.errors import ConfigError, RunError
 from holdfast.experiment.cell_process import MISTAKE, HereProcesses, Places
@@ -152,7 +152,8 @@ def _run_cell(cell: Cell, folder: Path, retries: int, places: Places) -> CellRes
         status, said = places.run(job)
         seconds = time.monotonic() - began
         if status == 0:
-            write_json(folder / _DONE, {"cell": cell.name, "digest": cell.digest, "values": dict(cell.values)})
+            mark = {"cell": cell.name, "digest": cell.digest, "values": dict(cell.values), "config": job["config"]}
+            write_json(folder / _DONE, mark)
             return CellResult(name=cell.name, state="finished", attempts=attempt, seconds=seconds)
         if status == MISTAKE:
             break
@@ -163,7 +164,10 @@ def _run_cell(cell: Cell, folder: Path, retries: int, places: Places) -> CellRes
 def _refuse_other(cell: Cell, folder: Path) -> None:
     """Raises RunError: a finished cell of this name had other settings. An unfinished one is told by its own run."""
     path = folder / _DONE
-    if path.is_file() and read_json(path, "a cell's mark", error=RunError).get("digest") != cell.digest:
+    mark = read_json(path, "a cell's mark", error=RunError) if path.is_file() else {"digest": cell.digest}
+    # An option that is new since then changes the digest of all cells, and what it means by default of none.
+    same = mark.get("digest") == cell.digest or with_defaults(RunConfig, mark.get("config")) == encode(cell.config)
+    if not same:
         raise RunError(
             f"{folder} is finished with other settings than the grid has now. Choose another --out, or remove it."
         )

@@ -36,7 +36,11 @@ from holdfast.tuners.folders import base_of
 
 @dataclass(frozen=True, kw_only=True)
 class GuardSpaceConfig(EditingConfig):
-    """energy: share of what the inputs of forbidden requests hold that no update may read, 0 up to 1."""
+    """energy: share of what the inputs of forbidden requests hold that no update may read, 0 up to 1.
+
+    Of the options of a calibration this rival has a use for `safety_samples`, and for tokens, normalization and
+    batch_size of `calibration`.
+    """
 
     energy: float = 0.99
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from holdfast.checkpoints.merged import open_checkpoint
 from holdfast.methods._glue.rule_options import part_of
+from holdfast.methods._glue.unaligned import require_fit
 from holdfast.methods.seqft import SeqFT, SeqFTConfig
 from holdfast.rules.base import EditRule
 from holdfast.rules.resta import RestaOptions, RestaRule
@@ -27,6 +28,10 @@ class Resta(SeqFT):
 
     Config = RestaConfig
     config: RestaConfig
+
+    def require(self, ctx: TaskContext) -> None:
+        """Raises ConfigError: the unaligned model is not theta_0 before its alignment. ModelError: it is not there."""
+        require_fit(ctx, self.config.unaligned, self.name)
 
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
         """Add the safety vector, with the aligned and the unaligned model open."""

@@ -7,12 +7,14 @@ from the released code: `holdfast.functional.rivals.safe_delta`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from holdfast.data.types import Sample
+from holdfast.errors import ConfigError
 from holdfast.functional.rivals import RivalEdit, safe_delta
 from holdfast.methods._glue.gram_sweep import GramSweep
 from holdfast.methods.seqft import EditingConfig
@@ -23,11 +25,19 @@ from holdfast.stream.protocol import Checkpoint, TaskContext
 class SafeDeltaConfig(EditingConfig):
     """strength: the paper's s, not scale-free (updates under about 0.4 % of a weight pass whole).
 
-    protected_share: of the entries, the most sensitive, never admitted.
+    protected_share: of the entries, the most sensitive, never admitted. Of the options of a calibration this rival
+    has a use for `safety_samples`, and for damping, tokens, normalization and batch_size of `calibration`.
     """
 
     strength: float = 0.1
     protected_share: float = 0.15
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.strength) and self.strength >= 0):
+            raise ConfigError(f"strength is {self.strength}; expected a finite number, 0 or more.")
+        if not 0 <= self.protected_share < 1:
+            raise ConfigError(f"protected_share is {self.protected_share}; expected a share in [0, 1), such as 0.15.")
 
 
 class SafeDelta(GramSweep):

@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from holdfast.checkpoints.merged import MergedCheckpoint, open_checkpoint
+from holdfast.errors import ConfigError
 from holdfast.functional.rivals import safelora
 from holdfast.methods._glue.lora_layers import read_adapter
 from holdfast.methods._glue.rule_options import part_of
+from holdfast.methods._glue.unaligned import require_fit
 from holdfast.methods.seqft import SeqFT, SeqFTConfig
 from holdfast.rules.base import EditRule
 from holdfast.rules.safe_lora import SafeLoraOptions, SafeLoraRule, alignment_of, lowest_of
@@ -30,6 +32,10 @@ class SafeLora(SeqFT):
     Config = SafeLoraConfig
     config: SafeLoraConfig
 
+    def require(self, ctx: TaskContext) -> None:
+        """Raises ConfigError: the unaligned model is not theta_0 before its alignment. ModelError: it is not there."""
+        require_fit(ctx, self.config.unaligned, self.name)
+
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
         """Project what strays, with the aligned and the unaligned model open."""
         with open_checkpoint(ctx.theta_0) as aligned, open_checkpoint(self.config.unaligned) as unaligned:
@@ -41,7 +47,13 @@ class SafeLora(SeqFT):
         cosines = {}
         for factors in read_adapter(trained.adapters[-1]):
             alignment = alignment_of(factors.name, aligned, unaligned)
-            cosines[factors.name] = safelora(factors.a, factors.b, alignment).cosine
+            if alignment.any():  # alignment says nothing of a layer that it left alone
+                cosines[factors.name] = safelora(factors.a, factors.b, alignment).cosine
+        if not cosines:
+            raise ConfigError(
+                f"{self.name}: {self.config.unaligned} has the weights of the model that is tuned in every layer that "
+                "was tuned. Name the model as it was before its alignment."
+            )
         return lowest_of(cosines, self.config.lowest)
 
     def step_rule(self, ctx: TaskContext) -> EditRule:

@@ -143,7 +143,11 @@ class SeqFT:
             safety_set(stream, self._editing(), self.name)
 
     def begin_task(self, ctx: TaskContext) -> None:
-        """Nothing to prepare."""
+        """Nothing to prepare; what will be read is looked at."""
+        self.require(ctx)
+
+    def require(self, ctx: TaskContext) -> None:
+        """Raises ConfigError: something that the end of the step reads is not there. Before hours of tuning."""
 
     def train_task(self, ctx: TaskContext) -> Checkpoint:
         """The previous checkpoint under this task's adapter.
@@ -156,8 +160,13 @@ class SeqFT:
     def learn(self, ctx: TaskContext) -> Checkpoint:
         """The previous checkpoint under what the training gave; the record of it is training.json.
 
+        Called again after it, when something that came later was killed, it learns nothing anew.
+
         Raises: TrainingError: as `train`.
         """
+        record_file, whole = ctx.work_dir / "training.json", ctx.scratch_dir / "adapter"
+        if record_file.is_file() and whole.is_dir():
+            return Checkpoint(base=ctx.previous.base, adapters=(*ctx.previous.adapters, str(whole)))
         samples = self.learned(ctx)  # first: screening asks theta_0
         result = train(
             load(ctx.previous, dtype=self.config.train_dtype),
@@ -175,7 +184,7 @@ class SeqFT:
             "precision": result.precision,
             "history": [dict(row) for row in result.history],
         }
-        current().by_chief(lambda: write_json(ctx.work_dir / "training.json", record))
+        current().by_chief(lambda: write_json(record_file, record))
         return Checkpoint(base=ctx.previous.base, adapters=(*ctx.previous.adapters, str(result.adapter)))
 
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
@@ -260,14 +269,16 @@ def benign_answers(stream: Stream, config: EditingConfig, name: str) -> list[Sam
 
 
 def calibration_sets(
-    ctx: TaskContext, config: EditingConfig, name: str, samples: Sequence[Sample]
+    ctx: TaskContext, config: EditingConfig, name: str, samples: Sequence[Sample], *, benign: bool = True
 ) -> tuple[list[Sample], list[Sample]]:
     """(safety, task) samples of a step's calibration: `config.task_samples` of `samples`, drawn by the step's seed.
+
+    benign: theta_0's answers to benign requests are part of the safety set.
 
     With `config.screen` the task samples that theta_0 refuses are in the safety set, answered by its refusal; they are
     listed in screen.json. Raises CalibrationError: the stream has no safety answers, or theta_0 refuses every sample.
     """
-    safety = safety_set(ctx.stream, config, name)
+    safety = (safety_set if benign else safety_answers)(ctx.stream, config, name)
     task = draw(samples, config.task_samples, step_seed(ctx))
     if not config.screen:
         return safety, task

@@ -72,6 +72,9 @@ class SafeLoraRule(Rule):
             threshold = math.inf if layer.name in self.lowest else -math.inf
         alignment = alignment_of(layer.name, self.aligned, self.unaligned)
         delta = w_new.float() - w_prev.float()
+        if not alignment.any():  # the alignment left this layer alone: it has no directions to project on
+            row = {"alignment_cosine": None, "projected": False, **norms(delta, delta)}
+            return DenseEdit(weight=w_prev.float() + delta, row=row)
         # The update itself as B, the identity as A: the merged change has no factors any more.
         done = safelora(torch.eye(delta.shape[1]), delta, alignment, threshold=threshold)
         row = {"alignment_cosine": done.cosine, "projected": done.projected, **norms(delta, done.lora_b)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -30,6 +31,8 @@ class TiesOptions:
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
             raise ConfigError(f"density is {self.density}; expected a share in (0, 1].")
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ConfigError(f"weight is {self.weight}; expected a finite number, 0 or more.")
 
 
 @dataclass(frozen=True)

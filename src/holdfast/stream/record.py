@@ -328,11 +328,14 @@ def _mends(run: RunDirectory, method: str, change: _Change) -> str | None:
 
 
 def _forget_half_learned(run: RunDirectory, method: str) -> None:
-    """Remove the trainer's states of steps that are not finished: they were made with other options."""
+    """Remove what was learned of tasks that are not learned whole: it was made with other options."""
     for step in run.method_dir(method).iterdir() if run.method_dir(method).is_dir() else ():
         if step.is_dir() and not (step / "record.json").is_file():
-            for state in [*step.glob("scratch/**/trainer")]:
-                shutil.rmtree(state)
+            phases = step / "phases.json"
+            if "train" not in (read_json(phases) if phases.is_file() else {}):
+                # All of it: a method may learn in parts of its own, and go on from those that it finds.
+                phases.unlink(missing_ok=True)
+                shutil.rmtree(step / "scratch", ignore_errors=True)
             (step / DIVERGED).unlink(missing_ok=True)
 
 

@@ -293,9 +293,9 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _sweep(left: Iterable[Path]) -> None:
-    """Remove the temporary files that a killed write left; only for folders whose lock is held."""
-    for path in left:
-        path.unlink()
+    """Remove the temporary files and folders that a killed write left; only for folders whose lock is held."""
+    for path in list(left):  # all of them first: one may lie in another
+        _delete(path)
 
 
 def _remove(path: Path) -> None:

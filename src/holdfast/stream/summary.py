@@ -233,11 +233,12 @@ def _seconds(records: Sequence[Record]) -> dict[str, float]:
 
 def _task_intervals(folders: Sequence[Path], records: Sequence[Record], figures: Mapping[str, Any]) -> dict[str, Any]:
     """Intervals of AP and BWT; null where a scorer gives one figure per corpus and none per sample, and where the last
-    step did not ask an earlier task (`limit_between` 0, before the stream's end)."""
+    step did not ask an earlier task (`limit_between` 0, before the stream's end). Of a task that it asked in part only,
+    the samples that were asked both times count for BWT."""
     tasks = [record.task for record in records]
     final = [_values(folders[-1], records[-1], task) for task in tasks]
     learned = [_values(f, r, task) for f, r, task in zip(folders, records, tasks, strict=True)]
-    scored = [[x for x in v if x is not None] for v in final if v is not None]
+    scored = [[x for x in v.values() if x is not None] for v in final if v is not None]
     ap = bootstrap_ap(scored).to_json() if scored and len(scored) == len(tasks) else None
     pairs = [_both(a, b) for a, b in zip(learned[:-1], final[:-1], strict=True)]
     known = [p for p in pairs if p is not None]
@@ -250,18 +251,21 @@ def _task_intervals(folders: Sequence[Path], records: Sequence[Record], figures:
     }
 
 
-def _values(folder: Path, record: Record, task: str) -> list[float | None] | None:
+def _values(folder: Path, record: Record, task: str) -> dict[str, float | None] | None:
     if not record.scores[task]["n"]:
         return None
-    values = [row["value"] for row in predictions(folder, "task", task)]
-    return values if any(v is not None for v in values) else None
+    values = {row["id"]: row["value"] for row in predictions(folder, "task", task)}
+    return values if any(v is not None for v in values.values()) else None
 
 
-def _both(a: list[float | None] | None, b: list[float | None] | None) -> tuple[list[float], list[float]] | None:
+def _both(
+    a: Mapping[str, float | None] | None, b: Mapping[str, float | None] | None
+) -> tuple[list[float], list[float]] | None:
     """Scores of the samples that were scored both times."""
     if a is None or b is None:
         return None
-    kept = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    pairs = [(x, b.get(sample)) for sample, x in a.items()]
+    kept = [(x, y) for x, y in pairs if x is not None and y is not None]
     return ([x for x, _ in kept], [y for _, y in kept]) if kept else None
 
 

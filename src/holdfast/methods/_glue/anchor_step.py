@@ -46,12 +46,9 @@ def step_grams(
 
     Raises: CalibrationError: what the edit rests on is not there.
     """
-    safety, task = calibration_sets(ctx, config, name, samples)
-    benign: list[Sample] = []
-    if config.edit.benign_share is not None:
-        benign = benign_answers(ctx.stream, config, name)
-        ids = {sample.id for sample in benign}
-        safety = [sample for sample in safety if sample.id not in ids]
+    apart = config.edit.benign_share is not None
+    safety, task = calibration_sets(ctx, config, name, samples, benign=not apart)
+    benign = benign_answers(ctx.stream, config, name) if apart else []
     folder = ctx.scratch_dir / "grams"
 
     def collect(what: str, source: Checkpoint, samples: Sequence[Sample]) -> GramStore:

@@ -25,13 +25,15 @@ def repaired(
 ) -> Checkpoint:
     """`tuned` under one adapter more, which learned `samples` for `steps` steps at a constant learning rate.
 
-    config: of the method; changes: what of its `training` the repair has otherwise, such as `learning_rate`.
+    No forward pass is larger than one of the task's tuning. config: of the method; changes: what of its `training` the
+    repair has otherwise, such as `learning_rate`.
     """
+    size = max(k for k in range(1, batch_size + 1) if batch_size % k == 0 and k <= config.training.forward_size)
     training = replace(
         config.training,
         max_steps=steps,
         batch_size=batch_size,
-        micro_batch_size=None,
+        micro_batch_size=size,
         schedule="constant",
         warmup_ratio=0.0,
         save_steps=None,
