@@ -174,6 +174,19 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert path.exists() or inside, f"{page.relative_to(ROOT)}: {target} is not there"
 
 
+def test_every_file_that_is_named_is_there() -> None:
+    """A path of ours in a text, from the repository or from one of its parts on."""
+    ours = {
+        path.relative_to(ROOT).as_posix()
+        for part in ("src", "tests", "benchmarks", "examples")
+        for path in (ROOT / part).rglob("*.py")
+    }
+    for page in PAGES:
+        for name in re.findall(r"`([\w-]+(?:/[\w-]+)+\.py)`", page.read_text(encoding="utf-8")):
+            found = any(path == name or path.endswith(f"/{name}") for path in ours)
+            assert found or name.startswith("vllm/"), f"{page.relative_to(ROOT)}: {name} is not there"
+
+
 def test_every_option_of_every_configuration_is_explained() -> None:
     made = reference()
     bare = [
