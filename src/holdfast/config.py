@@ -144,20 +144,20 @@ def _whole(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
             usual = f.default_factory()
         if f.name in found:
             if dataclasses.is_dataclass(usual):  # a group may have other defaults in `cls` than by itself
-                found[f.name] = _under(encode(usual), found[f.name])
+                found[f.name] = _under(usual, found[f.name])
             found[f.name] = with_defaults(hints[f.name], found[f.name])
-        elif "before" in f.metadata:
-            found[f.name] = encode(f.metadata["before"])
-        elif usual is not dataclasses.MISSING:
-            found[f.name] = encode(usual)
+        elif "before" in f.metadata or usual is not dataclasses.MISSING:
+            found[f.name] = encode(f.metadata.get("before", usual))
     return found
 
 
 def _under(usual: Any, value: Any) -> Any:
-    """`value` laid over `usual` where both are groups of options."""
-    if not isinstance(usual, Mapping) or not isinstance(value, Mapping):
+    """`value` laid over the options `usual`, where both are groups of options."""
+    if not dataclasses.is_dataclass(usual) or not isinstance(value, Mapping):
         return value
-    return {**usual, **{key: _under(usual.get(key), inner) for key, inner in value.items()}}
+    options = {f.name: f.metadata.get("before", getattr(usual, f.name)) for f in dataclasses.fields(usual)}
+    given = {key: _under(getattr(usual, key, None), inner) for key, inner in value.items()}
+    return {**encode(options), **given}
 
 
 def decode(cls: type[T], data: Any, where: str = "") -> T:
