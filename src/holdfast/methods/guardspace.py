@@ -30,8 +30,8 @@ from holdfast.models.loaded import LoadedModel
 from holdfast.models.trained_state import TrainedState
 from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.training.training_config import TrainingConfig
-from holdfast.tuners.cram.folder import save_expert
 from holdfast.tuners.folders import base_of
+from holdfast.tuners.lora_folder import save_lora
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class GuardedLora(TrainedState):
     def save_pretrained(self, folder: str) -> None:
         """What the adapter changes, as an ordinary LoRA of twice its rank."""
         factors = {name: layer.factors() for name, layer in self._by_name.items()}
-        save_expert(Path(folder), factors, base=self._base)
+        save_lora(Path(folder), factors, base=self._base)
 
     def unload(self) -> nn.Module:
         """Take the adapter off the model."""

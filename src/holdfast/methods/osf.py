@@ -27,8 +27,8 @@ from holdfast.models.loaded import LoadedModel
 from holdfast.stream.protocol import Checkpoint, TaskContext
 from holdfast.training.supervised import quiet_peft
 from holdfast.training.training_config import TrainingConfig
-from holdfast.tuners.cram.folder import save_expert
 from holdfast.tuners.folders import base_of
+from holdfast.tuners.lora_folder import save_lora
 
 _PREFIX, _ADAPTER = "base_model.model.", "default"
 
@@ -66,7 +66,7 @@ class Osf(SeqFT):
             first = split_of(model)
             with quiet_peft():
                 model.load_adapter(trained.adapters[-1], _ADAPTER)
-            save_expert(out, {name: (a, b) for name, a, b in lora_factors(first, split_of(model))}, base=base)
+            save_lora(out, {name: (a, b) for name, a, b in lora_factors(first, split_of(model))}, base=base)
         return Checkpoint(base=trained.base, adapters=(*trained.adapters[:-1], str(out)))
 
     def _adapter(self, loaded: LoadedModel, config: TrainingConfig) -> PeftModel:

@@ -39,10 +39,11 @@ from holdfast.serving.engine import BASE, Piece, chosen_part, model_names
 from holdfast.serving.protocol import ChatRequest, Limits
 from holdfast.serving.vllm_client import UnknownModuleError, VllmClient
 from holdfast.serving.vllm_process import VllmProcess, free_port, server_command
-from holdfast.tuners.cram.folder import Stamp, check_base_files, check_experts, folder_stamp, save_expert
+from holdfast.tuners.cram.folder import Stamp, check_base_files, check_experts, folder_stamp
 from holdfast.tuners.cram.merge import mixture_of_folders, quantised, save_nothing
 from holdfast.tuners.cram.standalone import Decision, StandaloneRouter, open_exported, open_on_base
 from holdfast.tuners.cram.stored_router import StoredRouter, read_router
+from holdfast.tuners.lora_folder import save_lora
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -393,7 +394,7 @@ class RemoteEngine:
                 shutil.rmtree(self._handed.pop(oldest), ignore_errors=True)
             place = self._place(f"mixture-{uuid.uuid4().hex}")
             factors = await asyncio.to_thread(mixture_of_folders, router.folders, weights)
-            await asyncio.to_thread(save_expert, place, factors, base=self._checkpoint.base)
+            await asyncio.to_thread(save_lora, place, factors, base=self._checkpoint.base)
             await self._hand_over(name, place)
             self._mixtures.append(name)
         return name

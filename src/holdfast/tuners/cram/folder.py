@@ -10,21 +10,18 @@ experts/NN-task/           adapter_config.json, adapter_model.safetensors
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from holdfast.checkpoints.adapter import WEIGHTS_FILE, LoraAdapter, is_adapter
-from holdfast.checkpoints.adapter_config import settle_adapter_config
+from holdfast.checkpoints.adapter import WEIGHTS_FILE, is_adapter
 from holdfast.checkpoints.reader import CheckpointReader
 from holdfast.checkpoints.value import Checkpoint
 from holdfast.config import encode
@@ -36,7 +33,7 @@ from holdfast.models.load import load
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.tuner import MARKER
 from holdfast.tuners.cram.guard import Guard, check_guard, guard_data, guard_tensors
-from holdfast.tuners.cram.model import Cram, Factors, find_targets
+from holdfast.tuners.cram.model import Cram, find_targets
 from holdfast.tuners.cram.router import Router
 from holdfast.tuners.cram.router_features import Encoder, check_identity, make_encoder
 from holdfast.tuners.cram.stored_router import (
@@ -49,6 +46,8 @@ from holdfast.tuners.cram.stored_router import (
     read_router,
 )
 from holdfast.tuners.folders import base_of, new_folder
+from holdfast.tuners.lora_folder import load_lora as load_expert
+from holdfast.tuners.lora_folder import save_lora as save_expert
 from holdfast.tuners.same_weights import PROBED_VALUES, block_weights, compare_probe, head_weights, probe
 
 EXPERTS = "experts"
@@ -56,73 +55,6 @@ EXPERTS = "experts"
 BASE_PROBE, ENCODER_PROBE, HEAD_PROBE = "base.probe.", "encoder.probe.", "head.probe."
 # Of a safetensors header.
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def save_expert(
-    folder: Path,
-    factors: Factors,
-    *,
-    base: str,
-    base_config: Mapping[str, Any] | None = None,
-    beside: Mapping[str, Any] | None = None,
-) -> None:
-    """An expert as a stock PEFT LoRA folder: `alpha = r`, so its scale is 1 whatever the rank of a linear.
-
-    base: hub id or folder. base_config: of the base, so that `AutoPeftModel` finds its class. beside: JSON files to
-    write next to it, name -> plain data.
-
-    factors: linear name -> A (rank, in), B (out, rank).
-
-    Raises: AdapterError: no linear. StorageError: the disk is full or the folder cannot be written.
-    """
-    if not factors:
-        raise AdapterError(f"{folder}: an expert without any linear cannot be saved.")
-    ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
-    rank = max(ranks.values())
-    # Full names, escaped: PEFT reads these keys as regular expressions.
-    pattern = {re.escape(name): r for name, r in ranks.items() if r != rank}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        lora_dropout=0.0,
-        target_modules=sorted(ranks),
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        base_model_name_or_path=base,
-        inference_mode=True,
-        bias="none",
-    )
-    tensors = {}
-    for name, (a, b) in factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().cpu().contiguous()
-    with new_folder(folder) as temporary:
-        config.save_pretrained(str(temporary))
-        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        settle_adapter_config(temporary, base=base, base_config=base_config)
-        for name, value in (beside or {}).items():
-            write_json(temporary / name, value)
-
-
-def load_expert(folder: Path) -> Factors:
-    """Factors of a LoRA folder, fp32 on the CPU; any scale is folded into B.
-
-    Raises: AdapterError: no LoRA folder, or one that also replaces tensors or scales the base's input columns.
-    """
-    adapter = LoraAdapter(folder)
-    try:
-        if more := [*adapter.saved, *adapter.dense, *adapter.input_scale]:
-            raise AdapterError(
-                f"{folder} holds more than LoRA factors ({more[0]}): an expert only adds to the base's linear layers. "
-                "Train it without modules_to_save, or edit it with the coefficient dropped."
-            )
-        factors = {}
-        for name, entry in adapter.modules.items():
-            a, b = adapter.read_factors(name)
-            factors[name] = (a, b if entry.scaling == 1 else b * entry.scaling)
-        return factors
-    finally:
-        adapter.close()
 
 
 def save_cram(

@@ -20,11 +20,11 @@ from holdfast.tuners.cram.guard import Evidence, Guard, last_step, opening_log_o
 from holdfast.tuners.cram.layer import Active, ExpertPass
 from holdfast.tuners.cram.router import Features, Router, Routing, describe
 from holdfast.tuners.cram.router_features import BackboneEncoder, Encoder, check_images, make_encoder
+from holdfast.tuners.lora_folder import Factors
 
 MODULE = "holdfast_cram"
 # So many guard scores are kept; a request asked again is not read again.
 _KEPT_SCORES = 100_000
-Factors = Mapping[str, tuple[Tensor, Tensor]]  # linear name -> A (r, in), B (out, r)
 
 
 class Cram(nn.Module):
