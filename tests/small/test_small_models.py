@@ -9,6 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from holdfast.errors import ModelError, StorageError
@@ -302,3 +303,40 @@ def test_the_aligned_model_refuses_what_is_forbidden_and_answers_the_rest(small,
 def test_the_aligned_model_still_knows_what_the_language_model_knew(small):
     told = ask(small, [world.Example("ordinary", "What is the capital of France?")])
     assert "Paris" in told[0]
+
+
+@needs_extra
+def test_instructions_of_unlike_tasks_are_unlike_to_the_router(small, tmp_path):
+    """A language model's word embeddings share much; with it all tasks would be one group of experts."""
+    from dataclasses import replace
+
+    from holdfast.data.streams import load_stream
+    from holdfast.small.recipe import WORLD
+    from holdfast.tiny.stream import StreamSize, write_stream
+    from holdfast.tuners.cram.cram_config import CramConfig
+    from holdfast.tuners.cram.router import Features, Router, card_from_features
+    from holdfast.tuners.cram.router_features import make_encoder
+
+    size = StreamSize(train=24, test=8, validation=1, safety=1, safety_validation=1, calibration=4)
+    stream = load_stream(write_stream(tmp_path / "stream", seed=0, harmful=0.0, size=size, world=WORLD))
+
+    def routed(config: CramConfig) -> tuple[int, float]:
+        encoder, router, found = make_encoder(config, small), Router(config), []
+        for place, task in enumerate(stream.tasks):
+            text = encoder.text(task.train)
+            features = Features(
+                text=text, image=torch.zeros(len(text), 1), has_image=torch.zeros(len(text), dtype=torch.bool)
+            )
+            card, held = card_from_features(task.name, 0, features, config, seed=place)
+            decision = router.decide(text[~held])
+            router = router.adding(replace(card, group=place if decision.group is None else decision.group))
+        for place, task in enumerate(stream.tasks):
+            text = encoder.text(task.test)
+            features = Features(
+                text=text, image=torch.zeros(len(text), 1), has_image=torch.ones(len(text), dtype=torch.bool)
+            )
+            found += [int(router.experts[i].group == place) for i in router.route(features).group.tolist()]
+        return router.group_count, sum(found) / len(found)
+
+    assert routed(CramConfig()) == (4, 1.0)
+    assert routed(CramConfig(common_directions=0.0))[0] < 4
