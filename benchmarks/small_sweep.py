@@ -49,6 +49,14 @@ ROWS: dict[str, dict[str, Any]] = {
         f"anchor_no_benign_past_{mu:g}": {"benign_samples": 0, "edit": {"benign_share": None, "past_weight": mu}}
         for mu in (0.0, 0.03, 0.1, 1.0)
     },
+    **{
+        f"anchor_no_benign_{name}": {**recipe.NO_BENIGN, **change}
+        for name, change in {
+            "text": {"calibration": {"tokens": "text"}},
+            "answer": {"calibration": {"tokens": "answer"}},
+            **{f"safety_{count}": {"safety_samples": count} for count in (2, 4, 16)},
+        }.items()
+    },
     "anchor_no_screen": {"screen": False},
     "anchor_task_160": {"task_samples": 160},
     "anchor_text": {"calibration": {"tokens": "text"}},
