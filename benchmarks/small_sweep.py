@@ -143,14 +143,16 @@ def keep(folder: Path, kept: Path) -> None:
 
 
 def markdown(summary: Mapping[str, Any], rows: Sequence[str]) -> str:
-    """A row per setting, in %."""
-    lines = [
-        "| setting | " + " | ".join(heading for _, heading, _ in FIGURES) + " |",
-        "|---|" + "---:|" * len(FIGURES),
-    ]
+    """A row per setting, in %; of several tasks the score of each after the last one."""
+    tasks = summary["tasks"] if len(summary["tasks"]) > 1 else []
+    headings = [*(heading for _, heading, _ in FIGURES), *tasks]
+    lines = ["| setting | " + " | ".join(headings) + " |", "|---|" + "---:|" * len(headings)]
     for name, row in (("before the task", summary["theta_0"]), *((n, summary["methods"][n]) for n in rows)):
         figures = row_of([row])
-        lines.append(f"| {name} | " + " | ".join(cell(figures.get(key)) for key, _, _ in FIGURES) + " |")
+        last = row["accuracy"][-1] if "accuracy" in row else [None] * len(tasks)
+        cells = [cell(figures.get(key)) for key, _, _ in FIGURES]
+        cells += ["" if value is None else f"{100 * value:.1f}" for value in last[: len(tasks)]]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 
 
