@@ -268,7 +268,10 @@ class ContrastiveEncoder:
 
 
 def make_encoder(config: CramConfig, loaded: LoadedModel, *, common: Tensor | None = None) -> Encoder:
-    """The encoder that a configuration names. common: the common directions of a stored router, instead of new ones."""
+    """The encoder that a configuration names.
+
+    common: directions (k, d_text) of a stored router, instead of new ones.
+    """
     if config.encoder != BACKBONE:
         return ContrastiveEncoder(config.encoder, device=loaded.device)
     return BackboneEncoder(loaded, common_directions=config.common_directions if common is None else common)
