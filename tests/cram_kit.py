@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import model_zoo
@@ -111,3 +114,17 @@ def context(
         seed=5,
         **changes,
     )
+
+
+def rewrite(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change router.json."""
+    data = json.loads((folder / "router.json").read_text())
+    change(data)
+    (folder / "router.json").write_text(json.dumps(data))
+
+
+def rewrite_tensors(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change router.safetensors."""
+    tensors = load_file(folder / "router.safetensors")
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "router.safetensors")

@@ -331,6 +331,29 @@ def test_what_mends_a_run_may_change_in_its_directory_and_is_recorded(run_file, 
             experiment.run(tuned(config, **option), out)
 
 
+def test_folders_of_models_in_options_start_from_the_run_files_folder(tmp_path):
+    """Wherever an option names one; a word that is also some other folder's name stays a word."""
+    for name in ("before", "guards/small"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").touch()
+    (tmp_path / "drop").mkdir()
+    (tmp_path / "drop" / "config.json").write_text("{}")  # a run directory has one, too
+    found = experiment.decode_run(
+        {
+            "model": "m",
+            "stream": {"name": "s", "tasks": [{"name": "t", "test": "t.json"}]},
+            "methods": {"safe_lora": {"unaligned": "before", "training": {"screen": "drop"}}},
+            "defaults": {"cram": {"encoder": "before"}},
+            "evaluation": {"judges": [{"name": "x", "options": {"model": "guards/small", "hub": "org/name"}}]},
+        },
+        base=tmp_path,
+    )
+    assert found.methods["safe_lora"] == {"unaligned": str(tmp_path / "before"), "training": {"screen": "drop"}}
+    assert found.defaults == {"cram": {"encoder": str(tmp_path / "before")}}
+    assert found.evaluation.judges[0].options == {"model": str(tmp_path / "guards/small"), "hub": "org/name"}
+
+
 def test_after_a_divergence_a_lower_learning_rate_goes_on_in_the_same_directory(run_file, tmp_path, monkeypatch):
     from holdfast.errors import TrainingError
     from holdfast.training import supervised

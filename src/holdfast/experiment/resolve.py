@@ -18,7 +18,7 @@ from holdfast.data.types import SafetySet, Sample, Stream
 from holdfast.errors import ConfigError, DataError, unknown_name
 from holdfast.experiment.build import build_methods, parts_of
 from holdfast.experiment.own import benign_judge, own_judge, with_own_answers
-from holdfast.experiment.run_config import RunConfig
+from holdfast.experiment.run_config import RunConfig, is_model
 from holdfast.experiment.together import recorded_share, refuse_together
 from holdfast.files import write_json
 from holdfast.restore.sets import refuse_shared
@@ -305,7 +305,7 @@ class Experiment:
         found = {}
         for place in sorted(set(_texts(encode(options))) - {self.config.model}):
             folder = Path(place).expanduser()
-            if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            if is_model(folder):
                 with CheckpointReader(folder) as reader:
                     found[place] = fingerprint(reader)
         return found

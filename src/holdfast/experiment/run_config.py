@@ -204,7 +204,10 @@ def decode_run(data: Mapping[str, Any], *, base: Path, where: str = "run") -> Ru
     if "stream" in data:
         data["stream"] = stream_spec(data["stream"], base=base)
     if "methods" in data:
-        data["methods"] = _models_from(base, _method_options(data["methods"]))
+        data["methods"] = _method_options(data["methods"])
+    for part in ("methods", "defaults", "evaluation"):
+        if part in data:
+            data[part] = _models_from(base, data[part])
     if isinstance(data.get("model"), str) and (base / Path(data["model"]).expanduser()).is_dir():
         data["model"] = str((base / Path(data["model"]).expanduser()).absolute())
     if "plugins" in data:
@@ -212,13 +215,19 @@ def decode_run(data: Mapping[str, Any], *, base: Path, where: str = "run") -> Ru
     return decode(RunConfig, data, where)
 
 
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model: a configuration, and weights beside it."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
 def _models_from(base: Path, value: Any) -> Any:
     """Options with the folders of models that they name made absolute: relative ones start from `base`, as `model`."""
     if isinstance(value, Mapping):
         return {key: _models_from(base, inner) for key, inner in value.items()}
-    if isinstance(value, str) and value and not Path(value).is_absolute():
-        folder = base / Path(value).expanduser()
-        return str(folder.absolute()) if (folder / "config.json").is_file() else value
+    if isinstance(value, list):
+        return [_models_from(base, inner) for inner in value]
+    if isinstance(value, str) and value and is_model(folder := base / Path(value).expanduser()):
+        return str(folder.absolute())
     return value
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import cram_kit
 import model_zoo
+from cram_kit import rewrite, rewrite_tensors
 from holdfast.data.types import Sample, Turn
 from holdfast.errors import AdapterError, ConfigError, DataError, ModelError
 from holdfast.models.encode import encode_request
@@ -138,20 +136,6 @@ def test_what_is_no_encoder_is_refused(base, pico_folder, tmp_path):
         make_encoder(CramConfig(encoder=str(pico_folder)), base)
     with pytest.raises(ModelError, match=r"cannot be loaded"):
         make_encoder(CramConfig(encoder=str(tmp_path)), base)
-
-
-def rewrite(folder: Path, change: Callable[[dict], object]) -> None:
-    """Change router.json."""
-    data = json.loads((folder / "router.json").read_text())
-    change(data)
-    (folder / "router.json").write_text(json.dumps(data))
-
-
-def rewrite_tensors(folder: Path, change: Callable[[dict], object]) -> None:
-    """Change router.safetensors."""
-    tensors = load_file(folder / "router.safetensors")
-    change(tensors)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "router.safetensors")
 
 
 def in_a_cone(loaded, *, strength: float = 3.0):

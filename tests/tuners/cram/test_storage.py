@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cram_kit
+from cram_kit import rewrite, rewrite_tensors
 from holdfast.errors import AdapterError, StorageError, UnknownNameError
 from holdfast.models.encode import encode_request
 from holdfast.models.families import editable_linears
@@ -38,20 +39,6 @@ def saved(base, requests, tmp_path_factory) -> Path:
 @pytest.fixture
 def damaged(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "cram"))
-
-
-def rewrite(folder: Path, change: Callable[[dict], object]) -> None:
-    """Change router.json."""
-    data = json.loads((folder / "router.json").read_text())
-    change(data)
-    (folder / "router.json").write_text(json.dumps(data))
-
-
-def rewrite_tensors(folder: Path, change: Callable[[dict], object]) -> None:
-    """Change router.safetensors."""
-    tensors = load_file(folder / "router.safetensors")
-    change(tensors)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "router.safetensors")
 
 
 def replace_expert(folder: Path, factors: dict) -> None:

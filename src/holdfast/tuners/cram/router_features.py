@@ -281,15 +281,19 @@ def make_encoder(config: CramConfig, loaded: LoadedModel, *, common: Tensor | No
 def widest_directions(weight: Tensor, count: int) -> Tensor:
     """(count, d) orthonormal: the directions in which the rows of `weight` (n, d) vary most, fp32.
 
-    From at most 16,384 rows, evenly spaced, by a randomised method of one seed: the same for the same weights.
+    From at most 16,384 rows, evenly spaced, by a randomised method of one seed, on the CPU: the same for the same
+    weights on any device, and no generator is left moved.
     """
     if not count:
         return weight.new_zeros(0, weight.shape[1], dtype=torch.float32)
-    rows = weight[:: max(1, math.ceil(len(weight) / _ROWS))].float()
+    rows = weight[:: max(1, math.ceil(len(weight) / _ROWS))].float().cpu()
     count = min(count, *rows.shape)
-    with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
-        torch.manual_seed(0)
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(0)  # `torch.manual_seed` would move the accelerators' generators, too
+    try:
         found = torch.pca_lowrank(rows, min(2 * count + 8, *rows.shape), niter=8)[2]
+    finally:
+        torch.set_rng_state(state)
     return found[:, :count].T.contiguous()
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from holdfast.config import decode
+from holdfast.config import current_names, decode, with_defaults
 from holdfast.errors import AdapterError, ConfigError
 from holdfast.files import read_json
 from holdfast.models.tuner import is_tuner_folder, tuner_name
@@ -94,7 +94,7 @@ def read_router(folder: Path) -> StoredRouter:
             for i, row in enumerate(rows)
         ]
         return StoredRouter(
-            router=Router(decode(CramConfig, _config(data), "config"), cards),
+            router=Router(decode(CramConfig, _as_meant(data["config"]), "config"), cards),
             folders=tuple(folder / row["folder"] for row in rows),
             digests=tuple(row["sha256"] for row in rows),
             tensors=tensors,
@@ -108,12 +108,9 @@ def read_router(folder: Path) -> StoredRouter:
         ) from error
 
 
-def _config(data: Mapping[str, Any]) -> Any:
-    """The configuration as it is called today; of a folder before format 5, what it meant."""
-    recorded = data["config"]
-    if data["format"] < 5 and isinstance(recorded, Mapping) and "common_directions" not in recorded:
-        return {**recorded, "common_directions": 0.0}
-    return recorded
+def _as_meant(recorded: Mapping[str, Any]) -> Any:
+    """The recorded options by their names of today, with what was done before there were those that are new."""
+    return with_defaults(CramConfig, current_names(CramConfig, recorded, "config"))
 
 
 def _stored_guard(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Guard | None:
