@@ -58,6 +58,13 @@ TRIES: dict[str, tuple[dict[str, Any], ...]] = {
     "intruders": ({}, {"keep": 0.5}, {"keep": 0.25}, {"threshold": 0.8}, {"top": 16, "keep": 0.25}),
     "many": ({}, {"ridge": 1e-4}, {"ridge": 1e-3}, {"ridge": 1e-1}, {"ridge": 1.0}),
     "guardspace": ({}, {"energy": 0.8}, {"energy": 0.9}, {"energy": 0.95}, {"energy": 0.999}),
+    "moelora": (
+        {},
+        {"experts": 4},
+        {"experts": 2},
+        {"training": {"learning_rate": 1.4e-3}},
+        {"training": {"learning_rate": 2.8e-3}},
+    ),
     "safe_anchor": ({}, {"directions": 8}, {"directions": 64}, {"tolerance": 0.02}, {"repair_steps": 40}),
 }
 

@@ -25,6 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from safetensors import safe_open
+
 from holdfast import experiment
 from holdfast.cli.list import WORLDS
 from holdfast.errors import HoldfastError
@@ -75,6 +77,15 @@ FIGURES = (
     ("collapse_mean", "+ collapse", False),
     ("over_refusal", "over-refusal", False),
     ("helpful", "helpful", True),
+)
+# (key of `costs_of`, heading, how it is written)
+COSTS = (
+    ("train", "training, s", ".0f"),
+    ("edit", "calibration + edit, s", ".0f"),
+    ("peak_gb", "memory, GB", ".2f"),
+    ("kept_mb", "kept, MB", ".1f"),
+    ("parameters", "extra parameters", ",.0f"),
+    ("request_ms", "a request, ms", ".0f"),
 )
 
 
@@ -207,22 +218,44 @@ def row_of(methods: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
 def costs_of(
     options: argparse.Namespace, condition: str, summaries: Mapping[int, Mapping[str, Any]], method: str
 ) -> dict[str, float]:
-    """Means over seeds, of a whole stream: seconds of this machine, and MB that are kept beside one released model.
+    """Means over seeds, of a whole stream: seconds of this machine, and what is kept beside one released model.
 
-    Kept are what the last step carries to the next, and adapters of its checkpoint.
+    Kept are what the last step carries to the next, and adapters of its checkpoint; the latter alone are extra
+    parameters. `peak_gb`: the most that the process held while it learned and edited, libraries and all.
     """
     found: list[dict[str, float]] = []
     for seed, summary in summaries.items():
-        seconds = summary["methods"][method]["seconds"]
+        figures = summary["methods"][method]
+        seconds = figures["seconds"]
         run = cell_dir(options, condition, seed)
         last = max(
             (run / "methods" / method).glob("*/record.json"), key=lambda path: int(path.parent.name.split("-")[0])
         )
-        adapters = json.loads(last.read_text())["checkpoint"]["adapters"]
-        kept = [last.parent / "carry", *(run / str(place).removeprefix("run:") for place in adapters)]
-        size = sum(file.stat().st_size for folder in kept for file in folder.rglob("*") if file.is_file())
-        found.append({"train": seconds["train"], "edit": seconds["begin"] + seconds["end"], "kept_mb": size / 1e6})
-    return {key: sum(row[key] for row in found) / len(found) for key in found[0]}
+        adapters = [
+            run / str(place).removeprefix("run:") for place in json.loads(last.read_text())["checkpoint"]["adapters"]
+        ]
+        size = sum(
+            file.stat().st_size
+            for folder in (last.parent / "carry", *adapters)
+            for file in folder.rglob("*")
+            if file.is_file()
+        )
+        row = {"train": seconds["train"], "edit": seconds["begin"] + seconds["end"], "kept_mb": size / 1e6}
+        row["parameters"] = float(sum(parameters_of(file) for one in adapters for file in one.rglob("*.safetensors")))
+        if figures["request_seconds"] is not None:
+            row["request_ms"] = 1000 * figures["request_seconds"]
+        # Of learning and editing; of answering it is much the same for all.
+        peaks = [peak.get("host", 0) for phase, peak in figures["peak_bytes"].items() if phase != "evaluate"]
+        if any(peaks):
+            row["peak_gb"] = max(peaks) / 1e9
+        found.append(row)
+    return {key: sum(row[key] for row in found) / len(found) for key in found[0] if all(key in row for row in found)}
+
+
+def parameters_of(file: Path) -> int:
+    """How many numbers lie in a safetensors file."""
+    with safe_open(file, framework="np") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
 
 
 def markdown(
@@ -241,15 +274,20 @@ def markdown(
         "",
         "% over seeds: mean ± standard deviation [95 % interval of the mean]",
         "",
-        "| method | " + " | ".join(heading for _, heading, _ in FIGURES) + " | training, s | edit, s | kept, MB |",
-        "|---|" + "---:|" * (len(FIGURES) + 3),
-        "| before any task | " + " | ".join(cell(start.get(key)) for key, _, _ in FIGURES) + " | | | |",
+        "| method | " + " | ".join(heading for _, heading, _ in (*FIGURES, *COSTS)) + " |",
+        "|---|" + "---:|" * (len(FIGURES) + len(COSTS)),
+        "| before any task | " + " | ".join(cell(start.get(key)) for key, _, _ in FIGURES) + " |" + " |" * len(COSTS),
     ]
     for method, row in rows.items():
         figures = " | ".join(cell(row.get(key)) for key, _, _ in FIGURES)
-        cost = costs[method]
-        lines.append(f"| {method} | {figures} | {cost['train']:.0f} | {cost['edit']:.0f} | {cost['kept_mb']:.1f} |")
-    lines += ["", "Seconds are this machine's, of a whole stream; kept: beside one released model."]
+        paid = " | ".join(f"{costs[method][key]:{form}}" if key in costs[method] else "–" for key, _, form in COSTS)
+        lines.append(f"| {method} | {figures} | {paid} |")
+    lines += [
+        "",
+        "Seconds are this machine's, of a whole stream, two processes side by side; calibrations are part of an edit, "
+        "which takes one layer after another. Memory: the most that the process held while it learned and edited, "
+        "libraries and all. Kept, extra parameters: beside one released model. A request: asked in batches.",
+    ]
     return "\n".join([*lines, "", *differences(rows, options.against), ""])
 
 

@@ -4,10 +4,11 @@
     python benchmarks/tables.py rivals order --seeds 0 --prompts 100
 
 A table is one or more commands of this folder; each goes on where it was killed and computes no finished cell again, so
-this one may be stopped and started at will. Hours: about 5 minutes a method, seed and condition on one core. Results go
-to OUT/<table>/table.md, and between `<!-- table NAME -->` and `<!-- end of table -->` of docs/REPRODUCTION.md where the
-document has these marks, with the command, the commit and the versions that made them. Orderings that the paper
-claims are marked seen, not seen or opposite, by intervals paired by seed.
+this one may be stopped and started at will. Every table has the seeds and the number of prompts that the documents hold
+it with; --seeds and --prompts ask for others. Hours: two to five minutes a method, seed and condition on one core, ten
+in the small world. Results go to OUT/<table>/table.md, and between `<!-- table NAME -->` and `<!-- end of table -->` of
+docs/REPRODUCTION.md where the document has these marks, with the command, the commit and the versions that made them.
+Orderings that the paper claims are marked seen, not seen or opposite, by intervals paired by seed.
 """
 
 from __future__ import annotations
@@ -37,8 +38,15 @@ RIVALS = (
     *("ewc", "lwf", "o_lora", "reg_lora", "osf", "sppft", "guardspace", "safe_anchor", "intruders", "many"),
     *("replay", "safety_replay", "one_shot", "moelora", "joint", "frozen"),
 )
+# Of them, those whose settings were chosen on the validation draw, with as many tries for each (choose.py).
+TRIED = (
+    *("reg_lora", "safety_replay", "guardspace", "safe_anchor", "safe_lora", "ewc", "safe_delta", "osf"),
+    *("one_shot", "replay", "o_lora", "lwf"),
+)
 FEW = ("seqft", "hpa", "interpolation", "anchor", "cram", "cram_guard")
 SMALL = (*FEW, "hpa_damping_100_percent", "anchor_benign")
+# What the rivals stand beside, with settings of its own.
+BESIDE = ("seqft", "hpa", "interpolation", "anchor")
 ORDER = "guide,digits,larger,classify,caption,tally"
 # (better, worse) as the paper orders them on AP, BWT and MASR.
 CLAIMS = (("hpa", "safe_delta"), ("safe_delta", "model_tailor"), ("model_tailor", "seqft"), ("hpa", "hpa_eps"))
@@ -50,10 +58,15 @@ Commands = list[list[str]]
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """One table. commands: of (options, folder); shown: the Markdown of what they left in the folder."""
+    """One table. commands: of (options, folder); shown: the Markdown of what they left in the folder.
+
+    seeds, prompts: what the documents hold it with.
+    """
 
     what: str
     commands: Callable[[argparse.Namespace, Path], Commands]
+    seeds: str = "0..4"
+    prompts: int = 100
     shown: Callable[[Path], str] = lambda out: (out / "table.md").read_text()
 
 
@@ -73,6 +86,16 @@ def common(args: argparse.Namespace, out: Path) -> list[str]:
     return ["--seeds", args.seeds, "--prompts", str(args.prompts), "--jobs", str(args.jobs), "--out", str(out)]
 
 
+def rivals(args: argparse.Namespace, out: Path) -> Commands:
+    """Settings first, on the validation draw; then the test draw, of what was chosen."""
+    tried = [name for name in TRIED if args.methods is None or name in args.methods]
+    choice = out / "choose"
+    [table] = stream("--settings", str(choice / "chosen.json"), "--against", "anchor", methods=(*BESIDE, *tried))(
+        args, out
+    )
+    return [["choose.py", "--methods", ",".join(tried), "--jobs", str(args.jobs), "--out", str(choice)], table]
+
+
 def edit_once(args: argparse.Namespace, out: Path) -> Commands:
     return [
         ["five_seeds.py", "--conditions", "injected", "--methods", "seqft", *common(args, out / "seqft")],
@@ -89,6 +112,11 @@ def guard(args: argparse.Namespace, out: Path) -> Commands:
             for seed in seeds(args.seeds)
         ),
     ]
+
+
+def shown_rivals(out: Path) -> str:
+    chosen = (out / "choose" / "choose.md").read_text()
+    return f"{(out / 'table.md').read_text()}\nWhat was tried:\n\n{chosen}"
 
 
 def shown_once(out: Path) -> str:
@@ -129,8 +157,14 @@ TABLES: Mapping[str, Table] = {
     "main": Table(
         what="the paper's comparison, ablations, controls, CRAM and ours, clean and with 1 % harmful samples",
         commands=stream(conditions="clean,injected"),
+        prompts=200,
     ),
-    "rivals": Table(what="every rival beside HPA and ours", commands=stream(methods=RIVALS)),
+    "rivals": Table(
+        what="rivals with settings chosen on the validation draw, five tries each, beside HPA and ours",
+        commands=rivals,
+        shown=shown_rivals,
+    ),
+    "released": Table(what="every rival with the settings of its authors", commands=stream(methods=RIVALS), seeds="0"),
     "harm-0.1": Table(what="0.1 % harmful samples", commands=stream("--harmful", "0.001", methods=FEW)),
     "harm-5": Table(
         what="5 % harmful samples; `anchor_drop` leaves out what the starting model refuses",
@@ -138,8 +172,10 @@ TABLES: Mapping[str, Table] = {
     ),
     "order": Table(what="another order of the tasks", commands=stream("--order", ORDER, methods=FEW)),
     "small": Table(
-        what="a pretrained language model of 135 M parameters (the extra `small`; an hour a row: take --seeds 0..2)",
+        what="a pretrained language model of 135 M parameters (the extra `small`)",
         commands=stream("--world", "small", methods=SMALL, conditions="clean,injected"),
+        seeds="0..2",
+        prompts=24,
     ),
     "edit-once": Table(what="edited once, after six plainly tuned tasks", commands=edit_once, shown=shown_once),
     "guard": Table(what="CRAM with and without its guard, on the same experts", commands=guard, shown=shown_guard),
@@ -203,15 +239,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help="which; all without one")
     parser.add_argument("--list", action="store_true", help="say what there is")
-    parser.add_argument("--seeds", default="0..4", help="0..4 or 0,3,7")
-    parser.add_argument("--prompts", type=int, default=200, help="per test split and side of a safety set")
+    parser.add_argument("--seeds", default=None, help="0..4 or 0,3,7; as the documents have them without it")
+    parser.add_argument("--prompts", type=int, default=None, help="per test split and side of a safety set")
     parser.add_argument("--methods", type=names, default=None, help="only these rows")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/tables"))
     parser.add_argument("--keep-documents", action="store_true", help="write OUT alone")
     args = parser.parse_args()
     if args.list:
-        print("\n".join(f"{name:<10} {table.what}" for name, table in TABLES.items()))
+        for name, table in TABLES.items():
+            print(f"{name:<10} {table.what}; seeds {table.seeds}, {table.prompts} prompts")
         return 0
     unknown = sorted(set(args.tables) - set(TABLES))
     if unknown:
@@ -219,14 +256,16 @@ def main() -> int:
     for name in args.tables or TABLES:
         out = (args.out / name).absolute()
         out.mkdir(parents=True, exist_ok=True)
-        commands = TABLES[name].commands(args, out)
+        table = TABLES[name]
+        asked = {"seeds": args.seeds or table.seeds, "prompts": args.prompts or table.prompts}
+        commands = table.commands(argparse.Namespace(**{**vars(args), **asked}), out)
         for command in commands:
             print(f"{name}: {' '.join(command)}", flush=True)
             done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=False)
             if done.returncode:
                 print(f"{name}: {command[0]} ended with {done.returncode}; the same command goes on there", flush=True)
                 return 1
-        parts = [TABLES[name].shown(out)]
+        parts = [table.shown(out)]
         if (out / "table.json").is_file():
             parts += orderings(json.loads((out / "table.json").read_text()))
         text = "\n".join([*parts, "", *made_by(commands, args.out.absolute())])

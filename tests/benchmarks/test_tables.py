@@ -24,7 +24,9 @@ def tables():
         sys.path.remove(str(BENCHMARKS))
 
 
-@pytest.mark.parametrize("name", ["main", "rivals", "harm-0.1", "harm-5", "order", "edit-once", "guard", "small"])
+@pytest.mark.parametrize(
+    "name", ["main", "rivals", "released", "harm-0.1", "harm-5", "order", "edit-once", "guard", "small"]
+)
 def test_every_command_names_a_program_and_methods_that_exist(tables, tmp_path, name):
     args = argparse.Namespace(seeds="0..1", prompts=10, jobs=1, methods=None)
     five_seeds = importlib.import_module("five_seeds")
@@ -38,6 +40,7 @@ def test_every_command_names_a_program_and_methods_that_exist(tables, tmp_path, 
 
 def test_no_method_is_left_out(tables):
     ran = {*tables.METHODS, *tables.RIVALS, *tables.FEW}
+    assert set(tables.TRIED) | set(tables.BESIDE) <= {*tables.METHODS, *tables.RIVALS}
     # A class without a row of its own would be a rival that no table shows.
     classes = {methods.METHODS[name][0] for name in ran if name in methods.METHODS}
     assert {place for place, _ in methods.METHODS.values()} == classes

@@ -39,6 +39,7 @@ def contents(out: Path) -> dict[str, bytes]:
         if path.name == "record.json":
             record = json.loads(data)
             assert all(s >= 0 for s in record.pop("seconds").values())
+            assert set(record.pop("peak_bytes")) <= {"begin", "train", "end", "evaluate"}
             data = json.dumps(record).encode()
         if path.name == "phases.json":
             marks = json.loads(data)

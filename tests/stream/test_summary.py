@@ -11,7 +11,7 @@ from holdfast.files import write_json
 from holdfast.metrics.safety import set_figures
 from holdfast.stream.protocol import Checkpoint
 from holdfast.stream.record import CONFIG_FORMAT, Record, RunDirectory
-from holdfast.stream.summary import summarize_run, without_timings, write_summary
+from holdfast.stream.summary import COSTS, summarize_run, without_timings, write_summary
 
 TASKS = ("a", "b")
 # method step -> task -> per-sample scores
@@ -66,6 +66,7 @@ def write_step(run, folder, t, scores, safety):
             scores=rows,
             safety=sets,
             seconds={"train": 1.0, "evaluate": 0.5},
+            peak_bytes={"begin": {}, "train": {"host": 10 * t, "device": 7}} if t else {},
         ),
     )
 
@@ -101,6 +102,9 @@ def test_figures_are_those_worked_out_by_hand(planted):
     assert method["steps_mean"]["masr"] == [0.25, 0.75]
     assert method["judges"] == {"other": {"x": [0.5, 0.5], "y": [0.5, 0.5]}}
     assert method["seconds"] == {"train": 2.0, "evaluate": 1.0, "total": 3.0}
+    assert method["peak_bytes"] == {"train": {"host": 20, "device": 7}}
+    asked = 8 + 8 + 4  # of tasks, of forbidden requests, of harmless ones
+    assert method["request_seconds"] == 0.5 / asked
     assert method["complete"] and method["config"] == {"k": 1}
 
 
@@ -146,7 +150,7 @@ def test_what_could_not_be_scored_is_absent_and_counted(tmp_path):
 
 def test_timings_are_the_only_thing_left_out(planted):
     summary = summarize_run(planted.root)
-    assert set(summary["methods"]["m"]) - set(without_timings(summary)["methods"]["m"]) == {"seconds"}
+    assert set(summary["methods"]["m"]) - set(without_timings(summary)["methods"]["m"]) == set(COSTS)
 
 
 def test_what_is_no_run_directory_is_said(planted, tmp_path):

@@ -17,8 +17,8 @@ RUN/data/                                the stream itself, where the run was as
 
 record.json: `{"format", "method", "t", "task", "tasks": [names 1..t], "seed", "checkpoint": {"base", "adapters"},
 "scores": {task: {"value", "n", "scorer", "mode", "unscored"}}, "safety": {set: {...}}, "seconds": {phase: s},
-"versions": {...}}`. Rates are 0..1, an absent figure is null. Paths inside the run directory are relative to it, marked
-`run:`, so that the directory can be moved.
+"peak_bytes": {phase: {"host", "device"}}, "versions": {...}}`. Rates are 0..1, an absent figure is null. Paths inside
+the run directory are relative to it, marked `run:`, so that the directory can be moved.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Record:
     scores: Mapping[str, Mapping[str, Any]]
     safety: Mapping[str, Mapping[str, Any]]
     seconds: Mapping[str, float]
+    peak_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -116,6 +117,7 @@ class RunDirectory:
             "scores": record.scores,
             "safety": record.safety,
             "seconds": record.seconds,
+            "peak_bytes": record.peak_bytes,
             "versions": record.versions,
         }
         write_json(folder / "record.json", data)
@@ -135,7 +137,9 @@ class RunDirectory:
             raise RunError(
                 f"{path}: format is {found!r}, expected {FORMAT!r}. Delete {folder} to have this step made again."
             )
-        kinds = {"tasks": list} | dict.fromkeys(("scores", "safety", "seconds", "versions", "checkpoint"), dict)
+        kinds = {"tasks": list} | dict.fromkeys(
+            ("scores", "safety", "seconds", "peak_bytes", "versions", "checkpoint"), dict
+        )
         for key, kind in kinds.items():
             if not isinstance(data.get(key, kind()), kind):
                 raise RunError(
@@ -153,6 +157,7 @@ class RunDirectory:
                 scores=data["scores"],
                 safety=data["safety"],
                 seconds=data["seconds"],
+                peak_bytes=data.get("peak_bytes", {}),  # records of before it was measured
                 versions=data["versions"],
             )
         except KeyError as error:

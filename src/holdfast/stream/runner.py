@@ -19,6 +19,7 @@ from holdfast.data.names import slug
 from holdfast.errors import RunError, TrainingError
 from holdfast.files import Lock, full_disk_errors, write_json
 from holdfast.share import ALONE, Share
+from holdfast.stream.memory import PeakMemory
 from holdfast.stream.protocol import Checkpoint, Evaluator, Method, TaskContext, silent
 from holdfast.stream.record import DIVERGED, AsToday, Record, RunDirectory, claim, read_json, versions
 
@@ -101,7 +102,7 @@ class StreamRun:
         if record is not None and record.tasks == tuple(self.task_names):
             return record
         with self._lock(folder), full_disk_errors(folder):
-            started = time.perf_counter()
+            started, peak = time.perf_counter(), PeakMemory()
             rows = evaluator(
                 self.theta_0, stream=self.stream, step=None, out_dir=folder / "predictions", progress=self.progress
             )
@@ -115,6 +116,7 @@ class StreamRun:
                 scores=rows["scores"],
                 safety=rows["safety"],
                 seconds={"evaluate": round(time.perf_counter() - started, 3)},
+                peak_bytes={"evaluate": peak.bytes()},
                 versions=versions(),
             )
             return self._write(folder, made, lambda: _sweep(folder.rglob(".*.tmp")))
@@ -183,9 +185,10 @@ class StreamRun:
             raise
         final = marks.checkpoint("end", lambda: method.end_task(ctx, trained))
         progress("phase", phase="evaluate")
-        started = time.perf_counter()
+        started, peak = time.perf_counter(), PeakMemory()
         rows = evaluator(final, stream=self.stream, step=step, out_dir=work_dir / "predictions", progress=progress)
         seconds = {**marks.seconds, "evaluate": round(time.perf_counter() - started, 3)}
+        peaks = {**marks.peaks, "evaluate": peak.bytes()}
         record = Record(
             method=method.name,
             t=step + 1,
@@ -196,6 +199,7 @@ class StreamRun:
             scores=rows["scores"],
             safety=rows["safety"],
             seconds=seconds,
+            peak_bytes=peaks,
             versions=versions(),
         )
         return self._write(work_dir, record, lambda: (work_dir / DIVERGED).unlink(missing_ok=True))
@@ -231,7 +235,7 @@ class StreamRun:
 
 
 class _Marks:
-    """phases.json of one step: which phases are finished, the checkpoint each gave, the seconds each took.
+    """phases.json of one step: which phases are finished, the checkpoint each gave, the seconds and memory each took.
 
     Written by the first process; the others read what it says.
     """
@@ -248,19 +252,24 @@ class _Marks:
     def seconds(self) -> dict[str, float]:
         return {name: mark["seconds"] for name, mark in self._done.items()}
 
+    @property
+    def peaks(self) -> dict[str, dict[str, int]]:
+        return {name: mark.get("peak_bytes", {}) for name, mark in self._done.items()}
+
     def phase(self, name: str, work: Callable[[], Any], *, together: bool = False) -> Any:
         """Do `work` where it is not done. together: in every process, instead of in the first one alone."""
         self._progress("phase", phase=name)
         if name in self._done:
             return None
-        started = time.perf_counter()
+        started, peak = time.perf_counter(), PeakMemory()
         result = work() if together else self._share.by_chief(work)
-        self._share.by_chief(lambda: self._mark(name, result, round(time.perf_counter() - started, 3)))
+        cost = {"seconds": round(time.perf_counter() - started, 3), "peak_bytes": peak.bytes()}
+        self._share.by_chief(lambda: self._mark(name, result, cost))
         self._done = self._done if self._share.chief else self._read()
         return result
 
-    def _mark(self, name: str, result: Any, seconds: float) -> None:
-        mark: dict[str, Any] = {"seconds": seconds}
+    def _mark(self, name: str, result: Any, cost: Mapping[str, Any]) -> None:
+        mark: dict[str, Any] = dict(cost)
         if isinstance(result, Checkpoint):
             mark["checkpoint"] = Checkpoint(
                 base=self._directory.relative(result.base),

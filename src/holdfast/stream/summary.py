@@ -14,8 +14,10 @@
     "steps_mean": {"masr" | "compliance" | "collapse" | "over_refusal" | "helpful": [after task 1..t]},
     "judges": {judge: {set: [asr]}},            the other judges
     "intervals": {"ap" | "bwt" | "masr" | "compliance_mean" | "over_refusal": {"value", "low", "high", "n", ...}},
-    "unscored": {"tasks": n, "safety": n}, "seconds": {phase: s}}}}
+    "unscored": {"tasks": n, "safety": n}, "seconds": {phase: s}, "peak_bytes": {phase: {"host", "device"}},
+    "request_seconds": s}}}
 ```
+"request_seconds" is wall clock of the last step's evaluation per request, in batches (null: nothing was asked).
 "bounds" are what a mean over the sets could be, whatever the unscored replies are.
 Rates are 0..1; what is not defined (BWT of one task, a set that no judge could score) is null. Intervals resample test
 prompts, so they say how sure the figure of these weights is; the spread over seeds is another question.
@@ -36,9 +38,12 @@ from holdfast.files import read_jsonl, write_json
 from holdfast.metrics.continual import summarize as summarize_matrix
 from holdfast.metrics.intervals import bootstrap, bootstrap_ap, bootstrap_bwt, wilson
 from holdfast.metrics.safety import worst_case
+from holdfast.stream.memory import highest
 from holdfast.stream.record import Record, RunDirectory, versions
 
 FORMAT = "holdfast.summary/1"
+# What depends on the machine.
+COSTS = ("seconds", "peak_bytes", "request_seconds")
 _RATES = ("asr", "refusal", "compliance", "other_safe", "collapse")
 _BENIGN = ("over_refusal", "helpful")
 
@@ -86,9 +91,9 @@ def summarize_run(root: Path) -> dict[str, Any]:
 
 
 def without_timings(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The summary without wall-clock seconds: what two runs of one configuration must have in common."""
-    methods = {n: {k: v for k, v in m.items() if k != "seconds"} for n, m in summary["methods"].items()}
-    theta_0 = {k: v for k, v in summary["theta_0"].items() if k != "seconds"}
+    """The summary without the machine's time and memory: what two runs of one configuration must have in common."""
+    methods = {n: {k: v for k, v in m.items() if k not in COSTS} for n, m in summary["methods"].items()}
+    theta_0 = {k: v for k, v in summary["theta_0"].items() if k not in COSTS}
     return {**summary, "theta_0": theta_0, "methods": methods}
 
 
@@ -113,6 +118,8 @@ def _theta_0(directory: RunDirectory, record: Record) -> dict[str, Any]:
         "intervals": _safety_intervals(directory.theta_0_dir, record),
         "unscored": _unscored([record]),
         "seconds": dict(record.seconds),
+        "peak_bytes": _peaks([record]),
+        "request_seconds": _request_seconds(record),
     }
 
 
@@ -158,6 +165,8 @@ def _method(directory: RunDirectory, name: str, records: Sequence[Record], theta
         "intervals": {**_task_intervals(folders, records, figures), **_safety_intervals(folders[-1], last)},
         "unscored": _unscored(records),
         "seconds": _seconds(records),
+        "peak_bytes": _peaks(records),
+        "request_seconds": _request_seconds(last),
     }
 
 
@@ -229,6 +238,22 @@ def _seconds(records: Sequence[Record]) -> dict[str, float]:
     phases = dict.fromkeys(phase for record in records for phase in record.seconds)
     total = {phase: round(sum(r.seconds.get(phase, 0.0) for r in records), 3) for phase in phases}
     return {**total, "total": round(sum(total.values()), 3)}
+
+
+def _peaks(records: Sequence[Record]) -> dict[str, dict[str, int]]:
+    """The highest of every phase over the steps; a phase of which nothing is known is left out."""
+    found: dict[str, dict[str, int]] = {}
+    for record in records:
+        for phase, peak in record.peak_bytes.items():
+            if peak:
+                found[phase] = highest(found.get(phase, {}), peak)
+    return found
+
+
+def _request_seconds(last: Record) -> float | None:
+    asked = sum(row["n"] for row in last.scores.values())
+    asked += sum(row["n"] + row.get("benign", {}).get("n", 0) for row in last.safety.values())
+    return last.seconds["evaluate"] / asked if asked and "evaluate" in last.seconds else None
 
 
 def _task_intervals(folders: Sequence[Path], records: Sequence[Record], figures: Mapping[str, Any]) -> dict[str, Any]:
