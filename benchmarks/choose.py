@@ -1,4 +1,4 @@
-"""A rival's settings, chosen on the validation draw with as many tries for one as for another.
+"""A method's settings, chosen on the validation draw with as many tries for one as for another.
 
     python benchmarks/choose.py --methods safe_delta,ewc --out runs/choose
     python benchmarks/five_seeds.py --settings runs/choose/chosen.json --methods safe_delta,ewc --conditions injected
@@ -27,6 +27,14 @@ from holdfast.stream.summary import summarize_run
 
 # Each {} is what the method has by default (for safe_delta, the paper's 0.1 is the second).
 TRIES: dict[str, tuple[dict[str, Any], ...]] = {
+    "hpa": (
+        {},
+        {"calibration": {"damping": 0.01}},
+        {"calibration": {"damping": 0.1}},
+        {"edit": {"keep_bounds": [10, 30]}},
+        {"edit": {"keep_bounds": [20, 40]}},
+    ),
+    "interpolation": ({}, {"factor": 0.7}, {"factor": 0.5}, {"factor": 0.4}, {"factor": 0.3}),
     "safe_delta": ({}, {"strength": 0.1}, {"strength": 1.0}, {"strength": 3.0}, {"strength": 30.0}),
     "model_tailor": (
         {},
