@@ -255,7 +255,8 @@ def costs_of(
 def parameters_of(file: Path) -> int:
     """How many numbers lie in a safetensors file."""
     with safe_open(file, framework="np") as tensors:
-        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        names = [name for name in tensors.keys() if "probe" not in name]  # noqa: SIM118 (what a base is told by)
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
 
 
 def markdown(
@@ -284,9 +285,11 @@ def markdown(
         lines.append(f"| {method} | {figures} | {paid} |")
     lines += [
         "",
-        "Seconds are this machine's, of a whole stream, two processes side by side; calibrations are part of an edit, "
-        "which takes one layer after another. Memory: the most that the process held while it learned and edited, "
-        "libraries and all. Kept, extra parameters: beside one released model. A request: asked in batches.",
+        f"Seconds are this machine's, of a whole stream, {options.jobs} process(es) side by side. Calibrations are "
+        "part of an edit, which takes one layer after another; what guardspace, safe_anchor and one_shot do with "
+        "safety data is part of their training. Memory: the most that a process held while it learned and edited, "
+        "with libraries and what methods before left in it. Kept: beside one released model, without data (replay) and "
+        "another model (safe_lora, resta). A request: generating alone, in batches.",
     ]
     return "\n".join([*lines, "", *differences(rows, options.against), ""])
 

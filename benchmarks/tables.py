@@ -41,7 +41,7 @@ RIVALS = (
 # Methods whose settings were chosen on the validation draw, with as many tries for each (choose.py).
 TRIED = (
     *("reg_lora", "safety_replay", "guardspace", "safe_anchor", "safe_lora", "ewc", "safe_delta", "osf"),
-    *("one_shot", "replay", "hpa", "interpolation"),
+    *("hpa", "interpolation"),
 )
 FEW = ("seqft", "hpa", "interpolation", "anchor", "cram", "cram_guard")
 SMALL = (*FEW, "hpa_damping_100_percent", "anchor_benign")
@@ -74,12 +74,20 @@ def stream(*options: str, methods: Sequence[str] = METHODS, conditions: str = "i
     """`five_seeds.py` with these options; --methods and --conditions of the command line narrow it."""
 
     def commands(args: argparse.Namespace, out: Path) -> Commands:
-        chosen = [name for name in methods if args.methods is None or name in args.methods]
+        chosen = chosen_of(args, methods)
         return [
             ["five_seeds.py", "--conditions", conditions, "--methods", ",".join(chosen), *options, *common(args, out)]
         ]
 
     return commands
+
+
+def chosen_of(args: argparse.Namespace, methods: Sequence[str]) -> list[str]:
+    """Those that the command line asks for. Raises SystemExit: none of them."""
+    chosen = [name for name in methods if args.methods is None or name in args.methods]
+    if not chosen:
+        raise SystemExit(f"--methods {','.join(args.methods)}: none of them is among {', '.join(methods)}.")
+    return chosen
 
 
 def common(args: argparse.Namespace, out: Path) -> list[str]:
@@ -88,11 +96,11 @@ def common(args: argparse.Namespace, out: Path) -> list[str]:
 
 def rivals(args: argparse.Namespace, out: Path) -> Commands:
     """Settings first, on the validation draw; then the test draw, of what was chosen."""
-    choice = out / "choose"
+    choice, tried = out / "choose", chosen_of(args, TRIED)
     settings = ("--settings", str(choice / "chosen.json"), "--against", "anchor")
     return [
-        ["choose.py", "--methods", ",".join(TRIED), "--jobs", str(args.jobs), "--out", str(choice)],
-        *stream(*settings, methods=(*BESIDE, *TRIED))(args, out),
+        ["choose.py", "--methods", ",".join(tried), "--jobs", str(args.jobs), "--out", str(choice)],
+        *stream(*settings, methods=(*BESIDE, *tried))(args, out),
     ]
 
 

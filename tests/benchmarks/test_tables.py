@@ -38,6 +38,15 @@ def test_every_command_names_a_program_and_methods_that_exist(tables, tmp_path, 
                 methods.get(str(options.pop("method", label)), **options)
 
 
+def test_a_row_that_no_table_has_is_said(tables, tmp_path):
+    args = argparse.Namespace(seeds="0", prompts=10, jobs=1, methods=["reg_lore"])
+    with pytest.raises(SystemExit, match="reg_lore: none of them is among"):
+        tables.TABLES["rivals"].commands(args, tmp_path)
+    narrow = argparse.Namespace(**{**vars(args), "methods": ["reg_lora", "anchor"]})
+    choose, table = tables.TABLES["rivals"].commands(narrow, tmp_path)
+    assert choose[2] == "reg_lora" and table[table.index("--methods") + 1] == "anchor,reg_lora"
+
+
 def test_no_method_is_left_out(tables):
     ran = {*tables.METHODS, *tables.RIVALS, *tables.FEW}
     assert set(tables.TRIED) | set(tables.BESIDE) <= {*tables.METHODS, *tables.RIVALS}

@@ -12,7 +12,7 @@ from holdfast.errors import ConfigError, RunError, UnknownNameError
 from holdfast.evaluation import CheckpointEvaluator, EvaluationConfig, JudgeConfig
 from holdfast.evaluation import evaluator as evaluator_module
 from holdfast.metrics.safety import BEHAVIOURS
-from holdfast.stream.protocol import Checkpoint, silent
+from holdfast.stream.protocol import Checkpoint, TimesAnswers, silent
 
 CONFIG = EvaluationConfig(batch_size=2)
 
@@ -93,6 +93,15 @@ def test_a_finished_evaluation_loads_no_model(ask, monkeypatch):
 
     monkeypatch.setattr(evaluator_module, "load", refuse)
     assert ask() == expected
+
+
+def test_what_was_asked_is_timed_and_what_was_read_is_not(pico_folder, pico_stream, tmp_path):
+    evaluator = CheckpointEvaluator(CONFIG)
+    for asked in (17, 0):
+        where = {"stream": pico_stream, "step": None, "out_dir": tmp_path / "out", "progress": silent}
+        evaluator(Checkpoint(base=str(pico_folder)), **where)
+        assert evaluator.answering["requests"] == asked and (evaluator.answering["seconds"] > 0) is (asked > 0)
+    assert isinstance(evaluator, TimesAnswers)
 
 
 def test_answers_to_other_samples_are_refused(ask, pico_stream):

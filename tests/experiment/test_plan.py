@@ -46,13 +46,22 @@ def test_training_is_counted_from_parameters_steps_and_tokens(planned, pico_fold
     assert (twice, recomputed) == pytest.approx((2 * by_hand, 1.5 * by_hand))
 
 
-def test_only_what_edits_has_an_edit_and_devices_share_everything(planned) -> None:
-    one, eight = planned(), planned(replace(ONE, count=8))
+def test_only_what_edits_has_an_edit_and_devices_share_all_but_that(planned) -> None:
+    one, eight = planned(batch_size=8), planned(replace(ONE, count=8), batch_size=8)
     assert one.methods["seqft"].seconds["calibration and edit"] == 0
     assert one.methods["anchor"].seconds["calibration and edit"] > 0
     for name, method in one.methods.items():
         for phase, seconds in method.seconds.items():
-            assert eight.methods[name].seconds[phase] == pytest.approx(seconds / 7.2)
+            shared = 1 if phase == "calibration and edit" else 7.2
+            assert eight.methods[name].seconds[phase] == pytest.approx(seconds / shared)
+        assert eight.methods[name].micro_batch == 1  # of a batch of eight each device has one sample
+        assert eight.methods[name].training_bytes <= method.training_bytes
+
+
+def test_a_batch_that_cannot_be_dealt_out_is_said_by_the_plan_too(planned) -> None:
+    found = planned(replace(ONE, count=3), batch_size=4)
+    assert "A batch of 4 cannot be dealt out evenly over 3 devices." in found.notes
+    assert not any("evenly" in note for note in planned(replace(ONE, count=2), batch_size=4).notes)
 
 
 def test_memory_follows_the_micro_batch_and_says_which_one_fits(planned) -> None:

@@ -171,3 +171,14 @@ def test_what_stops_the_sweep_stops_its_cells_and_starts_none_again(grid, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         sweep(cells, out, jobs=2, retries=2, places=HereProcesses((sys.executable, "-S", str(slow))), progress=progress)
     assert time.monotonic() < began + 30 and [starts(folder) for folder in folders] == [1, 0, 0]
+
+
+def test_a_place_without_the_folder_says_so_and_is_not_asked_again(grid, tmp_path):
+    class Elsewhere(HereProcesses):
+        def run(self, job):
+            return super().run({**job, "cwd": str(tmp_path / "only here")})
+
+    cells = read_grid(grid("run: run.yaml\nvary: {seed: [0, 1]}"))
+    found = sweep(cells, tmp_path / "out", jobs=1, retries=2, places=Elsewhere())
+    assert [(cell.state, cell.attempts) for cell in found] == [("failed", 1)] * 2
+    assert all("has no folder" in cell.error and "only here" in cell.error for cell in found)

@@ -157,6 +157,9 @@ def test_another_model_than_the_unaligned_one_is_refused_before_a_task_is_learne
     save_file({k: v for k, v in tensors.items() if k != key}, narrow / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="has none"):
         get(name, unaligned=str(narrow)).begin_task(ctx)
+    save_file(tensors, narrow / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="whose weights are those of the model that is tuned"):
+        get(name, unaligned=str(narrow)).begin_task(ctx)
 
 
 def test_safelora_leaves_a_layer_alone_that_alignment_left_alone(ctx, tmp_path):
@@ -189,6 +192,51 @@ def test_intruders_are_reduced_by_what_is_not_kept(ctx, keep, changes):
     moved = [float((f.update() - before[f.name]).norm() / before[f.name].norm()) for f in read_adapter(folder)]
     assert len(moved) == len(before) and (max(moved) > 0.1) is changes
     assert changes or max(moved) < 1e-3
+
+
+def test_a_reduced_adapter_wider_than_a_layer_keeps_its_rank(ctx):
+    """PEFT writes no more rows than the layer's smaller side has, and a configuration that says more."""
+    method = get("intruders", keep=0.0, threshold=1.0, training={**TRAINING, "rank": 64})
+    trained = method.train_task(ctx)
+    folder = ctx.scratch_dir / "reduced"
+    method._reduce(ctx, ctx.scratch_dir / "adapter", folder)
+    assert min(min(f.update().shape) for f in read_adapter(folder)) < 64
+    shapes = {tensor.shape for name, tensor in load_file(folder / "adapter_model.safetensors").items() if "_A." in name}
+    assert {shape[0] for shape in shapes} == {64}
+    assert Path(method.end_task(ctx, trained).base).is_dir()
+
+
+def test_a_share_that_keeps_no_direction_of_a_layer_is_said_with_the_layer(ctx):
+    with pytest.raises(ConfigError, match=r"kept is 0\.001, and model\..* has \d+ singular directions"):
+        get("osf", kept=0.001, training=TRAINING).train_task(ctx)
+
+
+@pytest.mark.parametrize("name", ["ewc", "cgm", "hpa", "anchor", "model_tailor"])
+def test_what_was_cut_when_it_was_learned_is_cut_when_it_is_measured(ctx, name):
+    """An answer longer than the model's context, which `training.max_length` cuts, ends no task after its tuning."""
+    change = dataclasses.replace
+    task, *others = ctx.stream.tasks
+    long = [
+        change(s, turns=(*s.turns[:-1], change(s.turns[-1], text=" ".join([s.turns[-1].text] * 3000))))
+        for s in task.train
+    ]
+    stream = change(ctx.stream, tasks=[change(task, train=long), *others])
+    ctx = change(ctx, stream=stream, step=0, task_names=ctx.task_names[:1], previous_work_dir=None)
+    method = get(name, training={**TRAINING, "max_length": 96, "max_cut_share": 1.0})
+    method.begin_task(ctx)
+    assert Path(method.end_task(ctx, method.train_task(ctx)).base).is_dir()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("name", "option"), [("ewc", "weight"), ("lwf", "weight"), ("lwf", "temperature"), ("reg_lora", "weight")]
+)
+def test_a_number_that_is_not_finite_is_refused_in_python_too(name, option, wrong):
+    kind = type(get(name).config)
+    with pytest.raises(ConfigError, match=option):
+        kind(**{option: wrong})
+    with pytest.raises(ConfigError, match="learning_rate"):
+        TrainingConfig(learning_rate=wrong)
 
 
 def test_safe_anchor_finds_the_directions_of_most_strength():

@@ -289,6 +289,26 @@ def test_seeds_of_one_thing_may_differ_in_places_and_in_what_the_seed_draws(tmp_
 
 
 @pytest.mark.usefixtures("unpainted")
+def test_cells_that_differ_in_their_methods_alone_are_one_run(tmp_path: Path) -> None:
+    """As a grid leaves them that varies methods and seeds."""
+    cells = [
+        fake_run.write_run(tmp_path / f"seed={seed},methods={name}", methods={name: survival}, seed=seed)
+        for seed in range(3)
+        for name, survival in METHODS.items()
+    ]
+    together = [fake_run.write_run(tmp_path / f"all{seed}", methods=METHODS, seed=seed) for seed in range(3)]
+    (joined,), (whole,) = (group_runs([load_run(run) for run in runs]) for runs in (cells, together))
+    assert [run.seed for run in joined.runs] == [0, 1, 2] and not joined.note
+    assert list(entries_of(joined)) == list(entries_of(whole)) == list(METHODS)
+    assert {path for run in joined.runs for path in (run.path, *run.others)} == set(cells)
+    table = (write_report(cells, tmp_path / "out").html.parent / "table.md").read_text(encoding="utf-8")
+    assert table.count("±") > 0 and "(1 of 3 seeds)" not in table
+    # Another setting of what they share is another run.
+    configure(cells[1], threads=2)
+    assert len(group_runs([load_run(run) for run in cells])) == 2
+
+
+@pytest.mark.usefixtures("unpainted")
 def test_a_seed_is_not_averaged_with_its_copy(tmp_path: Path) -> None:
     runs = [fake_run.write_run(tmp_path / f"r{s}", methods=METHODS, seed=s) for s in range(2)]
     copies = [Path(shutil.copytree(run, tmp_path / f"copy-{run.name}")) for run in runs]

@@ -92,6 +92,7 @@ def collect_curvature(
     adapted_only: bool = False,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    cut_at: int | None = None,
     progress: Progress | None = None,
     seconds: dict[str, float] | None = None,
 ) -> Curvature:
@@ -107,6 +108,7 @@ def collect_curvature(
         blocks: decoder blocks to calibrate, 0-based; None: all.
         adapted_only: where `after` is `before` under adapters, only the layers that they change: all that an edit of
             that update needs. An adapter on attention alone saves the widest and slowest Gram of every block.
+        cut_at: tokens at which answers of the task were cut when it was learned (`max_length`); None: none was.
         seconds: receives the time of each phase; kept out of the result, whose bytes depend on its inputs alone.
 
     Raises: CalibrationError: an empty set, a safety sample without an answer, NaN or inf, a Gram that cannot be
@@ -156,6 +158,7 @@ def collect_curvature(
             memory_bytes=memory_bytes,
             blocks=blocks,
             linears=None if changed is None else changed(editable_linears(held.model, blocks)),
+            cut_at=cut_at if name == "task" else None,
             progress=progress,
         )
         side.samples = samples

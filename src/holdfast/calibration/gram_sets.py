@@ -74,6 +74,7 @@ def collect_grams(
     memory_bytes: int | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    cut_at: int | None = None,
     progress: Progress | None = None,
 ) -> GramStore:
     """Mean 2 x x^T per token of every editable layer's input, written to the folder `out` layer by layer.
@@ -83,6 +84,7 @@ def collect_grams(
     Args:
         source: folder, hub id, checkpoint value, or a loaded model. samples: see `walk_grams`.
         changed: names of linear layers -> those to measure (`adapted_layers`); None: all.
+        cut_at: see `walk_grams`.
         memory_bytes: bound on what the process (or the GPU) holds: one layer's matrix at a time is all that is needed.
 
     Raises: CalibrationError: `out` holds something else; as `walk_grams`.
@@ -117,6 +119,7 @@ def collect_grams(
             blocks=blocks,
             linears=wanted,
             workspace_bytes=writer.workspace_bytes(max(linears[name].in_features for name in wanted)),
+            cut_at=cut_at,
             progress=progress,
         )
     return writer.finish()

@@ -21,7 +21,7 @@ from holdfast.calibration.resume_forward import Spool, StopForwardError, VisionM
 from holdfast.data.types import Sample, Turn
 from holdfast.errors import CalibrationError, ConfigError
 from holdfast.functional.hessian import Normalization
-from holdfast.models.encode import ANSWER, IMAGE, PADDING, Inputs, encode_request, encode_training, token_kinds
+from holdfast.models.encode import ANSWER, IMAGE, PADDING, Inputs, encode_cut, encode_request, token_kinds
 from holdfast.models.families import decoder_blocks, editable_linears
 from holdfast.models.loaded import LoadedModel
 from holdfast.models.memory import usable_bytes
@@ -63,6 +63,7 @@ def walk_grams(
     linears: Collection[str] | None = None,
     workspace_bytes: int | None = None,
     edits: bool = False,
+    cut_at: int | None = None,
     progress: Progress | None = None,
 ) -> WalkReport:
     """Run `samples` through the model and hand the Gram of every distinct input to `consumer`, block after block.
@@ -82,6 +83,7 @@ def walk_grams(
         workspace_bytes: what the consumer takes beside the widest Gram; None: what the diagonal of an inverse takes.
         edits: the consumer changes the layers in place (`LayerGram.linears`), and a block reads what the edited blocks
             before it give: one block in a pass, which runs once more after its edit.
+        cut_at: tokens at which a sample's answer was cut when it was learned (`max_length`); None: none was.
 
     Raises: CalibrationError: no samples, no token of the kind asked for, NaN or inf in an activation, a layer that
         never runs, no such layer. ConfigError: a budget too small for one block. DataError: as encoding.
@@ -94,7 +96,9 @@ def walk_grams(
         raise ConfigError(f"batch_size {batch_size} and blocks_per_pass {blocks_per_pass} must be positive.")
     if edits:
         blocks_per_pass = 1
-    walk = _Walk(loaded, samples, tokens, normalization, batch_size, memory_bytes, blocks_per_pass, blocks, linears)
+    walk = _Walk(
+        loaded, samples, tokens, normalization, batch_size, memory_bytes, blocks_per_pass, blocks, linears, cut_at
+    )
     walk.edits = edits
     walk.workspace_bytes = workspace_bytes if workspace_bytes is not None else 4 * walk.widest * walk.widest // 8
     try:
@@ -115,8 +119,10 @@ class _Walk:
         blocks_per_pass: int | None,
         wanted: Collection[int] | None,
         names: Collection[str] | None,
+        cut_at: int | None,
     ) -> None:
         self.loaded = loaded
+        self.cut_at = cut_at
         self.tokens: Tokens = tokens
         self.normalization: Normalization = normalization
         self.blocks = [block for _, block in decoder_blocks(loaded.model)]
@@ -156,7 +162,7 @@ class _Walk:
         """Activations of the sample that seems longest: in a decoder block, or in the tower, whichever is more."""
         if not self.samples:
             return 1
-        inputs, mask = _encode(self.loaded, self.samples[:1], self.tokens)
+        inputs, mask = _encode(self.loaded, self.samples[:1], self.tokens, self.cut_at)
         hidden = self.loaded.model.config.get_text_config().hidden_size
         # Inputs held for sharing, their fp32 copies, gate and up and their product, the residual stream.
         decoder = mask.shape[1] * 4 * (4 * self.widest + 8 * hidden)
@@ -249,7 +255,7 @@ class _Walk:
 
     def _inputs(self, number: int, batch: list[Sample], *, first: bool, keep: bool) -> tuple[Inputs, Tensor]:
         if first:
-            inputs, mask = _encode(self.loaded, batch, self.tokens)
+            inputs, mask = _encode(self.loaded, batch, self.tokens, self.cut_at)
             if keep:
                 self.spool.put(f"inputs-{number}", {**inputs, "holdfast.mask": mask})
         else:
@@ -362,8 +368,10 @@ class _Budget:
         )
 
 
-def _encode(loaded: LoadedModel, batch: list[Sample], tokens: Tokens) -> tuple[Inputs, Tensor]:
-    inputs = encode_training(loaded, batch) if _answered(batch[0]) else encode_request(loaded, batch)
+def _encode(
+    loaded: LoadedModel, batch: list[Sample], tokens: Tokens, cut_at: int | None = None
+) -> tuple[Inputs, Tensor]:
+    inputs = encode_cut(loaded, batch, cut_at)[0] if _answered(batch[0]) else encode_request(loaded, batch)
     kinds = token_kinds(loaded, inputs)
     inputs.pop("labels", None)
     mask = kinds != PADDING

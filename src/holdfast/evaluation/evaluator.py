@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,9 @@ class CheckpointEvaluator:
         self.config = config
         self.vllm_options = vllm_options
         self.share = share
+        # Of the last call: what was asked in it and not read from an earlier, killed one; the time of generating
+        # alone, without loading, routing for the record, and judging.
+        self.answering: dict[str, float] = {}
         self.judges = {judge.key: judges.get(judge.name, **judge.options) for judge in config.judges}
 
     def __call__(
@@ -71,6 +75,7 @@ class CheckpointEvaluator:
             asked += count
             progress("evaluate", done=asked, total=total)
 
+        self.answering = {"requests": 0, "seconds": 0.0}
         model = _Lazy(checkpoint, self.config, self.share.device, self.vllm_options)
         scores = {task.name: self._task(model, task, some, out_dir, on_batch) for task, some in asked_of}
         safety = {s.name: self._safety(model, s, sides[s.name], out_dir, on_batch) for s in stream.safety}
@@ -137,15 +142,23 @@ class CheckpointEvaluator:
     ) -> list[str]:
         def answer(batch: list[Sample]) -> list[str]:
             if self.config.backend == "vllm":
-                return model.vllm.answer(batch, max_new_tokens=max_new_tokens)
-            return generate(
-                model.loaded,
-                batch,
-                max_new_tokens=max_new_tokens,
-                batch_size=len(batch),
-                seed=self.config.seed,
-                temperature=self.config.temperature,
-            )
+                vllm = model.vllm  # loaded before the clock starts
+                began = time.perf_counter()
+                replies = vllm.answer(batch, max_new_tokens=max_new_tokens)
+            else:
+                loaded = model.loaded
+                began = time.perf_counter()
+                replies = generate(
+                    loaded,
+                    batch,
+                    max_new_tokens=max_new_tokens,
+                    batch_size=len(batch),
+                    seed=self.config.seed,
+                    temperature=self.config.temperature,
+                )
+            self.answering["requests"] += len(batch)
+            self.answering["seconds"] += time.perf_counter() - began
+            return replies
 
         return collect(
             samples, answer, path=path, batch_size=self.config.batch_size, on_batch=on_batch, share=self.share

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,8 @@ class HereProcesses:
 
     def run(self, job: Mapping[str, Any]) -> tuple[int, str]:
         """(status, what it said on stderr). Raises: StoppedError."""
+        if (cwd := job.get("cwd")) is not None and not Path(cwd).is_dir():
+            return MISTAKE, f"{socket.gethostname()} has no folder {cwd}, from which the sweep was started."
         with tempfile.TemporaryFile(mode="w+") as said:
             process = self._start(said, job.get("cwd"))
             try:

@@ -11,7 +11,7 @@ from typing import Any
 from holdfast.errors import ConfigError
 from holdfast.experiment.build import parts_of
 from holdfast.experiment.resolve import Progress, resolve
-from holdfast.experiment.run_config import RunConfig
+from holdfast.experiment.run_config import RunConfig, only
 from holdfast.experiment.workers import run_methods, set_threads
 from holdfast.share import ALONE, Share
 from holdfast.stream.protocol import silent
@@ -29,6 +29,7 @@ def run(
 ) -> dict[str, Any]:
     """Run (or resume) every method of `config`, or those named, into the directory `out`; returns the summary.
 
+    methods: names of `config`, or any other that there is, which then has its defaults (`holdfast run --method`).
     jobs: so many methods at once, each in its own process; the results are those of jobs=1.
     shard: share the base's weights out over the processes that `accelerate launch` or `torchrun` started (FSDP2), for
         one that no device holds. Without it each of them has the whole base. The first of them alone writes; the
@@ -39,6 +40,8 @@ def run(
     """
     if jobs < 1:
         raise ConfigError(f"jobs is {jobs}; expected 1 or more.")
+    if methods is not None:
+        config = only(config, methods)
     set_threads(config.threads)
     with _joined(shard) as share:
         if jobs > 1 and share.world > 1:
@@ -46,7 +49,7 @@ def run(
                 f"jobs is {jobs}, and {share.world} processes were started that learn every task together. Leave one "
                 "of the two out."
             )
-        experiment = resolve(config, out, methods=methods, progress=progress)
+        experiment = resolve(config, out, progress=progress)
         if jobs > 1:
             for _, names, name in parts_of(config, list(experiment.methods)):
                 names.refuse_unshareable(name)

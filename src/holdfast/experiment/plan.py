@@ -136,15 +136,23 @@ class _Planner:
             label: self._method(getattr(method, "config", None), tasks, tokens)
             for label, method in build_methods(self.config).items()
         }
+        uneven = {
+            size
+            for method in build_methods(self.config).values()
+            if (size := _training_of(getattr(method, "config", None)).batch_size) % self.devices.count
+        }
         notes = [
+            *(f"A batch of {size} cannot be dealt out evenly over {self.devices.count} devices." for size in uneven),
             "A method that trains on more than the new task's samples (old ones, refusals) takes more than that.",
+            "Several devices: whole copies of the base learn each task together and share out the requests; a "
+            "calibration and an edit are made by the first alone.",
             "Checkpoints of three steps of a method (two stay, one is written) are counted as whole models; adapters "
             "take less.",
         ]
         return Plan(parameters=self.parameters, tokens=tokens, methods=methods, notes=notes)
 
     def _method(self, options: Any, tasks: Sequence[str], tokens: Mapping[str, float]) -> MethodPlan:
-        training: TrainingConfig = getattr(options, "training", None) or TrainingConfig()
+        training = _training_of(options)
         seconds = {
             "training": sum(self._training(training, name, tokens[name]) for name in tasks),
             "calibration and edit": len(tasks) * self._edit(options, tasks, tokens),
@@ -157,12 +165,16 @@ class _Planner:
         # The frozen weights as they are loaded; where nothing says otherwise, as they are stored.
         kept = _BYTES.get(getattr(options, "train_dtype", None) or self.config.store_dtype or "")
         weights = self.shape.weight_bytes if kept is None else kept * self.parameters
-        at = {size: self._training_bytes(training, tasks, size, weights) for size in _divisors(training.batch_size)}
+        count = self.devices.count
+        # What a run would refuse (`notes`) is planned as if each device had a sample.
+        part = 1 if training.batch_size % count else training.part_size(count)
+        sizes = _divisors(max(1, training.batch_size // count))
+        at = {size: self._training_bytes(training, tasks, size, weights) for size in sizes}
         model = self.shape.weight_bytes if stored is None else stored * self.parameters
         return MethodPlan(
             seconds=seconds,
-            training_bytes=at[training.forward_size],
-            micro_batch=training.forward_size,
+            training_bytes=at[part],
+            micro_batch=part,
             fits=None if room is None else max((size for size, need in at.items() if need <= room), default=0),
             # Two steps' checkpoints and the one that is being written; theta_0 as it is kept, where it is converted.
             disk_bytes=(3 if stored is None else 4) * model + self._trained(training) * BYTES_PER_TRAINED,
@@ -180,7 +192,10 @@ class _Planner:
         return work / (FORWARD_SHARE * self.devices.speed)
 
     def _edit(self, options: Any, tasks: Sequence[str], tokens: Mapping[str, float]) -> float:
-        """One walk over the calibration samples, and one factor per distinct input; 0 for a method without either."""
+        """One walk over the calibration samples, and one factor per distinct input; 0 for a method without either.
+
+        The first process does it alone, and the others wait (docs/design/stream.md).
+        """
         if not isinstance(getattr(options, "task_samples", None), int):
             return 0.0
         count = options.task_samples
@@ -193,7 +208,7 @@ class _Planner:
         gram = sum(2 * width**2 for width in widths) * walked / 2
         factor = sum(width**3 for width in widths) / 2
         work = 2 * self.parameters * walked / FORWARD_SHARE + gram + factor
-        return work / self.devices.speed
+        return work / self.devices.flops
 
     def _prompts(self, what: str) -> int:
         """How many calibration answers a run has of a kind: those of the stream, or those that theta_0 is asked for."""
@@ -276,6 +291,11 @@ class _Planner:
             [sum(len(turn.text) for turn in sample.turns) for sample in known],
             batch_size=batch_size,
         )
+
+
+def _training_of(options: Any) -> TrainingConfig:
+    found: TrainingConfig = getattr(options, "training", None) or TrainingConfig()
+    return found
 
 
 def _divisors(number: int) -> list[int]:

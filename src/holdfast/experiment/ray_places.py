@@ -75,6 +75,9 @@ class RayPlaces:
             self._waiting.add(asked)
         try:
             status, said = self._ray.get(asked)
+        except self._ray.exceptions.RayTaskError as error:
+            # What the worker ran into before there was a process: no worker is lost.
+            return 1, f"a Ray worker could not start it: {error.cause}"
         except self._ray.exceptions.RayError as error:
             return 1, f"its Ray worker is gone ({type(error).__name__})"
         finally:

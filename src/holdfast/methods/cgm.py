@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from holdfast.errors import ConfigError
-from holdfast.methods._glue.lora_layers import carried, carry
+from holdfast.methods._glue.lora_layers import carried, carry, keep
 from holdfast.methods._glue.rule_options import part_of
 from holdfast.methods._glue.sample_gradients import mean_squared_gradients
 from holdfast.methods.seqft import SeqFT, SeqFTConfig, draw, step_seed
@@ -49,8 +49,9 @@ class Cgm(SeqFT):
 
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
         """Estimate what the task needs, merge, and carry on what all tasks so far need."""
-        carry(ctx, _OWN, lambda: self._importance(ctx, trained))
-        self._before, self._own = carried(ctx, _ALL), load_file(ctx.carry_dir / _OWN)
+        own = ctx.scratch_dir / _OWN  # no later step asks for it
+        keep(own, lambda: self._importance(ctx, trained))
+        self._before, self._own = carried(ctx, _ALL), load_file(own)
 
         def together() -> dict[str, Tensor]:
             return {k: v + self._before[k] if k in self._before else v for k, v in self._own.items()}
@@ -64,7 +65,7 @@ class Cgm(SeqFT):
 
     def _importance(self, ctx: TaskContext, trained: Checkpoint) -> dict[str, Tensor]:
         samples = draw(self.learned(ctx), self.config.importance_samples, step_seed(ctx))
-        return mean_squared_gradients(ctx, trained, samples)
+        return mean_squared_gradients(ctx, trained, samples, cut_at=self.config.training.max_length)
 
 
 __all__ = ["Cgm", "CgmConfig", "CgmRule"]

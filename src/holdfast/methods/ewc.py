@@ -7,6 +7,7 @@ so r x c is formed per layer and step: meant for small models, and as a yardstic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ class EwcConfig(SeqFTConfig):
     fisher_samples: int = 128
 
     def __post_init__(self) -> None:
-        if self.weight < 0 or not 0 <= self.decay <= 1 or self.fisher_samples < 1:
+        if not 0 <= self.weight < math.inf or not 0 <= self.decay <= 1 or self.fisher_samples < 1:
             raise ConfigError(
                 f"weight {self.weight}, decay {self.decay}, fisher_samples {self.fisher_samples}; expected >= 0, "
                 "0..1 and 1 or more."
@@ -66,7 +67,7 @@ class Ewc(SeqFT):
     def _fisher(self, ctx: TaskContext, merged: Checkpoint) -> dict[str, Tensor]:
         samples = draw(self.learned(ctx), self.config.fisher_samples, step_seed(ctx))
         before = carried(ctx, _FILE)
+        found = mean_squared_gradients(ctx, merged, samples, cut_at=self.config.training.max_length)
         return {
-            name: mean + self.config.decay * before[name] if name in before else mean
-            for name, mean in mean_squared_gradients(ctx, merged, samples).items()
+            name: mean + self.config.decay * before[name] if name in before else mean for name, mean in found.items()
         }

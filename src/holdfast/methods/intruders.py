@@ -12,7 +12,10 @@ from pathlib import Path
 
 from peft import PeftModel
 from peft.tuners.lora.intruders import reduce_intruder_dimension
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
 
+from holdfast.checkpoints.adapter import WEIGHTS_FILE
 from holdfast.errors import ConfigError
 from holdfast.methods.seqft import SeqFT, SeqFTConfig
 from holdfast.models.load import load
@@ -39,6 +42,20 @@ class IntrudersConfig(SeqFTConfig):
         for name in ("threshold", "keep"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a share in 0..1.")
+
+
+def pad_rank(file: Path, rank: int) -> None:
+    """Give every A and B of a PEFT file `rank` rows and columns, zeros where there are fewer: their product stays.
+
+    PEFT writes a reduced layer with no more of them than the layer's smaller side has, and the configuration with r.
+    """
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if ".lora_A." in name:
+            tensors[name] = pad(tensor, (0, 0, 0, rank - tensor.shape[0]))
+        elif ".lora_B." in name:
+            tensors[name] = pad(tensor, (0, rank - tensor.shape[1]))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
 
 
 class Intruders(SeqFT):
@@ -70,5 +87,6 @@ class Intruders(SeqFT):
             shutil.rmtree(temporary, ignore_errors=True)
             # PEFT puts an adapter that is not called "default" into a folder of its name.
             tuned.save_pretrained(str(temporary), selected_adapters=[_REDUCED])
+        pad_rank(temporary / _REDUCED / WEIGHTS_FILE, tuned.peft_config[_REDUCED].r)  # type: ignore[attr-defined]
         (temporary / _REDUCED).replace(folder)
         shutil.rmtree(temporary)

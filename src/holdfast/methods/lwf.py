@@ -7,6 +7,7 @@ model, so none is kept in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ class LwfConfig(SeqFTConfig):
     temperature: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.weight < 0 or self.temperature <= 0:
+        if not 0 <= self.weight < math.inf or not 0 < self.temperature < math.inf:
             raise ConfigError(f"weight {self.weight} and temperature {self.temperature}; expected >= 0 and > 0.")
 
 

@@ -70,7 +70,15 @@ class Osf(SeqFT):
         return Checkpoint(base=trained.base, adapters=(*trained.adapters[:-1], str(out)))
 
     def _adapter(self, loaded: LoadedModel, config: TrainingConfig) -> PeftModel:
-        osf = PeftConfig(effective_rank=self.config.kept, target_modules=list(editable_linears(loaded.model)))
+        linears = editable_linears(loaded.model)
+        for name, linear in linears.items():
+            directions = min(linear.in_features, linear.out_features)
+            if not 1 <= int(self.config.kept * directions) < directions:
+                raise ConfigError(
+                    f"kept is {self.config.kept}, and {name} has {directions} singular directions: expected at least "
+                    "one that is kept and one that is tuned."
+                )
+        osf = PeftConfig(effective_rank=self.config.kept, target_modules=list(linears))
         with quiet_peft():
             return get_peft_model(loaded.model, osf)  # type: ignore[return-value]
 

@@ -7,6 +7,7 @@ same at any alpha; and an entry that two tasks marked counts twice in its layer'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ class RegLoraConfig(SeqFTConfig):
     weight: float = 2.5e3
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1 or self.weight < 0:
+        if not 0 < self.share <= 1 or not 0 <= self.weight < math.inf:
             raise ConfigError(f"share {self.share} and weight {self.weight}; expected a share in (0, 1] and >= 0.")
 
 

@@ -353,6 +353,7 @@ def step_curvature(
         config=config.calibration,
         adapted_only=True,
         dtype=config.calibration_dtype,
+        cut_at=config.training.max_length,
         progress=lambda event, done, total, **rest: ctx.progress("calibrate", done=done, total=total),
     )
     found.save(path)

@@ -80,6 +80,31 @@ def encode_training(loaded: LoadedModel, samples: Sequence[Sample], *, cut_at: i
     return inputs
 
 
+def encode_cut(loaded: LoadedModel, samples: Sequence[Sample], cut_at: int | None) -> tuple[Inputs, int]:
+    """(inputs as `encode_training` makes them, of at most `cut_at` tokens; how many samples were cut).
+
+    What a task is learned from, and so what is measured of it afterwards.
+
+    Raises: DataError: as `encode_training`; a cut would go into a sample's images or take its whole answer away.
+    """
+    inputs = encode_training(loaded, samples, cut_at=cut_at)
+    shape = inputs["input_ids"].shape
+    if cut_at is None or shape[1] <= cut_at:
+        return inputs, 0
+    kept = {name: value[:, :cut_at] if value.shape[:2] == shape else value for name, value in inputs.items()}
+    images, cut = torch.tensor(sorted(loaded.image_token_ids)), 0
+    for row, sample in enumerate(samples):
+        lost = inputs["input_ids"][row, cut_at:]
+        tokens = int(inputs["attention_mask"][row].sum())
+        cut += int(tokens > cut_at)
+        if torch.isin(lost, images).any() or not (kept["labels"][row] != IGNORED_LABEL).any():
+            raise DataError(
+                f"Sample {sample.id!r} is {tokens} tokens long and max_length {cut_at} would cut into its images or "
+                "remove its whole answer. Raise max_length, or drop the sample."
+            )
+    return kept, cut
+
+
 def token_kinds(loaded: LoadedModel, inputs: Inputs) -> Tensor:
     """What each position holds: PADDING, TEXT, IMAGE or ANSWER, int8 of shape (b, t); ANSWER needs `labels`."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]

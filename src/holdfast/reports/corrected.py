@@ -31,7 +31,7 @@ NOTE = (
 
 def corrections(group: Group) -> list[tuple[RunView, Correction]]:
     """The runs of a group that have labels, with their corrected rates."""
-    found = ((run, correct(run.path)) for run in group.runs)
+    found = ((run, correct(path)) for run in group.runs for path in (run.path, *run.others))
     return [(run, correction) for run, correction in found if correction is not None]
 
 

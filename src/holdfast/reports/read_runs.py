@@ -93,7 +93,10 @@ class MethodView:
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """One run directory: its methods in the order they were asked for."""
+    """One run directory: its methods in the order they were asked for.
+
+    others: folders that hold further methods of the same run (cells of a grid that varies its methods).
+    """
 
     path: Path
     stream: str
@@ -105,6 +108,7 @@ class RunView:
     methods: dict[str, MethodView]
     config: dict[str, Any]
     versions: dict[str, str]
+    others: tuple[Path, ...] = ()
 
 
 def load_run(path: Path | str) -> RunView:

@@ -22,7 +22,11 @@ _SHOWN, _LETTERS = 3, 40
 
 
 def group_runs(runs: Sequence[RunView]) -> list[Group]:
-    """Groups in the order of their first run; a run that repeats a seed of a group stands alone, with a note."""
+    """Groups in the order of their first run; a run that repeats a seed of a group stands alone, with a note.
+
+    Folders that differ in their methods alone are one run: a grid may have a cell for each.
+    """
+    runs = _joined(runs)
     names = _names(runs)
     together: list[list[int]] = []
     alone: dict[int, str] = {}
@@ -56,6 +60,31 @@ def group_runs(runs: Sequence[RunView]) -> list[Group]:
         if len(same) > 1:
             details |= dict(zip(same, _details([groups[i] for i in same], [folders[i] for i in same]), strict=True))
     return [replace(group, detail=details.get(i, "")) for i, group in enumerate(groups)]
+
+
+def _joined(runs: Sequence[RunView]) -> list[RunView]:
+    found: list[RunView] = []
+    for run in runs:
+        place = next((i for i, other in enumerate(found) if _parts_of_one(other, run)), None)
+        if place is None:
+            found.append(run)
+            continue
+        first = found[place]
+        methods = {**first.config["methods"], **run.config["methods"]}
+        found[place] = replace(
+            first,
+            methods={**first.methods, **run.methods},
+            config={**first.config, "methods": methods},
+            others=(*first.others, run.path, *run.others),
+        )
+    return found
+
+
+def _parts_of_one(a: RunView, b: RunView) -> bool:
+    """Whether two folders have one configuration, seed and data, and no method in common."""
+    if (a.tasks, a.config["config"]) != (b.tasks, b.config["config"]):
+        return False
+    return not set(a.config["methods"]) & set(b.config["methods"])
 
 
 def _alike(a: RunView, b: RunView) -> bool:

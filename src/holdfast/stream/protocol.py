@@ -17,6 +17,7 @@ __all__ = [
     "LearnsTogether",
     "Method",
     "TaskContext",
+    "TimesAnswers",
     "silent",
 ]
 
@@ -139,3 +140,10 @@ class Evaluator(Protocol):
     def __call__(
         self, checkpoint: Checkpoint, *, stream: Any, step: int | None, out_dir: Path, progress: Callable[..., None]
     ) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class TimesAnswers(Protocol):
+    """An evaluator that says what answering took: {"requests", "seconds"} of its last call, for the record."""
+
+    answering: dict[str, float]

@@ -17,8 +17,9 @@ RUN/data/                                the stream itself, where the run was as
 
 record.json: `{"format", "method", "t", "task", "tasks": [names 1..t], "seed", "checkpoint": {"base", "adapters"},
 "scores": {task: {"value", "n", "scorer", "mode", "unscored"}}, "safety": {set: {...}}, "seconds": {phase: s},
-"peak_bytes": {phase: {"host", "device"}}, "versions": {...}}`. Rates are 0..1, an absent figure is null. Paths inside
-the run directory are relative to it, marked `run:`, so that the directory can be moved.
+"peak_bytes": {phase: {"host", "device"}}, "answering": {"requests", "seconds"}, "versions": {...}}`. Rates are 0..1, an
+absent figure is null. Paths inside the run directory are relative to it, marked `run:`, so that the directory can be
+moved.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Record:
     safety: Mapping[str, Mapping[str, Any]]
     seconds: Mapping[str, float]
     peak_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    answering: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -118,6 +120,7 @@ class RunDirectory:
             "safety": record.safety,
             "seconds": record.seconds,
             "peak_bytes": record.peak_bytes,
+            "answering": record.answering,
             "versions": record.versions,
         }
         write_json(folder / "record.json", data)
@@ -138,7 +141,7 @@ class RunDirectory:
                 f"{path}: format is {found!r}, expected {FORMAT!r}. Delete {folder} to have this step made again."
             )
         kinds = {"tasks": list} | dict.fromkeys(
-            ("scores", "safety", "seconds", "peak_bytes", "versions", "checkpoint"), dict
+            ("scores", "safety", "seconds", "peak_bytes", "answering", "versions", "checkpoint"), dict
         )
         for key, kind in kinds.items():
             if not isinstance(data.get(key, kind()), kind):
@@ -158,6 +161,7 @@ class RunDirectory:
                 safety=data["safety"],
                 seconds=data["seconds"],
                 peak_bytes=data.get("peak_bytes", {}),  # records of before it was measured
+                answering=data.get("answering", {}),
                 versions=data["versions"],
             )
         except KeyError as error:

@@ -20,7 +20,7 @@ from holdfast.errors import RunError, TrainingError
 from holdfast.files import Lock, full_disk_errors, write_json
 from holdfast.share import ALONE, Share
 from holdfast.stream.memory import PeakMemory
-from holdfast.stream.protocol import Checkpoint, Evaluator, Method, TaskContext, silent
+from holdfast.stream.protocol import Checkpoint, Evaluator, Method, TaskContext, TimesAnswers, silent
 from holdfast.stream.record import DIVERGED, AsToday, Record, RunDirectory, claim, read_json, versions
 
 Progress = Callable[..., None]
@@ -117,6 +117,7 @@ class StreamRun:
                 safety=rows["safety"],
                 seconds={"evaluate": round(time.perf_counter() - started, 3)},
                 peak_bytes={"evaluate": peak.bytes()},
+                answering=_answering(evaluator),
                 versions=versions(),
             )
             return self._write(folder, made, lambda: _sweep(folder.rglob(".*.tmp")))
@@ -200,6 +201,7 @@ class StreamRun:
             safety=rows["safety"],
             seconds=seconds,
             peak_bytes=peaks,
+            answering=_answering(evaluator),
             versions=versions(),
         )
         return self._write(work_dir, record, lambda: (work_dir / DIVERGED).unlink(missing_ok=True))
@@ -291,6 +293,10 @@ class _Marks:
                     f"Delete {self._path.parent} to have this step made again."
                 )
         return checkpoint
+
+
+def _answering(evaluator: Evaluator) -> dict[str, float]:
+    return dict(evaluator.answering) if isinstance(evaluator, TimesAnswers) else {}
 
 
 @contextmanager

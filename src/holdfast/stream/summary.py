@@ -17,7 +17,7 @@
     "unscored": {"tasks": n, "safety": n}, "seconds": {phase: s}, "peak_bytes": {phase: {"host", "device"}},
     "request_seconds": s}}}
 ```
-"request_seconds" is wall clock of the last step's evaluation per request, in batches (null: nothing was asked).
+"request_seconds" is wall clock of generating an answer after the last step, in batches (null: not measured).
 "bounds" are what a mean over the sets could be, whatever the unscored replies are.
 Rates are 0..1; what is not defined (BWT of one task, a set that no judge could score) is null. Intervals resample test
 prompts, so they say how sure the figure of these weights is; the spread over seeds is another question.
@@ -251,9 +251,8 @@ def _peaks(records: Sequence[Record]) -> dict[str, dict[str, int]]:
 
 
 def _request_seconds(last: Record) -> float | None:
-    asked = sum(row["n"] for row in last.scores.values())
-    asked += sum(row["n"] + row.get("benign", {}).get("n", 0) for row in last.safety.values())
-    return last.seconds["evaluate"] / asked if asked and "evaluate" in last.seconds else None
+    asked = last.answering.get("requests", 0)
+    return last.answering["seconds"] / asked if asked else None
 
 
 def _task_intervals(folders: Sequence[Path], records: Sequence[Record], figures: Mapping[str, Any]) -> dict[str, Any]:

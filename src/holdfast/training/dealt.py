@@ -69,9 +69,11 @@ def deal(count: int, config: TrainingConfig, share: Share, seed: int) -> DealtBa
     """
     if share.world == 1:
         return None
-    config.refuse_uneven(share.world)
-    part = config.batch_size // share.world
-    size = next(size for size in range(min(part, config.forward_size), 0, -1) if part % size == 0)
     return DealtBatches(
-        count=count, batch_size=config.batch_size, forward_size=size, rank=share.rank, world=share.world, seed=seed
+        count=count,
+        batch_size=config.batch_size,
+        forward_size=config.part_size(share.world),
+        rank=share.rank,
+        world=share.world,
+        seed=seed,
     )

@@ -16,8 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from holdfast.data.images import current_pictures, pictures
 from holdfast.data.types import Sample
-from holdfast.errors import DataError, TrainingError
-from holdfast.models.encode import IGNORED_LABEL, encode_training
+from holdfast.errors import TrainingError
+from holdfast.models.encode import IGNORED_LABEL, encode_cut
 from holdfast.models.loaded import LoadedModel
 from holdfast.share import Share
 from holdfast.training.dealt import DealtBatches
@@ -73,31 +73,11 @@ class Encode:
     def __call__(self, items: Sequence[Sample | _Idle]) -> dict[str, Tensor]:
         samples = [item.sample if isinstance(item, _Idle) else item for item in items]
         with pictures(self._pictures):
-            inputs, cut = self._encoded(samples)
+            inputs, cut = encode_cut(self.loaded, samples, self.max_length)
             if isinstance(items[0], _Idle):
                 inputs["labels"], cut = torch.full_like(inputs["labels"], IGNORED_LABEL), 0
             # With the batch, because this object is a copy in each of a loader's workers.
             return {**inputs, **(self.extras(samples) if self.extras else {}), _CUT: torch.tensor([cut])}
-
-    def _encoded(self, samples: Sequence[Sample]) -> tuple[dict[str, Tensor], int]:
-        inputs = encode_training(self.loaded, samples, cut_at=self.max_length)
-        length = inputs["input_ids"].shape[1]
-        if self.max_length is None or length <= self.max_length:
-            return inputs, 0
-        kept = {
-            k: v[:, : self.max_length] if v.shape[:2] == inputs["input_ids"].shape else v for k, v in inputs.items()
-        }
-        images, cut = torch.tensor(sorted(self.loaded.image_token_ids)), 0
-        for row, sample in enumerate(samples):
-            lost = inputs["input_ids"][row, self.max_length :]
-            tokens = int(inputs["attention_mask"][row].sum())
-            cut += int(tokens > self.max_length)
-            if torch.isin(lost, images).any() or not (kept["labels"][row] != IGNORED_LABEL).any():
-                raise DataError(
-                    f"Sample {sample.id!r} is {tokens} tokens long and max_length {self.max_length} would cut into its "
-                    "images or remove its whole answer. Raise max_length, or drop the sample."
-                )
-        return kept, cut
 
 
 class StreamTrainer(Trainer):

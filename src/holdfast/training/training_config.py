@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,14 +57,14 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("rank", "batch_size", "alpha", "learning_rate", "epochs"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected more than 0.")
         for name in ("max_steps", "micro_batch_size", "max_length", "save_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; expected 1 or more, or null.")
         for name in ("weight_decay", "max_grad_norm", "workers"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more.")
         for name in ("dropout", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
@@ -77,6 +78,15 @@ class TrainingConfig:
     def forward_size(self) -> int:
         """Samples per forward pass."""
         return self.micro_batch_size or self.batch_size
+
+    def part_size(self, processes: int) -> int:
+        """Samples per forward pass where so many processes deal out each batch: at most `forward_size`, and equal.
+
+        Raises: ConfigError: see `refuse_uneven`.
+        """
+        self.refuse_uneven(processes)
+        part = self.batch_size // processes
+        return next(size for size in range(min(part, self.forward_size), 0, -1) if part % size == 0)
 
     def refuse_uneven(self, processes: int) -> None:
         """Raises ConfigError: a batch cannot be dealt out over so many processes in parts of one size."""

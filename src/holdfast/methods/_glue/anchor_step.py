@@ -51,7 +51,7 @@ def step_grams(
     benign = benign_answers(ctx.stream, config, name) if apart else []
     folder = ctx.scratch_dir / "grams"
 
-    def collect(what: str, source: Checkpoint, samples: Sequence[Sample]) -> GramStore:
+    def collect(what: str, source: Checkpoint, samples: Sequence[Sample], cut_at: int | None = None) -> GramStore:
         return collect_grams(
             source,
             samples,
@@ -60,10 +60,14 @@ def step_grams(
             batch_size=config.calibration.batch_size,
             changed=adapted_layers(before, after),
             dtype=config.calibration_dtype,
+            cut_at=cut_at,
             progress=lambda event, done, total, **rest: ctx.progress("calibrate", done=done, total=total),
         )
 
-    found = {"safety": collect("safety", before, safety), "task": collect("task", after, task)}
+    found = {
+        "safety": collect("safety", before, safety),
+        "task": collect("task", after, task, config.training.max_length),
+    }
     if benign:
         found["benign"] = collect("benign", before, benign)
     if not config.edit.past_weight:

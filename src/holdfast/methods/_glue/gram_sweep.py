@@ -76,6 +76,7 @@ class GramSweep(SeqFT):
                 batch_size=self.config.calibration.batch_size,
                 blocks=range(self._first, count),
                 edits=self.sequential,
+                cut_at=self.config.training.max_length,
                 progress=lambda event, done, total, **rest: ctx.progress("calibrate", done=done, total=total),
             )
         return super().end_task(ctx, trained)

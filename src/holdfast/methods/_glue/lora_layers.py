@@ -84,7 +84,12 @@ def carry(ctx: TaskContext, file: str, make: Callable[[], Mapping[str, Tensor]])
 
     make: tensors of any shape, by name, such as one layer's A (rank, in).
     """
-    path = ctx.carry_dir / file
+    keep(ctx.carry_dir / file, make)
+
+
+def keep(path: Path, make: Callable[[], Mapping[str, Tensor]]) -> None:
+    """Write tensors of any shape, by name, to `path`, where they are not there already."""
     if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in make().items()}, temporary)

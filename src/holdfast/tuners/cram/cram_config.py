@@ -123,13 +123,13 @@ class CramConfig:
                 f"r_max is {self.rank.r_max} and buffer_rank {self.buffer_rank}; an expert keeps at most the buffer's "
                 "directions. Raise buffer_rank or lower r_max."
             )
-        if self.sigma is not None and self.sigma < 0:
+        if self.sigma is not None and not 0 <= self.sigma < math.inf:
             raise ConfigError(f"sigma is {self.sigma}; expected 0 or more, or null to take it from the data.")
         for name in ("join_cosine", "join_floor"):
             if not -1 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a cosine in -1..1.")
         for name in ("sigma_scale", "penalty", "abstain_slack"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more.")
         for name in ("dropout", "held_out", "abstain_quantile", "common_directions"):
             if not 0 <= getattr(self, name) < 1:
