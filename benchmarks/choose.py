@@ -88,18 +88,21 @@ def worth(figures: Mapping[str, Any]) -> float:
     return ap - masr - over_refusal
 
 
-def figures_of(options: argparse.Namespace, row: str) -> dict[str, Any] | None:
-    """A row of the table; None: not all of its seeds are finished."""
-    found = []
+def summaries_of(options: argparse.Namespace) -> list[Mapping[str, Any]]:
+    """The methods of every seed's run; intervals make a summary slow, so each is made once for all rows."""
+    found: list[Mapping[str, Any]] = []
     for seed in options.seeds:
         try:
-            method = summarize_run(five_seeds.cell_dir(options, "injected", seed))["methods"].get(row, {})
+            found.append(summarize_run(five_seeds.cell_dir(options, "injected", seed))["methods"])
         except HoldfastError:
-            return None
-        if not method.get("complete"):
-            return None
-        found.append(method)
-    return row_of(found)
+            found.append({})  # not begun
+    return found
+
+
+def figures_of(summaries: Sequence[Mapping[str, Any]], row: str) -> dict[str, Any] | None:
+    """A row of the table; None: not all of its seeds are finished."""
+    found = [methods.get(row, {}) for methods in summaries]
+    return row_of(found) if all(method.get("complete") for method in found) else None
 
 
 def publish(options: argparse.Namespace) -> None:
@@ -111,8 +114,9 @@ def publish(options: argparse.Namespace) -> None:
         "|---|---|" + "---:|" * (len(FIGURES) + 1),
     ]
     chosen: dict[str, Any] = {}
+    summaries = summaries_of(options)
     for method in options.methods:
-        found = {row: figures_of(options, row) for row in tries_of(method)}
+        found = {row: figures_of(summaries, row) for row in tries_of(method)}
         known = {row: figures for row, figures in found.items() if figures is not None}
         if not known:
             continue
