@@ -123,8 +123,12 @@ def guard(args: argparse.Namespace, out: Path) -> Commands:
 
 
 def shown_rivals(out: Path) -> str:
-    chosen = (out / "choose" / "choose.md").read_text()
-    return f"{(out / 'table.md').read_text()}\nWhat was tried:\n\n{chosen}"
+    chosen = json.loads((out / "choose" / "chosen.json").read_text())
+    settings = "; ".join(
+        f"{name} {json.dumps({key: value for key, value in row.items() if key != 'method'})[1:-1] or 'as it is'}"
+        for name, row in chosen.items()
+    )
+    return f"{(out / 'table.md').read_text()}\nSettings that were chosen (every try: OUT/choose/choose.md): {settings}."
 
 
 def shown_once(out: Path) -> str:
