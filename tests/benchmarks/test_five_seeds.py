@@ -7,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from holdfast.errors import DataError
 from holdfast.metrics.intervals import over_seeds
@@ -54,6 +56,16 @@ def test_a_row_changes_what_it_names_alone(five_seeds):
     own = {"method": "hpa", "calibration": {"damping": 1.0, "tokens": "all"}, "unaligned": "here"}
     found = five_seeds.merged(own, {"calibration": {"damping": 0.01}})
     assert found == {"method": "hpa", "calibration": {"damping": 0.01, "tokens": "all"}, "unaligned": "here"}
+
+
+def test_parameters_are_counted_from_the_file(five_seeds, tmp_path):
+    tensors = {
+        "a.lora_A.weight": torch.zeros(2, 5),
+        "a.lora_B.weight": torch.zeros(3, 2),
+        "base.probe.x": torch.zeros(9),
+    }
+    save_file(tensors, tmp_path / "one.safetensors")
+    assert five_seeds.parameters_of(tmp_path / "one.safetensors") == 16
 
 
 def test_other_seeds_are_no_pairs(five_seeds):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,21 @@ def threads():
 
 def tensors(out: Path) -> dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*.safetensors"))}
+
+
+def test_methods_that_the_file_does_not_name_may_be_asked_for(run_file, tmp_path):
+    """As `holdfast run --method` does, and as the README's lines of Python ask of a run file that comes along."""
+    config = experiment.read_run(run_file(methods={"seqft": {}, "half": {"method": "interpolation", "factor": 0.5}}))
+    assert list(experiment.run(config, tmp_path / "run", methods=["frozen"])["methods"]) == ["frozen"]
+    kept = experiment.only(config, ["half", "frozen"])
+    assert kept.methods == {"half": config.methods["half"], "frozen": {}}
+    with pytest.raises(UnknownNameError, match="frozn"):
+        experiment.run(config, tmp_path / "other", methods=["frozn"])
+    root = Path(__file__).parents[2]
+    [block] = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    file, names = re.findall(r'read_run\("(.*?)"\).*methods=(\[.*?\])', block)[0]
+    asked = json.loads(names)
+    assert list(experiment.build_methods(experiment.only(experiment.read_run(root / file), asked))) == asked
 
 
 def test_two_processes_give_the_results_of_one(run_file, tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -97,6 +98,29 @@ def test_a_lost_worker_is_replaced_and_a_finished_cell_is_kept(tmp_path: Path) -
 def test_a_cluster_that_is_not_there_is_said(address: str) -> None:
     with pytest.raises(RunError, match=re.escape(f"No Ray cluster answers at '{address}'")):
         RayPlaces(address)
+
+
+@pytest.mark.parametrize(
+    "kind, said", [("RayTaskError", "could not start it: no such interpreter"), ("Lost", "is gone")]
+)
+def test_a_cell_that_cannot_start_is_told_from_a_lost_worker(
+    kind: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for Ray: its errors, and who raises them."""
+    ray = ModuleType("ray")
+    errors = ray.exceptions = SimpleNamespace(RayError=type("RayError", (Exception,), {}))  # type: ignore[attr-defined]
+    errors.RayTaskError = type("RayTaskError", (errors.RayError,), {"cause": "no such interpreter"})
+    errors.Lost = type("Lost", (errors.RayError,), {})
+
+    def get(_: object) -> None:
+        raise getattr(errors, kind)
+
+    remote = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: object()))
+    for name, value in {"init": lambda **_: None, "remote": lambda _: remote, "get": get}.items():
+        setattr(ray, name, value)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    status, found = RayPlaces("local", workers=1).run({"cwd": None})
+    assert status == 1 and said in found
 
 
 def test_amounts_and_a_missing_ray_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

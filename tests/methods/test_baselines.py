@@ -227,6 +227,16 @@ def test_what_was_cut_when_it_was_learned_is_cut_when_it_is_measured(ctx, name):
     assert Path(method.end_task(ctx, method.train_task(ctx)).base).is_dir()
 
 
+@pytest.mark.parametrize("name", ["safe_delta", "hpa", "anchor"])
+def test_a_safe_answer_was_not_learned_and_is_not_cut(ctx, name):
+    long = Sample.single("no-long", " ".join(["how"] * 50), "No.")
+    stream = dataclasses.replace(ctx.stream, safety_calibration=[*ctx.stream.safety_calibration, long])
+    ctx = dataclasses.replace(ctx, stream=stream, step=0, task_names=ctx.task_names[:1], previous_work_dir=None)
+    method = get(name, safety_samples=None, training={**TRAINING, "max_length": 96})
+    method.begin_task(ctx)
+    assert Path(method.end_task(ctx, method.train_task(ctx)).base).is_dir()
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     ("name", "option"), [("ewc", "weight"), ("lwf", "weight"), ("lwf", "temperature"), ("reg_lora", "weight")]

@@ -51,7 +51,10 @@ class HereProcesses:
     def run(self, job: Mapping[str, Any]) -> tuple[int, str]:
         """(status, what it said on stderr). Raises: StoppedError."""
         if (cwd := job.get("cwd")) is not None and not Path(cwd).is_dir():
-            return MISTAKE, f"{socket.gethostname()} has no folder {cwd}, from which the sweep was started."
+            return MISTAKE, (
+                f"{socket.gethostname()} has no folder {cwd}, from which the sweep was started. Start it from one that "
+                "every machine sees."
+            )
         with tempfile.TemporaryFile(mode="w+") as said:
             process = self._start(said, job.get("cwd"))
             try:

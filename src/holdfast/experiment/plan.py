@@ -132,20 +132,18 @@ class _Planner:
     def plan(self) -> Plan:
         tasks = [task.name for task in self.config.used_tasks() if (task.name, "train") in self.diagnosis.samples]
         tokens = {name: self._tokens(self.diagnosis.samples[name, "train"]) for name in tasks}
-        methods = {
-            label: self._method(getattr(method, "config", None), tasks, tokens)
-            for label, method in build_methods(self.config).items()
-        }
-        uneven = {
-            size
-            for method in build_methods(self.config).values()
-            if (size := _training_of(getattr(method, "config", None)).batch_size) % self.devices.count
-        }
-        notes = [
-            *(f"A batch of {size} cannot be dealt out evenly over {self.devices.count} devices." for size in uneven),
-            "A method that trains on more than the new task's samples (old ones, refusals) takes more than that.",
+        options = {label: getattr(method, "config", None) for label, method in build_methods(self.config).items()}
+        methods = {label: self._method(chosen, tasks, tokens) for label, chosen in options.items()}
+        count = self.devices.count
+        uneven = sorted({size for o in options.values() if (size := _training_of(o).batch_size) % count})
+        several = [
             "Several devices: whole copies of the base learn each task together and share out the requests; a "
-            "calibration and an edit are made by the first alone.",
+            "calibration and an edit are made by the first alone."
+        ]
+        notes = [
+            *(f"A batch of {size} cannot be dealt out evenly over {count} devices." for size in uneven),
+            *(several if count > 1 else []),
+            "A method that trains on more than the new task's samples (old ones, refusals) takes more than that.",
             "Checkpoints of three steps of a method (two stay, one is written) are counted as whole models; adapters "
             "take less.",
         ]

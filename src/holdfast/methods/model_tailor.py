@@ -56,9 +56,10 @@ class ModelTailor(GramSweep):
         """The block at this share of the depth; always one is left."""
         return min(count - 1, round(self.config.first_block * count))
 
-    def gram_source(self, ctx: TaskContext, trained: Checkpoint) -> tuple[Checkpoint, Sequence[Sample]]:
-        """The tuned model, and samples of the task at hand drawn by the step's seed."""
-        return trained, draw(self.learned(ctx), self.config.task_samples, step_seed(ctx))
+    def gram_source(self, ctx: TaskContext, trained: Checkpoint) -> tuple[Checkpoint, Sequence[Sample], int | None]:
+        """The tuned model, and samples of the task at hand drawn by the step's seed, cut as they were learned."""
+        samples = draw(self.learned(ctx), self.config.task_samples, step_seed(ctx))
+        return trained, samples, self.config.training.max_length
 
     def edit_layer(self, w_prev: Tensor, w_new: Tensor, inverse_factor: Tensor) -> RivalEdit:
         """Model Tailor of one layer; weights (r, c), inverse_factor (c, c)."""

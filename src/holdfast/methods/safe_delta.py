@@ -48,9 +48,9 @@ class SafeDelta(GramSweep):
 
     needs_safety_answers = True
 
-    def gram_source(self, ctx: TaskContext, trained: Checkpoint) -> tuple[Checkpoint, Sequence[Sample]]:
-        """The model before the task, and theta_0's own safe answers."""
-        return ctx.previous, self.safety_samples(ctx)
+    def gram_source(self, ctx: TaskContext, trained: Checkpoint) -> tuple[Checkpoint, Sequence[Sample], int | None]:
+        """The model before the task, and theta_0's own safe answers, which nothing cut."""
+        return ctx.previous, self.safety_samples(ctx), None
 
     def edit_layer(self, w_prev: Tensor, w_new: Tensor, inverse_factor: Tensor) -> RivalEdit:
         """Safe Delta of one layer; weights (r, c), inverse_factor (c, c)."""

@@ -58,7 +58,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("rank", "batch_size", "alpha", "learning_rate", "epochs"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected more than 0.")
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected more than 0, and finite.")
         for name in ("max_steps", "micro_batch_size", "max_length", "save_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:

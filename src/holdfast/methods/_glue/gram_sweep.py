@@ -49,8 +49,11 @@ class GramSweep(SeqFT):
         """
         raise NotImplementedError
 
-    def gram_source(self, ctx: TaskContext, trained: Checkpoint) -> tuple[Checkpoint, Sequence[Sample]]:
-        """The model and the samples that the Gram matrices are of. Raises NotImplementedError: a method says which."""
+    def gram_source(self, ctx: TaskContext, trained: Checkpoint) -> tuple[Checkpoint, Sequence[Sample], int | None]:
+        """The model and the samples that the Gram matrices are of, and tokens at which those are cut, if at all.
+
+        Raises NotImplementedError: a method says which.
+        """
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
@@ -60,7 +63,7 @@ class GramSweep(SeqFT):
 
     def end_task(self, ctx: TaskContext, trained: Checkpoint) -> Checkpoint:
         """Edit layer by layer while the Gram matrices come in, then write the edits as one checkpoint."""
-        source, samples = self.gram_source(ctx, trained)
+        source, samples, cut_at = self.gram_source(ctx, trained)
         folder = ctx.scratch_dir / "edits"
         folder.mkdir(parents=True, exist_ok=True)
         loaded = load(source, dtype=self.config.calibration_dtype)
@@ -76,7 +79,7 @@ class GramSweep(SeqFT):
                 batch_size=self.config.calibration.batch_size,
                 blocks=range(self._first, count),
                 edits=self.sequential,
-                cut_at=self.config.training.max_length,
+                cut_at=cut_at,
                 progress=lambda event, done, total, **rest: ctx.progress("calibrate", done=done, total=total),
             )
         return super().end_task(ctx, trained)
