@@ -8,6 +8,7 @@ this one may be stopped and started at will. Every table has the seeds and the n
 it with; --seeds and --prompts ask for others. Hours: two to five minutes a method, seed and condition on one core, ten
 in the small world. Results go to OUT/<table>/table.md, and between `<!-- table NAME -->` and `<!-- end of table -->` of
 docs/REPRODUCTION.md where the document has these marks, with the command, the commit and the versions that made them.
+`rivals --chosen benchmarks/chosen.json` takes the settings that the fifty tries of docs/design/rivals.md came to.
 Orderings that the paper claims are marked seen, not seen or opposite, by intervals paired by seed.
 """
 
@@ -67,7 +68,7 @@ class Table:
     commands: Callable[[argparse.Namespace, Path], Commands]
     seeds: str = "0..4"
     prompts: int = 100
-    shown: Callable[[Path], str] = lambda out: (out / "table.md").read_text()
+    shown: Callable[[Path, argparse.Namespace], str] = lambda out, _: (out / "table.md").read_text()
 
 
 def stream(*options: str, methods: Sequence[str] = METHODS, conditions: str = "injected") -> Any:
@@ -95,13 +96,21 @@ def common(args: argparse.Namespace, out: Path) -> list[str]:
 
 
 def rivals(args: argparse.Namespace, out: Path) -> Commands:
-    """Settings first, on the validation draw; then the test draw, of what was chosen."""
-    choice, tried = out / "choose", chosen_of(args, TRIED)
-    settings = ("--settings", str(choice / "chosen.json"), "--against", "anchor")
-    return [
-        ["choose.py", "--methods", ",".join(tried), "--jobs", str(args.jobs), "--out", str(choice)],
-        *stream(*settings, methods=(*BESIDE, *tried))(args, out),
-    ]
+    """Settings first, on the validation draw, unless they were chosen before; then those on the test draw."""
+    tried = chosen_of(args, (*BESIDE, *TRIED))
+    choices = [name for name in tried if name in TRIED]
+    choose: Commands = []
+    if choices and args.chosen is None:
+        options = ["--jobs", str(args.jobs), "--out", str(out / "choose")]
+        choose = [["choose.py", "--methods", ",".join(choices), *options]]
+    settings = ["--against", "anchor"]
+    if choices:
+        settings += ["--settings", str(chosen_file(args, out))]
+    return [*choose, *stream(*settings, methods=tried)(args, out)]
+
+
+def chosen_file(args: argparse.Namespace, out: Path) -> Path:
+    return args.chosen or out / "choose" / "chosen.json"
 
 
 def edit_once(args: argparse.Namespace, out: Path) -> Commands:
@@ -122,23 +131,25 @@ def guard(args: argparse.Namespace, out: Path) -> Commands:
     ]
 
 
-def shown_rivals(out: Path) -> str:
-    chosen = json.loads((out / "choose" / "chosen.json").read_text())
+def shown_rivals(out: Path, args: argparse.Namespace) -> str:
+    file = chosen_file(args, out)
+    chosen = json.loads(file.read_text()) if file.is_file() else {}
     settings = "; ".join(
         f"{name} {json.dumps({key: value for key, value in row.items() if key != 'method'})[1:-1] or 'as it is'}"
         for name, row in chosen.items()
+        if args.methods is None or name in args.methods
     )
-    return f"{(out / 'table.md').read_text()}\nSettings that were chosen (every try: OUT/choose/choose.md): {settings}."
+    return f"{(out / 'table.md').read_text()}\nSettings that were chosen: {settings}."
 
 
-def shown_once(out: Path) -> str:
+def shown_once(out: Path, _: argparse.Namespace) -> str:
     rows = json.loads((out / "edit_once.json").read_text())["rows"]
     states = ("theta_0", "tuned", "anchor", "interpolation")
     per_seed = [{name: row[name] for name in states if row[name].get("published", True)} for row in rows.values()]
     return figures(per_seed, states, ("anchor", "interpolation"))
 
 
-def shown_guard(out: Path) -> str:
+def shown_guard(out: Path, _: argparse.Namespace) -> str:
     per_seed = [json.loads(file.read_text())["rows"] for file in sorted(out.glob("seed-*/cram_guard.json"))]
     states = list(per_seed[0])
     return figures(per_seed, states, (states[-1], "no guard"))
@@ -254,6 +265,9 @@ def main() -> int:
     parser.add_argument("--seeds", default=None, help="0..4 or 0,3,7; as the documents have them without it")
     parser.add_argument("--prompts", type=int, default=None, help="per test split and side of a safety set")
     parser.add_argument("--methods", type=names, default=None, help="only these rows")
+    parser.add_argument(
+        "--chosen", type=Path, default=None, help="settings for `rivals`, as in benchmarks/chosen.json; no tries then"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/tables"))
     parser.add_argument("--keep-documents", action="store_true", help="write OUT alone")
@@ -270,14 +284,15 @@ def main() -> int:
         out.mkdir(parents=True, exist_ok=True)
         table = TABLES[name]
         asked = {"seeds": args.seeds or table.seeds, "prompts": args.prompts or table.prompts}
-        commands = table.commands(argparse.Namespace(**{**vars(args), **asked}), out)
+        narrowed = argparse.Namespace(**{**vars(args), **asked})
+        commands = table.commands(narrowed, out)
         for command in commands:
             print(f"{name}: {' '.join(command)}", flush=True)
             done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=False)
             if done.returncode:
                 print(f"{name}: {command[0]} ended with {done.returncode}; the same command goes on there", flush=True)
                 return 1
-        parts = [table.shown(out)]
+        parts = [table.shown(out, narrowed)]
         if (out / "table.json").is_file():
             parts += orderings(json.loads((out / "table.json").read_text()))
         text = "\n".join([*parts, "", *made_by(commands, args.out.absolute())])

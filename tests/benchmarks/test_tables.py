@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def tables():
     "name", ["main", "rivals", "released", "harm-0.1", "harm-5", "order", "edit-once", "guard", "small"]
 )
 def test_every_command_names_a_program_and_methods_that_exist(tables, tmp_path, name):
-    args = argparse.Namespace(seeds="0..1", prompts=10, jobs=1, methods=None)
+    args = argparse.Namespace(seeds="0..1", prompts=10, jobs=1, methods=None, chosen=None)
     five_seeds = importlib.import_module("five_seeds")
     for program, *words in tables.TABLES[name].commands(args, tmp_path / "out"):
         assert (BENCHMARKS / program).is_file()
@@ -39,12 +40,31 @@ def test_every_command_names_a_program_and_methods_that_exist(tables, tmp_path, 
 
 
 def test_a_row_that_no_table_has_is_said(tables, tmp_path):
-    args = argparse.Namespace(seeds="0", prompts=10, jobs=1, methods=["reg_lore"])
+    args = argparse.Namespace(seeds="0", prompts=10, jobs=1, methods=["reg_lore"], chosen=None)
     with pytest.raises(SystemExit, match="reg_lore: none of them is among"):
         tables.TABLES["rivals"].commands(args, tmp_path)
     narrow = argparse.Namespace(**{**vars(args), "methods": ["reg_lora", "anchor"]})
     choose, table = tables.TABLES["rivals"].commands(narrow, tmp_path)
     assert choose[2] == "reg_lora" and table[table.index("--methods") + 1] == "anchor,reg_lora"
+
+
+def test_settings_that_were_chosen_are_tries_and_are_not_chosen_again(tables, tmp_path):
+    choose = importlib.import_module("choose")
+    file = BENCHMARKS / "chosen.json"
+    chosen = json.loads(file.read_text())
+    assert set(chosen) == set(tables.TRIED)
+    for name, row in chosen.items():
+        assert row in choose.tries_of(name).values()
+    asked = argparse.Namespace(seeds="0", prompts=10, jobs=1, methods=["seqft", "osf"], chosen=file)
+    (words,) = tables.TABLES["rivals"].commands(asked, tmp_path)
+    assert words[0] == "five_seeds.py" and words[words.index("--settings") + 1] == str(file)
+    (tmp_path / "table.md").write_text("| a table |\n")
+    assert 'Settings that were chosen: osf "kept": 0.75.' in tables.TABLES["rivals"].shown(tmp_path, asked)
+    # Nothing to choose for these two: the table alone.
+    alone = argparse.Namespace(**{**vars(asked), "methods": ["seqft", "anchor"], "chosen": None})
+    (words,) = tables.TABLES["rivals"].commands(alone, tmp_path)
+    assert words[0] == "five_seeds.py" and "--settings" not in words
+    assert tables.TABLES["rivals"].shown(tmp_path, alone).startswith("| a table |")
 
 
 def test_no_method_is_left_out(tables):
