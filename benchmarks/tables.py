@@ -35,7 +35,7 @@ from holdfast.metrics.paired import paired_seeds
 HERE = Path(__file__).resolve().parent
 DOCUMENT = HERE.parent / "docs" / "REPRODUCTION.md"
 RIVALS = (
-    *("seqft", "hpa", "anchor", "safe_delta", "model_tailor", "safe_lora", "ties", "dare", "resta", "cgm", "cgm_hard"),
+    *("seqft", "hpa", "anchor", "safe_delta", "model_tailor", "safe_lora", "ties", "dare", "resta", "cgm", "cgm_plus"),
     *("ewc", "lwf", "o_lora", "reg_lora", "osf", "sppft", "guardspace", "safe_anchor", "intruders", "many"),
     *("replay", "safety_replay", "one_shot", "moelora", "joint", "frozen"),
 )

@@ -19,8 +19,7 @@ def test_divergence_is_the_mean_over_target_positions():
         p = torch.softmax(old[row, position].double() / temperature, 0)
         q = torch.softmax(new[row, position].double() / temperature, 0)
         parts.append(float((p * (p.log() - q.log())).sum()))
-    expected = temperature**2 * sum(parts) / 3
-    assert float(next_token_kl(new, old, labels, temperature=temperature)) == pytest.approx(expected, rel=1e-5)
+    assert float(next_token_kl(new, old, labels, temperature=temperature)) == pytest.approx(sum(parts) / 3, rel=1e-5)
 
 
 def test_equal_models_diverge_by_nothing_and_no_target_gives_zero_with_a_gradient():

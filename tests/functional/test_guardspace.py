@@ -54,9 +54,20 @@ def test_what_forbidden_requests_hold_is_not_read(weight, inputs, energy, most):
     assert float((rows @ seen).abs().max()) < 1e-5 if seen.shape[1] else True
 
 
+@pytest.mark.parametrize("null_below, blocked", [(0.5, 2), (1e-4, 5), (1e-12, COLUMNS - 1)])
+def test_a_floor_blocks_each_direction_above_it(weight, inputs, null_below, blocked):
+    covariance = inputs.T @ inputs
+    values = torch.linalg.eigvalsh(covariance)
+    assert min(int((values > null_below * values[-1]).sum()), COLUMNS - 1) == blocked
+    seen = guarded_start(weight, covariance, rank=RANK, null_below=null_below).seen
+    assert seen.shape == (COLUMNS, blocked)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"rank": 2, "null_below": 0.0}, r"null_below=0\.0"),
+        ({"rank": 2, "null_below": 1.0}, r"null_below=1\.0"),
         ({"rank": 0}, "rank=0; expected 1 to 9"),
         ({"rank": 10}, "rank=10"),
         ({"rank": 2, "energy": 1.0}, r"energy=1\.0"),

@@ -11,6 +11,7 @@ import torch
 from holdfast.functional.hessian import InputGram, inverse_cholesky_factor
 from holdfast.functional.rivals import (
     cgm,
+    cgm_plus,
     dare,
     least_squares_merge,
     model_tailor,
@@ -149,6 +150,23 @@ def test_safelora_projects_only_what_strays() -> None:
     assert not bool(nothing.lora_b.any())
     with pytest.raises(ValueError, match="aligned and the unaligned weight are the same"):
         safelora(a, b, torch.zeros(20, 30))
+    with pytest.raises(ValueError, match=r"update is \(20, 29\) and the alignment \(20, 30\)"):
+        safelora(None, torch.zeros(20, 29), v)
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20), (7, 90), (90, 7)])
+def test_safelora_of_an_update_without_factors_is_the_same(shape) -> None:
+    g = torch.Generator().manual_seed(0)
+    v, d = torch.randn(*shape, generator=g), torch.randn(*shape, generator=g)
+    c = v.double() @ v.double().T / v.double().norm()
+    want = float(torch.nn.functional.cosine_similarity((c @ d.double()).flatten(), d.double().flatten(), dim=0))
+    for threshold, projected in ((want + 0.01, True), (want - 0.01, False)):
+        whole = safelora(None, d, v, threshold=threshold)
+        factored = safelora(torch.eye(shape[1]), d, v, threshold=threshold)
+        assert whole.projected is factored.projected is projected
+        assert whole.cosine == pytest.approx(want, abs=1e-6) and factored.cosine == pytest.approx(want, abs=1e-6)
+        torch.testing.assert_close(whole.lora_b, factored.lora_b, rtol=1e-5, atol=1e-5)
+    assert whole.lora_b is d
 
 
 def test_trim_keeps_the_largest() -> None:
@@ -166,24 +184,39 @@ def test_ties_elects_a_sign_and_averages_what_agrees() -> None:
 
 
 def test_cgm_weighs_each_entry_by_who_needs_it() -> None:
-    """Against the formula, entry by entry; nobody's entries, and those of the first task, keep their change."""
+    """Against the formula, entry by entry; nobody's entries are taken back, a first task keeps what it needs."""
     g = torch.Generator().manual_seed(0)
     delta, own, before = torch.randn(5, 6, generator=g), torch.rand(5, 6, generator=g), torch.rand(5, 6, generator=g)
     own[0, 0] = before[0, 0] = 0.0
-    soft, hard = (cgm(delta, own, before, alpha=0.7, hard=hard) for hard in (False, True))
+    found = cgm(delta, own, before, alpha=0.7)
     for i in range(5):
         for j in range(6):
             d, f, p = float(delta[i, j]), float(own[i, j]), 0.7 * float(before[i, j])
-            assert float(soft[i, j]) == pytest.approx(d * f / (f + p) if f + p else d, rel=1e-5)
-            assert float(hard[i, j]) == (pytest.approx(d) if f > p or p == 0 else 0.0)
+            assert float(found[i, j]) == pytest.approx(d * f / (f + p) if f + p else 0.0, rel=1e-5)
     zeros = torch.zeros_like(own)
-    for first in (cgm(delta, own, zeros), cgm(delta, zeros, zeros), cgm(delta, own, before, alpha=0.0)):
-        assert torch.equal(first, delta)
-    assert not bool(cgm(delta, zeros + 1e-9, before + 1, hard=True).any())
-    with pytest.raises(ValueError, match="alpha=-1"):
-        cgm(delta, own, before, alpha=-1)
-    with pytest.raises(ValueError, match="expected one shape"):
-        cgm(delta, own[1:], before)
+    for first in (cgm(delta, own, zeros), cgm(delta, own, before, alpha=0.0)):
+        assert torch.equal(first, torch.where(own > 0, delta, 0.0))
+    assert not bool(cgm(delta, zeros, zeros).any())
+    for merge in (cgm, cgm_plus):
+        with pytest.raises(ValueError, match="alpha=-1"):
+            merge(delta, own, before, alpha=-1)
+        with pytest.raises(ValueError, match="expected one shape"):
+            merge(delta, own[1:], before)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.95, 1.0])
+def test_cgm_plus_keeps_of_each_row_what_costs_old_tasks_least(kept) -> None:
+    """Against a sort of Python's, row by row; equal costs go by place."""
+    g = torch.Generator().manual_seed(1)
+    delta, own, before = torch.randn(4, 21, generator=g), torch.rand(4, 21, generator=g), torch.rand(4, 21, generator=g)
+    own[1], before[1] = 0.0, 0.0  # nobody's row: all costs are equal
+    found = cgm_plus(delta, own, before, alpha=0.7, kept=kept)
+    for i in range(4):
+        cost = [(0.7 * before[i, j] - own[i, j]).item() * delta[i, j].item() ** 2 for j in range(21)]
+        stay = set(sorted(range(21), key=lambda j: (cost[j], j))[: int(kept * 21)])
+        assert found[i].tolist() == [delta[i, j].item() if j in stay else 0.0 for j in range(21)]
+    with pytest.raises(ValueError, match="kept"):
+        cgm_plus(delta, own, before, kept=1.1)
 
 
 def test_a_least_squares_merge_is_the_minimum_that_recursion_reaches() -> None:

@@ -15,11 +15,13 @@ from holdfast.data.types import Sample
 from holdfast.editing.account import EditReport
 from holdfast.errors import CalibrationError, CheckpointError, ConfigError
 from holdfast.functional.guardspace import guarded_start
-from holdfast.methods import get, safe_anchor
+from holdfast.methods import get, safe_anchor, seqft
 from holdfast.methods._glue import repair
 from holdfast.methods._glue.lora_layers import live_factors, read_adapter
+from holdfast.methods._glue.refusals import refusals
 from holdfast.methods.guardspace import GuardedLora
 from holdfast.methods.safe_anchor import anchored_adapter, mean_loss, top_directions
+from holdfast.methods.seqft import draw
 from holdfast.models.encode import encode_training
 from holdfast.models.families import decoder_blocks, editable_linears
 from holdfast.models.load import load
@@ -130,6 +132,16 @@ def test_a_repair_has_no_larger_forward_passes_than_the_task(ctx, monkeypatch, m
     ((samples, batch, passes),) = sizes
     assert samples == batch == 6 and batch % passes == 0 and passes <= (micro or TRAINING["batch_size"])
     assert passes == largest
+
+
+@pytest.mark.parametrize("name", ["seqft", "moelora", "osf", "sppft", "guardspace"])
+def test_a_step_called_again_learns_nothing_anew(ctx, monkeypatch, name):
+    """Killed between its training and the runner's mark, whatever folder the method publishes in."""
+    first = dataclasses.replace(ctx, step=0, previous_work_dir=None)
+    method = get(name, training=TRAINING, **({"experts": 2} if name == "moelora" else {}))
+    trained = method.train_task(first)
+    monkeypatch.setattr(seqft, "train", lambda *args, **options: pytest.fail("the task is learned again"))
+    assert method.train_task(first) == trained
 
 
 def test_a_task_that_was_learned_whole_is_not_learned_again(ctx, monkeypatch):
@@ -281,16 +293,54 @@ def test_safe_anchor_keeps_gradients_off_what_safety_is_sensitive_to(ctx, pico_f
         assert float(read.abs().max()) < 1e-4 * float(factors.a.grad.abs().max()) + 1e-8
 
 
-@pytest.mark.parametrize("risen, adapters", [(1.2, 2), (1.05, 1)])
-def test_safe_anchor_repairs_what_drifted_and_says_so(ctx, monkeypatch, risen, adapters):
-    """Two steps of a microscopic model may move the loss either way: how far it rose is given here."""
+@pytest.mark.parametrize(
+    "risen, before, adapters", [(1.2, 1.0, 2), (1.05, 1.0, 1), (1.05, 0.9, 2), (1.2, 1.15, 1), (1.2, None, 1)]
+)
+def test_safe_anchor_repairs_what_drifted_from_theta_0_and_says_so(ctx, tmp_path, monkeypatch, risen, before, adapters):
+    """Two steps of a microscopic model may move the loss either way: how far it rose is given here.
+
+    before: theta_0's loss, by the step before, as a share of this step's first; None: of an earlier version, it is
+    asked anew (and the same as `risen` here).
+    """
     start = load(ctx.previous, dtype="float32", device="cpu")
     monkeypatch.setattr(safe_anchor, "mean_loss", lambda loaded, samples: risen * mean_loss(start, samples))
+    safe = draw(refusals(ctx.stream, "safe_anchor"), 2, ctx.seed)
+    ctx = dataclasses.replace(ctx, previous_work_dir=tmp_path / "step-before")
+    ctx.previous_work_dir.mkdir()
+    known = {} if before is None else {"baseline": before * mean_loss(start, safe)}
+    (ctx.previous_work_dir / "safety.json").write_text(json.dumps({"after": 1.0, **known}))
     method = get("safe_anchor", tolerance=0.1, samples=2, repair_steps=1, directions=2, training=TRAINING)
     trained = method.train_task(ctx)
     record = json.loads((ctx.work_dir / "safety.json").read_text())
     assert record["after"] == pytest.approx(risen * record["before"], rel=1e-4) and record["before"] > 0
     assert record["repaired"] is (adapters == 2) and len(trained.adapters) == adapters
+    assert record["baseline"] == pytest.approx((before or risen) * record["before"], rel=1e-4)
+
+
+def test_drift_is_held_against_the_first_step(ctx):
+    """Its own record is where the next step reads theta_0's loss."""
+    first = dataclasses.replace(ctx, step=0, previous_work_dir=None)
+    get("safe_anchor", samples=2, repair_steps=1, directions=2, training=TRAINING).train_task(first)
+    record = json.loads((ctx.work_dir / "safety.json").read_text())
+    assert record["baseline"] == record["before"]
+
+
+@pytest.mark.parametrize("name", ["one_shot", "safe_anchor"])
+def test_a_repair_learns_whole_answers_where_the_task_is_cut(ctx, monkeypatch, name):
+    configs = []
+
+    def seen(loaded, samples, config, **rest):
+        configs.append(config)
+        return repair_train(loaded, samples, config, **rest)
+
+    repair_train = repair.train
+    monkeypatch.setattr(repair, "train", seen)
+    options = {"one_shot": {"epochs": 1}, "safe_anchor": {"tolerance": 0.0, "samples": 2, "repair_steps": 1}}[name]
+    monkeypatch.setattr(safe_anchor, "mean_loss", lambda loaded, samples: 1e9)
+    first = dataclasses.replace(ctx, step=0, previous_work_dir=None)
+    training = {**TRAINING, "max_length": 64}
+    get(name, training=training, **options).train_task(first)
+    assert [config.max_length for config in configs] == [None]
 
 
 def test_a_guarded_lora_is_nothing_at_first_reads_nothing_of_what_was_seen_and_is_saved_as_it_acts(
@@ -351,12 +401,14 @@ def test_osf_as_an_ordinary_lora_is_what_peft_changed(ctx, pico_folder):
         ("sppft", {"safety_layers": [0.5, 0.2]}, "safety_layers is"),
         ("resta", {"unaligned": "x", "alpha": -1.0}, "alpha is -1.0"),
         ("cgm", {"alpha": -1.0}, "alpha is -1.0"),
+        ("cgm", {"kept": 1.5}, "kept is 1.5"),
         ("cgm", {"importance_samples": 0}, "importance_samples is 0"),
         ("intruders", {"keep": 2.0}, "keep is 2.0"),
         ("safe_anchor", {"directions": 0}, "directions is 0"),
         ("safe_anchor", {"tolerance": -0.1}, "tolerance is -0.1"),
         ("many", {"ridge": 0.0}, "ridge is 0.0"),
         ("guardspace", {"energy": 1.0}, "energy is 1.0"),
+        ("guardspace", {"null_below": 0.0}, "null_below is 0.0"),
     ],
 )
 def test_a_wrong_option_is_named(name, options, message):

@@ -14,17 +14,17 @@ def next_token_kl(
     *,
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """Mean KL(reference || model) over the positions that predict a target, times temperature^2.
+    """Mean KL(reference || model) over the positions that predict a target, both at `temperature`.
 
-    labels: targets as a causal language model takes them (position i is predicted at i - 1; -100 is none). The square
-    of the temperature keeps the gradient's size (Hinton et al. 2015). 0 where there is no target.
+    labels: targets as a causal language model takes them (position i is predicted at i - 1; -100 is none). Without the
+    factor temperature^2 that others put before it: LwF's loss (Li and Hoiem 2018) has none. 0 where there is no target.
     """
     targets = labels[:, 1:] != -100
     if not bool(targets.any()):
         return logits.sum() * 0.0
     new = functional.log_softmax(logits[:, :-1][targets].float() / temperature, dim=-1)
     old = functional.log_softmax(reference[:, :-1][targets].float() / temperature, dim=-1)
-    return functional.kl_div(new, old, log_target=True, reduction="batchmean") * temperature**2
+    return functional.kl_div(new, old, log_target=True, reduction="batchmean")
 
 
 def squared_gradients(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ def guarded_start(
     *,
     rank: int,
     energy: float = 0.99,
+    null_below: float | None = None,
     damping: float = 0.01,
 ) -> GuardedStart:
     """The start of a guarded adapter of one layer.
@@ -41,11 +42,13 @@ def guarded_start(
     safety uses least: U_k S_k V_k^T C^-1 = B A, split evenly here (the factors' own scales follow from C, and may lie
     many orders apart). That is the start of CorDA's knowledge-preserved mode (arXiv 2406.05223); PEFT has it for whole
     models at once, with its own hooks for the covariances. `seen` is the fewest eigenvectors of C that hold `energy` of
-    its trace.
+    its trace, or those whose eigenvalues are above `null_below` of the largest.
 
     Args:
         covariance: of the inputs; its scale does not matter. rank: of the adapter, at most min(r, c).
         energy: 0 up to, not including, 1; how much of the inputs of forbidden requests an update must not read.
+        null_below: more than 0, below 1; instead of `energy`: eigenvalues up to this share of the largest are none
+            (1e-6 in the released code). One direction at least is left either way.
         damping: added to the diagonal of C, relative to its mean, before it is inverted.
 
     Raises: ValueError: shapes, options, or a covariance of zero.
@@ -57,6 +60,8 @@ def guarded_start(
         raise ValueError(f"rank={rank}; expected 1 to {min(rows, columns)}.")
     if not 0 <= energy < 1 or not damping > 0:
         raise ValueError(f"energy={energy}, damping={damping}; expected a share below 1, and more than 0.")
+    if null_below is not None and not 0 < null_below < 1:
+        raise ValueError(f"null_below={null_below}; expected more than 0 and less than 1.")
     w, c = weight.double(), covariance.double()
     mean = float(c.diagonal().mean())
     if mean <= 0:
@@ -64,8 +69,11 @@ def guarded_start(
     with ieee_matmul():
         values, vectors = torch.linalg.eigh(c)
         falling = values.flip(0).clamp_min(0)
-        held = falling.cumsum(0) / falling.sum()
-        count = int((held < energy).sum()) + 1 if energy > 0 else 0
+        if null_below is not None:
+            count = int((falling > null_below * falling[0]).sum())
+        else:
+            held = falling.cumsum(0) / falling.sum()
+            count = int((held < energy).sum()) + 1 if energy > 0 else 0
         # One direction at least is left to learn with.
         seen = vectors.flip(1)[:, : min(count, columns - 1)]
         damped = c / mean + damping * torch.eye(columns, dtype=torch.float64, device=c.device)

@@ -135,7 +135,7 @@ class SafeLoraEdit:
 
 
 def safelora(
-    lora_a: Float[Tensor, "k c"],
+    lora_a: Float[Tensor, "k c"] | None,
     lora_b: Float[Tensor, "r k"],
     alignment: Float[Tensor, "r c"],
     *,
@@ -144,21 +144,37 @@ def safelora(
     """SafeLoRA (Hsu et al., NeurIPS 2024): project an update onto the alignment's output directions where it strays.
 
     With V = W_aligned - W_unaligned and C = V V^T / ||V||_F: where cos(C B A, B A) <= threshold, B becomes C B. Neither
-    C (r x r) nor B A (r x c) is formed.
+    B A (r x c) nor anything c x c is formed, C (r x r) only where that is less work.
+
+    Args:
+        lora_a: None: the update has no factors, and lora_b (r, c) is all of it.
 
     Raises: ValueError: shapes, or V = 0 (the aligned and the unaligned model are the same).
     """
-    check_lora(lora_a, lora_b, alignment)
-    wide = wide_dtype(lora_a, lora_b, alignment)
-    v, a, b = alignment.to(wide), lora_a.to(wide), lora_b.to(wide)
+    if lora_a is None:
+        if lora_b.shape != alignment.shape:
+            raise ValueError(f"the update is {tuple(lora_b.shape)} and the alignment {tuple(alignment.shape)}.")
+        wide = wide_dtype(lora_b, alignment)
+        v, a, b = alignment.to(wide), None, lora_b.to(wide)
+    else:
+        check_lora(lora_a, lora_b, alignment)
+        wide = wide_dtype(lora_a, lora_b, alignment)
+        v, a, b = alignment.to(wide), lora_a.to(wide), lora_b.to(wide)
     norm = float(torch.linalg.vector_norm(v, dtype=torch.float64))
     if norm == 0:
         raise ValueError("alignment is zero: the aligned and the unaligned weight are the same, and span no direction.")
+    rows, columns, width = *v.shape, b.shape[1]
+    # Multiplications: 2 r c k by V (V^T B), r r (c + k) by (V V^T) B.
+    inner_first = 2 * columns * width <= rows * (columns + width)
     with ieee_matmul():
-        projected = v @ (v.T @ b) / norm
-        gram = (a @ a.T).double()
-        cross = float(((projected.T @ b).double() * gram).sum())
-        sizes = [float(((m.T @ m).double() * gram).sum()) for m in (projected, b)]
+        projected = (v @ (v.T @ b) if inner_first else (v @ v.T) @ b) / norm
+        if a is None:
+            pairs = ((projected, b), (projected, projected), (b, b))
+            cross, *sizes = (float((x * y).sum(dtype=torch.float64)) for x, y in pairs)
+        else:
+            gram = (a @ a.T).double()
+            cross = float(((projected.T @ b).double() * gram).sum())
+            sizes = [float(((m.T @ m).double() * gram).sum()) for m in (projected, b)]
     scale = math.sqrt(max(sizes[0], 0.0)) * math.sqrt(max(sizes[1], 0.0))
     cosine = cross / scale if scale > 0 else 0.0
     # An update of zero has no direction; projecting it changes nothing.
@@ -210,17 +226,50 @@ def cgm(
     importance: Float[Tensor, "r c"],
     previous: Float[Tensor, "r c"],
     *,
-    alpha: float = 1.0,
-    hard: bool = False,
+    alpha: float = 0.2,
 ) -> Float[Tensor, "r c"]:
-    """CGM (arXiv 2606.24963, our reading): what is kept of a change, D F / (F + alpha F_prev) entry by entry.
+    """CGM (arXiv 2606.24963): what is kept of a change, D F / (F + alpha F_prev) entry by entry.
 
     Args:
-        importance, previous: mean squared gradients on the new task and on earlier ones, 0 or more.
-        hard: D where F > alpha F_prev, else 0. An entry that nobody needs (both 0) keeps its change either way.
+        importance, previous: mean squared gradients on the new task and on earlier ones, 0 or more. An entry that
+            nobody needs (both 0) is taken back, as in the released code.
+        alpha: weight of what earlier tasks need; 0.2 in the released code.
 
     Raises: ValueError: shapes, or an alpha below 0.
     """
+    _check_cgm(delta, importance, previous, alpha)
+    total = importance + alpha * previous
+    return delta * torch.where(total > 0, importance / torch.where(total > 0, total, 1), 0.0).to(delta)
+
+
+def cgm_plus(
+    delta: Float[Tensor, "r c"],
+    importance: Float[Tensor, "r c"],
+    previous: Float[Tensor, "r c"],
+    *,
+    alpha: float = 1.0,
+    kept: float = 0.95,
+) -> Float[Tensor, "r c"]:
+    """CGM+ (arXiv 2606.24963): of each output row, the entries that hurt earlier tasks least keep their whole change.
+
+    An entry's cost is (alpha F_prev - F) D^2, to second order what keeping its change costs the old tasks less what it
+    gains the new one; floor(kept c) entries of a row with the lowest cost are kept, the first of equal ones, the others
+    taken back.
+
+    Args:
+        importance, previous: mean squared gradients on the new task and on earlier ones, 0 or more.
+        alpha, kept: 1 and 0.95 in the released code; kept is a share, 0..1.
+
+    Raises: ValueError: shapes, an alpha below 0, or a share outside of 0..1.
+    """
+    _check_cgm(delta, importance, previous, alpha)
+    _check_share("kept", kept)
+    cost = (alpha * previous - importance) * delta.square()
+    order = cost.argsort(dim=1, stable=True)[:, : math.floor(kept * delta.shape[1])]
+    return torch.zeros_like(delta).scatter(1, order, delta.gather(1, order))
+
+
+def _check_cgm(delta: Tensor, importance: Tensor, previous: Tensor, alpha: float) -> None:
     if not alpha >= 0:
         raise ValueError(f"alpha={alpha}; expected 0 or more.")
     if not delta.shape == importance.shape == previous.shape:
@@ -228,13 +277,6 @@ def cgm(
             f"delta is {tuple(delta.shape)}, importance {tuple(importance.shape)} and previous "
             f"{tuple(previous.shape)}; expected one shape."
         )
-    against = alpha * previous
-    if hard:
-        return torch.where((importance > against) | (against == 0), delta, torch.zeros_like(delta))
-    # Where the sum underflows nobody needs the entry: 1, as with no earlier task at all.
-    total = importance + against
-    share = torch.where(total > 0, importance / torch.where(total > 0, total, 1), 1.0)
-    return delta * torch.where(against > 0, share, 1.0).to(delta)
 
 
 def least_squares_merge(

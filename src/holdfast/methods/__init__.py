@@ -53,7 +53,7 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "resta": ("holdfast.methods.resta:Resta", {}),
     "sppft": ("holdfast.methods.sppft:Sppft", {}),
     "cgm": ("holdfast.methods.cgm:Cgm", {}),
-    "cgm_hard": ("holdfast.methods.cgm:Cgm", {"hard": True}),
+    "cgm_plus": ("holdfast.methods.cgm:Cgm", {"alpha": 1.0, "kept": 0.95}),
     "safe_anchor": ("holdfast.methods.safe_anchor:SafeAnchor", {}),
     "many": ("holdfast.methods.many:Many", {}),
     "guardspace": ("holdfast.methods.guardspace:GuardSpace", {}),

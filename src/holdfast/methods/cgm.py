@@ -1,10 +1,14 @@
 """CGM (arXiv 2606.24963) after each task: an entry keeps its change as far as the new task needs it more than the old.
 
-OUR READING: only the abstract and the formula were at hand. W_hat = W_prev + D F / (F + alpha F_prev), entry by entry:
-F the mean squared gradient of the tuned model's loss on the task's samples, F_prev the sum of those of earlier tasks,
-taken when they were learned. The hard variant keeps a change whole where F > alpha F_prev and takes it back elsewhere.
-The first task has no F_prev and keeps all of its change. r x c values per layer are carried. The edit of a layer:
-`holdfast.rules.cgm`.
+Both merges are those of the released code: W_hat = W_prev + D F / (F + alpha F_prev), entry by entry, or (CGM+, `kept`)
+the whole change of the entries of each output whose (alpha F_prev - F) D^2 is lowest. F is the mean squared gradient of
+the tuned model's loss on the task's samples.
+
+OUR READING of a stream: that code merges one tuned model with the one before it, whose F_prev it takes on the data that
+model was made from. Here F_prev is the sum of the F of earlier tasks, taken when they were learned; the first task has
+none. Every layer that was tuned is merged (there: blocks 20 to 31 of 32, projector and head). What that code computes
+as F is zero everywhere, for the line that adds is commented out. r x c values per layer are carried. The edit of a
+layer: `holdfast.rules.cgm`.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ class CgmConfig(SeqFTConfig, CgmOptions):
 
 
 class Cgm(SeqFT):
-    """CGM (arXiv 2606.24963, our reading): an entry keeps its change as far as the new task needs it more."""
+    """CGM and CGM+ (arXiv 2606.24963): an entry keeps its change as far as the new task needs it more."""
 
     Config = CgmConfig
     config: CgmConfig

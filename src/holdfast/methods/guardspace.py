@@ -5,6 +5,10 @@ forbidden requests use least (a singular value decomposition of W C, C their Gra
 in every forward pass, on input directions that they do not have. So W + s (B A - B_0 A_0) P equals W at first, and
 always does what W did on those requests, up to the energy that the projector leaves. The Gram matrices are taken anew
 from the model that each task starts from, on theta_0's safe answers. The mathematics: `holdfast.functional.guardspace`.
+
+A released program has the same start and the same update; it takes the projector from a second set of (toxic) prompts
+and lets an update read what is numerically nothing of them (`null_below: 1.0e-6`), has rank 128 without alpha / r, and
+finds both once, on theta_0, for it tunes once.
 """
 
 from __future__ import annotations
@@ -38,16 +42,22 @@ from holdfast.tuners.lora_folder import save_lora
 class GuardSpaceConfig(EditingConfig):
     """energy: share of what the inputs of forbidden requests hold that no update may read, 0 up to 1.
 
+    null_below: instead: directions of which they hold at most this share of what the strongest has may be read, no
+        others (1e-6 in the released code); null: `energy` decides.
+
     Of the options of a calibration this rival has a use for `safety_samples`, and for tokens, normalization and
     batch_size of `calibration`.
     """
 
     energy: float = 0.99
+    null_below: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.energy < 1:
             raise ConfigError(f"energy is {self.energy}; expected a share in [0, 1).")
+        if self.null_below is not None and not 0 < self.null_below < 1:
+            raise ConfigError(f"null_below is {self.null_below}; expected more than 0 and less than 1, or null.")
 
 
 class GuardSpace(SeqFT):
@@ -90,6 +100,7 @@ class GuardSpace(SeqFT):
                 gram.gram.hessian().cpu(),
                 rank=min(self.config.training.rank, *weight.shape),
                 energy=self.config.energy,
+                null_below=self.config.null_below,
             )
             with atomic_path(path) as temporary:
                 save_file({"a": start.lora_a, "b": start.lora_b, "seen": start.seen}, temporary)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ConfigError
@@ -63,7 +64,11 @@ class MoeLora(SeqFT):
 
     def training_options(self, ctx: TaskContext) -> dict[str, Any]:
         """The mixtures of the step before, or fresh ones; published in the step's own folder."""
-        return {"adapter": self._adapter(ctx), "out": ctx.work_dir / "moelora"}
+        return {"adapter": self._adapter(ctx), "out": self.learned_folder(ctx)}
+
+    def learned_folder(self, ctx: TaskContext) -> Path:
+        """The step's own folder: the checkpoint is what it holds."""
+        return ctx.work_dir / "moelora"
 
     def _adapter(self, ctx: TaskContext) -> Callable[[LoadedModel, TrainingConfig], Any]:
         before = ctx.previous_work_dir / "moelora" if ctx.previous_work_dir is not None else None

@@ -4,9 +4,14 @@ OUR READING, of the abstract: (1) at the start of a task, the directions that th
 sensitive to are found per layer, as the first eigenvectors of the sums of G G^T (outputs) and G^T G (inputs) over
 samples, G a sample's gradient of the weight: a factored Fisher matrix. (2) While the task is learned, the gradient of B
 is kept off those outputs and that of A off those inputs (the gradient, not the step: AdamW scales it entry by entry).
-(3) Afterwards the loss on the safe answers is compared with that before the task; where it has risen by more than a
-share, the safe answers are learned for a few steps with an adapter of its own. Gradients of whole weights are taken:
-meant for small models. What was found is in safety.json of the step.
+(3) Afterwards the loss on the safe answers is compared with theta_0's, so that drift adds up over tasks; where it has
+risen by more than a share, the safe answers are learned for a few steps with an adapter of its own. Gradients of whole
+weights are taken: meant for small models. What was found is in safety.json of the step.
+
+A program under the paper's name differs: a Fisher matrix of every LoRA factor flattened (16 r^2 c^2 bytes and so on: no
+7B model fits), 90 % of its variance, kept from task to task; a projection that gives way where the trace is small; a KL
+term on safe answers, whose reference is the model being tuned, so that it is 0; drift of the refusal rate, as a judge
+model sees it, by more than 5 %; 200 steps of repair on task and safe answers together.
 """
 
 from __future__ import annotations
@@ -45,7 +50,8 @@ _SUBSPACES, _RECORD = "safety-subspaces.safetensors", "safety.json"
 class SafeAnchorConfig(SeqFTConfig):
     """directions: of a layer's outputs and inputs each that a task must not use. samples: safe answers, drawn by seed.
 
-    tolerance: share by which the loss on the safe answers may rise, 0 or more. repair_steps: learned beyond it.
+    tolerance: share by which the loss on the safe answers may be above theta_0's, 0 or more.
+    repair_steps: learned beyond it.
     """
 
     directions: int = 16
@@ -83,8 +89,9 @@ class SafeAnchor(SeqFT):
             before = _stored_loss(path)
         tuned = super().train_task(ctx)
         after = mean_loss(load(tuned, dtype="float32"), safe)  # as `before` was: a drift is smaller than bf16's steps
-        drifted = after > before * (1 + self.config.tolerance)
-        write_json(ctx.work_dir / _RECORD, {"before": before, "after": after, "repaired": drifted})
+        first = self._baseline(ctx, safe, before)
+        drifted = after > first * (1 + self.config.tolerance)
+        write_json(ctx.work_dir / _RECORD, {"baseline": first, "before": before, "after": after, "repaired": drifted})
         if not drifted:
             return tuned
         size = min(self.config.training.batch_size, len(safe))
@@ -94,6 +101,16 @@ class SafeAnchor(SeqFT):
         """An adapter whose gradients keep off the safety subspaces."""
         subspaces = load_file(ctx.scratch_dir / _SUBSPACES)
         return {"adapter": lambda loaded, config: anchored_adapter(loaded, config, subspaces)}
+
+    def _baseline(self, ctx: TaskContext, safe: Sequence[Sample], before: float) -> float:
+        """theta_0's loss on the safe answers: `before` in the first step, and its record from then on."""
+        if ctx.previous_work_dir is None:
+            return before
+        path = ctx.previous_work_dir / _RECORD
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if "baseline" in record:
+            return float(record["baseline"])
+        return mean_loss(load(ctx.theta_0, dtype="float32"), safe)  # the step is of an earlier version
 
     def _subspaces(self, ctx: TaskContext, safe: Sequence[Sample]) -> tuple[dict[str, Tensor], float]:
         outputs: dict[str, Tensor] = {}

@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from holdfast import judges
@@ -164,7 +165,7 @@ class SeqFT:
 
         Raises: TrainingError: as `train`.
         """
-        record_file, whole = ctx.work_dir / "training.json", ctx.scratch_dir / "adapter"
+        record_file, whole = ctx.work_dir / "training.json", self.learned_folder(ctx)
         if record_file.is_file() and whole.is_dir():
             return Checkpoint(base=ctx.previous.base, adapters=(*ctx.previous.adapters, str(whole)))
         samples = self.learned(ctx)  # first: screening asks theta_0
@@ -214,6 +215,10 @@ class SeqFT:
     def learned(self, ctx: TaskContext) -> Sequence[Sample]:
         """What the task is learned from: `samples`, without those that `training.screen: drop` leaves out."""
         return training_samples(ctx, self.config, self.samples(ctx))
+
+    def learned_folder(self, ctx: TaskContext) -> Path:
+        """Where the training publishes what it learned."""
+        return ctx.scratch_dir / "adapter"
 
     def training_config(self, ctx: TaskContext) -> TrainingConfig:
         """How the step's task is learned."""

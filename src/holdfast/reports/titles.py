@@ -41,7 +41,7 @@ TITLES: dict[str, tuple[str, str]] = {
     "resta": ("RESTA", "the safety vector is added back to the tuned model"),
     "sppft": ("SPPFT", "blocks that safety rests on are not tuned"),
     "cgm": ("CGM", "an entry keeps its change as far as the new task needs it more than the old"),
-    "cgm_hard": ("CGM, all or nothing", "CGM; an entry keeps its whole change or none of it"),
+    "cgm_plus": ("CGM+", "CGM; 95 % of each output's entries keep their whole change, the others none of it"),
     "safe_anchor": ("SafeAnchor", "tasks are tuned off what safety is sensitive to, and drift is repaired"),
     "many": ("MAny", "tasks are tuned apart and merged in closed form after each"),
     "guardspace": ("GuardSpace", "adapters begin where safety is not, and cannot reach it"),

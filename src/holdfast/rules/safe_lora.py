@@ -11,7 +11,6 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from holdfast.checkpoints.merged import MergedCheckpoint
@@ -75,8 +74,7 @@ class SafeLoraRule(Rule):
         if not alignment.any():  # the alignment left this layer alone: it has no directions to project on
             row = {"alignment_cosine": None, "projected": False, **norms(delta, delta)}
             return DenseEdit(weight=w_prev.float() + delta, row=row)
-        # The update itself as B, the identity as A: the merged change has no factors any more.
-        done = safelora(torch.eye(delta.shape[1]), delta, alignment, threshold=threshold)
+        done = safelora(None, delta, alignment, threshold=threshold)  # what was merged has no factors any more
         row = {"alignment_cosine": done.cosine, "projected": done.projected, **norms(delta, done.lora_b)}
         return DenseEdit(weight=w_prev.float() + done.lora_b, row=row)
 

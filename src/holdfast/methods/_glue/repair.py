@@ -37,6 +37,7 @@ def repaired(
         schedule="constant",
         warmup_ratio=0.0,
         save_steps=None,
+        max_length=None,  # the task's; theta_0's answers stay whole
         **changes,
     )
     result = train(
