@@ -36,7 +36,19 @@ HERE = Path(__file__).resolve().parent
 DOCUMENT = HERE.parent / "docs" / "REPRODUCTION.md"
 RIVALS = (
     *("seqft", "hpa", "anchor", "safe_delta", "model_tailor", "safe_lora", "ties", "dare", "resta", "cgm", "cgm_plus"),
-    *("ewc", "lwf", "o_lora", "reg_lora", "osf", "sppft", "guardspace", "safe_anchor", "intruders", "many"),
+    *(
+        "ewc",
+        "lwf",
+        "o_lora",
+        "reg_lora",
+        "osf",
+        "sppft",
+        "guardspace",
+        "guardspace_released",
+        "safe_anchor",
+        "intruders",
+        "many",
+    ),
     *("replay", "safety_replay", "one_shot", "moelora", "joint", "frozen"),
 )
 # Methods whose settings were chosen on the validation draw, with as many tries for each (choose.py).
