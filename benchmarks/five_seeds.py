@@ -329,9 +329,7 @@ def difference(first: Mapping[str, Any], other: Mapping[str, Any], corrected: fl
     test = paired_seeds(first["values"], other["values"])
     assert test.interval is not None
     paired = test.interval.to_json()
-    # Differences that are equal in every seed have an interval of no width, which says nothing.
-    known = paired["low"] is not None and paired["high"] - paired["low"] > 1e-9
-    clear = known and (paired["low"] > 0 or paired["high"] < 0)
+    clear = test.interval.leaves_out_zero
     star = " **" if clear and corrected < 0.05 else " *" if clear else ""
     return cell({**paired, "std": None}) + interval(paired) + star
 

@@ -242,8 +242,9 @@ def _seen(better: Sequence[float], worse: Sequence[float], *, more_is_better: bo
         return f"{direction} by {100 * abs(gained):.1f} (one seed)"
     test = paired_seeds(better, worse)
     assert test.interval is not None
-    low, high = sorted((sign * test.interval.low, sign * test.interval.high))
-    return "seen" if low > 0 else "opposite" if high < 0 else "not seen"
+    if not test.interval.leaves_out_zero:
+        return "not seen"
+    return "seen" if sign * test.difference > 0 else "opposite"
 
 
 def made_by(commands: Commands, root: Path) -> list[str]:

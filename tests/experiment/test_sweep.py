@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import textwrap
@@ -10,9 +11,15 @@ from pathlib import Path
 
 import pytest
 
+import pico
+from holdfast import registry
+from holdfast.config import encode
 from holdfast.errors import ConfigError, RunError
+from holdfast.experiment import cell_process, read_run
 from holdfast.experiment.cell_process import HereProcesses
+from holdfast.experiment.resolve import resolve
 from holdfast.experiment.sweep import read_grid, sweep
+from holdfast.stream.record import claim
 
 RUN = """
 model: some/model
@@ -78,11 +85,39 @@ def test_dots_lead_into_mappings_and_a_methods_name_is_a_list_of_one(grid):
         ("run: run.yaml\nvary: {seeds: [1]}", "seeds"),
         ("run: run.yaml\nvary: {model.name: [x]}", "leads through model, which is 'some/model'"),
         ("run: run.yaml\nvary: {tasks: {'a b': [a], 'a?b': [a]}}", "two cells are called tasks=a-b"),
+        (
+            "run: run.yaml\nvary: {defaults.training.rank: [2, 4], defaults.training: {a: {rank: 8}, b: {rank: 16}}}",
+            r"vary\.defaults\.training\.rank lies inside vary\.defaults\.training",
+        ),
+        (
+            "run: run.yaml\nvary: {methods.seqft.training.rank: [2, 4], methods: [seqft, hpa]}",
+            r"vary\.methods\.seqft\.training\.rank lies inside vary\.methods, and one would overwrite the other",
+        ),
+        ("run: run.yaml\nvary: {injection: {clean: null, plain: null}}", "injection=clean and injection=plain ask for"),
+        ("run: run.yaml\nvary: {methods: {one: hpa, two: [hpa]}}", "methods=one and methods=two ask for the same run"),
+        ("run: run.yaml\nvary: {defaults: [{d: 2020-01-01}]}", r"(?s)date"),
+        ("run: run.yaml\nvary: {seed: {'?': 0, '!': 1}}", "in letters, digits"),
     ],
 )
 def test_a_mistake_in_a_grid_is_named(grid, text, message):
     with pytest.raises((ConfigError, LookupError, ValueError), match=message):
         read_grid(grid(text))
+
+
+def test_names_of_other_alphabets_are_names(grid):
+    cells = read_grid(grid("run: run.yaml\nvary: {methods: {'метод': [seqft], 'другой': [hpa], '方法 1': [ewc]}}"))
+    assert [cell.name for cell in cells] == ["methods=метод", "methods=другой", "methods=方法-1"]
+
+
+@pytest.mark.parametrize("letter", ["a", "я"])
+def test_a_name_that_is_too_long_for_a_folder_is_cut_and_stays_its_own(grid, fake, tmp_path, letter):
+    keys = ["rank", "alpha", "dropout", "learning_rate", "max_steps", "batch_size", "weight_decay", "warmup_ratio"]
+    axes = "".join(f"  defaults.training.{key}: {{{letter}: 1, b: 2}}\n" for key in keys)
+    cells = read_grid(grid(f"run: run.yaml\nvary:\n{axes}"))
+    assert len({cell.name for cell in cells}) == 2 ** len(keys)
+    assert all(len(cell.name.encode()) <= 200 for cell in cells)
+    assert [r.state for r in sweep(cells[:2], tmp_path / "out", places=fake)] == ["finished"] * 2
+    assert [r.state for r in sweep(cells[:2], tmp_path / "out", places=fake)] == ["kept"] * 2
 
 
 # A cell that leaves a mark for each start, and ends as its seed says: killed at first, with a mistake, or well.
@@ -120,6 +155,7 @@ def test_killed_cells_are_retried_finished_ones_kept_and_mistakes_reported(grid,
     found = sweep(cells, out, jobs=2, retries=2, places=fake, progress=lambda e, **v: seen.append(v))
     assert [(r.state, r.attempts) for r in found] == [("finished", 1), ("finished", 2), ("failed", 1), ("failed", 3)]
     assert found[2].error == "ConfigError: the data is not there." and "status -9" in found[3].error
+    assert [r.mistake for r in found] == [False, False, True, False]
     assert sorted(v["done"] for v in seen if v["done"]) == [1, 2, 3, 4] and {v["total"] for v in seen} == {4}
     again = sweep(cells[:2], out, places=fake)
     assert [(r.state, r.attempts) for r in again] == [("kept", 0)] * 2
@@ -182,3 +218,54 @@ def test_a_place_without_the_folder_says_so_and_is_not_asked_again(grid, tmp_pat
     found = sweep(cells, tmp_path / "out", jobs=1, retries=2, places=Elsewhere())
     assert [(cell.state, cell.attempts) for cell in found] == [("failed", 1)] * 2
     assert all("has no folder" in cell.error and "only here" in cell.error for cell in found)
+
+
+def test_a_grid_with_a_method_more_goes_on_in_its_finished_cells(grid, fake, tmp_path):
+    """Its run keeps what is finished; another option of a method that was there is another run."""
+    out = tmp_path / "out"
+    path = grid("run: run.yaml\nvary: {seed: [0, 4]}")
+    sweep(read_grid(path), out, places=fake)
+    (tmp_path / "run.yaml").write_text(RUN.replace("[seqft]", "[seqft, hpa]"))
+    assert [r.state for r in sweep(read_grid(path), out, places=fake)] == ["finished"] * 2
+    assert [r.state for r in sweep(read_grid(path), out, places=fake)] == ["kept"] * 2
+    (tmp_path / "run.yaml").write_text(RUN.replace("[seqft]", "{seqft: {training: {rank: 2}}, hpa: {}, ewc: {}}"))
+    with pytest.raises(RunError, match=r"seed=0 is finished with other settings"):
+        sweep(read_grid(path), out, places=fake)
+
+
+def test_an_out_that_is_a_file_is_said_before_anything_runs(grid, fake, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(RunError, match="taken is a file; the cells of a grid need a folder"):
+        sweep(read_grid(grid("run: run.yaml\nvary: {seed: [0]}")), tmp_path / "taken", places=fake)
+
+
+def test_a_finished_cell_of_other_data_is_not_kept(tmp_path, pico_folder, fake):
+    """Nothing is learned here: the finished cell is a run directory that knows what it was made from."""
+    file = pico.run_file(tmp_path, pico_folder)
+    path = tmp_path / "grid.yaml"
+    path.write_text(f"run: {file.name}\nvary: {{seed: [0, 4]}}\n")
+    cells, out = read_grid(path), tmp_path / "out"
+    found = resolve(cells[0].config, out / "seed=0")
+    claim(found.directory, found.shared_config(), found.recorded)
+    mark = {"cell": "seed=0", "digest": cells[0].digest, "config": encode(cells[0].config)}
+    (out / "seed=0" / "finished.json").write_text(json.dumps(mark))
+    test = tmp_path / "colour-test.json"
+    test.write_text(test.read_text().replace("Which?", "What?"))
+    with pytest.raises(RunError, match=r"seed=0 is finished, and was made with other data, code .*data_sha256\.colour"):
+        sweep(cells, out, places=fake)
+    assert not (out / "seed=4").exists()
+
+
+def test_what_cannot_be_read_any_more_is_not_held_against_a_cell(tmp_path, pico_folder, monkeypatch):
+    file = pico.run_file(tmp_path, pico_folder)
+    config, out = read_run(file), tmp_path / "out"
+    found = resolve(config, out)
+    claim(found.directory, found.shared_config(), found.recorded)
+    (tmp_path / "colour-test.json").unlink()
+    job = {"names": encode(registry.export()), "cells": [{"config": encode(config), "out": str(out)}]}
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(job) + "\n"))
+    monkeypatch.setattr(cell_process.registry, "restore", lambda names: None)
+    ended = []
+    monkeypatch.setattr(cell_process.os, "_exit", ended.append)
+    cell_process.look()
+    assert ended == [0]

@@ -114,7 +114,19 @@ def test_the_t_test_is_scipys():
     found = paired.paired_t(a, b)
     assert found.p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
     assert found.interval == paired.paired_seeds(a, b).interval
-    assert paired.paired_t([0.5, 0.5], [0.5, 0.5]).p == 1 and paired.paired_t([0.5, 0.5], [0.25, 0.25]).p == 0
+    assert paired.paired_t([0.5, 0.5], [0.5, 0.5]).p == 1
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("noise", [0.0, 1e-13])
+def test_differences_that_are_equal_in_every_seed_are_measured_by_their_signs(n, noise):
+    """They have no spread, so no t; and must not take the strictest place of a family from one that has."""
+    equal = paired.paired_t(np.full(n, 0.5) + noise * np.arange(n), np.full(n, 0.25))
+    assert equal.p == 2 * 0.5**n == paired.paired_seeds(np.full(n, 0.5), np.full(n, 0.25)).p
+    assert paired.holm([equal.p, 0.03])[1] == 0.06
+
+
+def test_one_seed_has_no_t():
     assert np.isnan(paired.paired_t([0.5], [0.25]).p)
 
 

@@ -19,9 +19,10 @@ import fake_run
 from holdfast.data.names import slug
 from holdfast.errors import RunError, UnknownNameError
 from holdfast.metrics.continual import summarize
+from holdfast.metrics.intervals import bootstrap_mean, over_seeds
 from holdfast.reports import theme, write_report
 from holdfast.reports.card import write_card
-from holdfast.reports.compare import Entry, Group, difference
+from holdfast.reports.compare import Entry, Group, difference, in_words
 from holdfast.reports.read_runs import load_run, read_rows
 from holdfast.reports.seeds import group_runs
 from holdfast.reports.titles import TITLES, title_of
@@ -306,6 +307,67 @@ def test_cells_that_differ_in_their_methods_alone_are_one_run(tmp_path: Path) ->
     # Another setting of what they share is another run.
     configure(cells[1], threads=2)
     assert len(group_runs([load_run(run) for run in cells])) == 2
+
+
+@pytest.mark.usefixtures("unpainted")
+@pytest.mark.parametrize("marked", [True, False], ids=["finished cells", "folders"])
+def test_methods_with_other_options_are_not_parts_of_one_run(tmp_path: Path, marked: bool) -> None:
+    """A grid of methods and rates of which a cell failed: what is left must not be compared across rates."""
+    runs = []
+    for method, rate in (("anchor", 2e-4), ("hpa", 1e-4), ("hpa", 2e-4)):
+        run = fake_run.write_run(tmp_path / f"{method}-{rate}", methods={method: METHODS["hpa"]})
+        own = {"anchor": {"lam": 0.01}, "hpa": {"edit": {"k": 2}}}[method]
+        recorded = json.loads((run / "config.json").read_text())
+        recorded["methods"] = {method: {"training": {"learning_rate": rate, "rank": 16}, **own}}
+        (run / "config.json").write_text(json.dumps(recorded))
+        asked = {"methods": {method: {}}, "defaults": {"training": {"learning_rate": rate}}, "seed": 0}
+        if marked:
+            (run / "finished.json").write_text(json.dumps({"cell": run.name, "config": asked}))
+        runs.append(run)
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        groups = group_runs([load_run(runs[i]) for i in order])
+        assert sorted(sorted(path.name for path in (run.path, *run.others)) for g in groups for run in g.runs) == [
+            ["anchor-0.0002", "hpa-0.0002"],
+            ["hpa-0.0001"],
+        ]
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_a_cell_that_a_grid_gives_other_options_by_its_name_is_part_of_the_run(tmp_path: Path) -> None:
+    """Options of each method in one run file: calibrated in two ways, but asked for together."""
+    asked = {"seed": 0, "defaults": {}}
+    runs = []
+    for method, damping in (("anchor", 0.01), ("hpa", 1.0)):
+        run = fake_run.write_run(tmp_path / method, methods={method: 0.9})
+        recorded = json.loads((run / "config.json").read_text())
+        recorded["methods"] = {method: {"calibration": {"damping": damping}}}
+        (run / "config.json").write_text(json.dumps(recorded))
+        (run / "finished.json").write_text(json.dumps({"config": {**asked, "methods": {method: {}}}}))
+        runs.append(run)
+    assert len(group_runs([load_run(run) for run in runs])) == 1
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_a_run_without_a_finished_task_is_left_out_and_said(tmp_path: Path) -> None:
+    done = fake_run.write_run(tmp_path / "done", methods=METHODS)
+    begun = [fake_run.write_run(tmp_path / name, methods=METHODS, steps=0) for name in ("begun", "diverged")]
+    files = write_report([begun[0], done, begun[1]], tmp_path / "out")
+    for run in begun:
+        sentence = f"Left out: {run}: no task is finished yet"
+        assert [line.startswith(sentence) for line in files.lines].count(True) == 1
+        assert run.name in files.html.read_text(encoding="utf-8")
+    with pytest.raises(RunError, match="None of the 2 folders has a finished task yet"):
+        write_report(begun, tmp_path / "out")
+    with pytest.raises(RunError, match="begun: no task is finished yet"):
+        write_report([begun[0]], tmp_path / "out")
+
+
+def test_seeds_that_agree_to_the_digit_are_no_clear_difference() -> None:
+    for values, word in (([0.125, 0.125], "no clear difference"), ([0.1, 0.1 + 1e-12, 0.1], "no clear difference")):
+        assert in_words(over_seeds(values), more_is_better=True).word == word
+    assert in_words(over_seeds([0.1, 0.101, 0.102]), more_is_better=True).word == "better"
+    # Samples that all change alike are many, and no chance.
+    assert in_words(bootstrap_mean([1.0] * 20), more_is_better=False).word == "worse"
 
 
 @pytest.mark.usefixtures("unpainted")

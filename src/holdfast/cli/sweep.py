@@ -75,7 +75,11 @@ def command(
     for result in failed:
         console.print(f"{result.name}: {result.error}", markup=False, soft_wrap=True)
     if failed:
-        raise RunError(f"{len(failed)} of {len(cells)} cells failed; the others are finished. Repeat the command.")
+        mistakes = sum(result.mistake for result in failed)
+        advice = "Repeat the command." if not mistakes else "Mend what is said above, then repeat the command."
+        if 0 < mistakes < len(failed):
+            advice += f" Repeating it may do for {len(failed) - mistakes} of them."
+        raise RunError(f"{len(failed)} of {len(cells)} cells failed; the others are finished. {advice}")
     return {"cells": [{"name": result.name, "state": result.state} for result in found]}
 
 

@@ -22,6 +22,7 @@ from holdfast.failures import explain
 
 MISTAKE = 2  # exit status of a cell that says what is wrong with it: starting it again would say it again
 # It gets the job as one line of JSON, and stops when its input ends.
+LOOK = (sys.executable, "-c", "from holdfast.experiment.cell_process import look; look()")
 COMMAND = (sys.executable, "-c", "from holdfast.experiment.cell_process import main; main()")
 
 
@@ -88,6 +89,31 @@ class HereProcesses:
             )
             self._running.add(process)
             return process
+
+
+def look() -> None:
+    """A process that says whether the finished cells on standard input were made from the data and code of today.
+
+    Exit status MISTAKE, and a sentence on stderr: one was not. What cannot be read any more is not held against a cell.
+    """
+    from holdfast.experiment.resolve import resolve
+
+    job = json.loads(sys.stdin.readline())
+    registry.restore(job["names"])
+    for cell in job["cells"]:
+        try:
+            changed = resolve(decode(RunConfig, cell["config"]), Path(cell["out"])).changed()
+        except HoldfastError:
+            continue
+        if changed:
+            print(
+                f"{cell['out']} is finished, and was made with other data, code or weights than there are now "
+                f"({', '.join(changed[:5])}). Choose another --out, or remove it.",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(MISTAKE)
+    os._exit(0)
 
 
 def main() -> None:

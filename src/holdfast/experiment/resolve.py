@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from holdfast.files import write_json
 from holdfast.restore.sets import refuse_shared
 from holdfast.share import current
 from holdfast.stream.protocol import Checkpoint, ChecksStream, Method, silent
-from holdfast.stream.record import RunDirectory
+from holdfast.stream.record import RunDirectory, read_json
 from holdfast.stream.runner import StreamRun
 
 Progress = Callable[..., None]
@@ -237,6 +238,24 @@ class Experiment:
             }
         )
 
+    def changed(self) -> list[str]:
+        """What of the run's model, data and code is not what config.json says it was, such as "data_sha256.vqa".
+
+        For a run that is finished; one that goes on is checked whole when it claims its directory.
+        """
+        old = read_json(self.directory.config_path)
+        now = json.loads(json.dumps({"config": self.shared_config(), "methods": self.recorded}))
+        pairs = [
+            (key, old["config"][key], now["config"].get(key))
+            for key in old["config"]
+            if key.endswith("_sha256") or key in ("model_fingerprint", "plugins")
+        ]
+        pairs += [
+            (f"methods.{label}.class_from", old["methods"].get(label, row).get("class_from"), row.get("class_from"))
+            for label, row in now["methods"].items()
+        ]
+        return [difference for name, was, is_now in pairs for difference in _differences(name, was, is_now)]
+
     def _recorded_gate(self) -> dict[str, Any]:
         """Nothing where there is none: directories of before know of no gate."""
         if self.gate_probe is None:
@@ -395,6 +414,13 @@ def _recorded(method: Any, name: str) -> dict[str, Any]:
     place = f"{type(method).__module__}:{type(method).__name__}"
     came_from = {key: value for key, value in origin.items() if key != "class"}
     return {"class": place, **({"class_from": came_from} if came_from else {}), **encode(method.config)}
+
+
+def _differences(name: str, was: Any, is_now: Any) -> list[str]:
+    """Dotted names of what differs between two values of plain data; what only the second has is no difference."""
+    if isinstance(was, Mapping) and isinstance(is_now, Mapping):
+        return [text for key in was for text in _differences(f"{name}.{key}", was[key], is_now.get(key))]
+    return [] if was == is_now else [name]
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -20,6 +20,7 @@ import json
 import re
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -30,13 +31,14 @@ from holdfast import registry
 from holdfast.config import encode, with_defaults
 from holdfast.data.streams import read_yaml
 from holdfast.errors import ConfigError, RunError
-from holdfast.experiment.cell_process import MISTAKE, HereProcesses, Places
+from holdfast.experiment.cell_process import LOOK, MISTAKE, HereProcesses, Places
 from holdfast.experiment.run_config import RunConfig, decode_run
 from holdfast.files import read_json, write_json
 from holdfast.stream.protocol import silent
 
 Progress = Callable[..., None]
 _DONE = "finished.json"
+_LONGEST = 200  # bytes of a cell's name: file systems take 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """Of everything that decides the cell's result."""
+        """Of everything that it asks for; what the data hold is looked at by its run."""
         return hashlib.sha256(json.dumps(encode(self.config), sort_keys=True).encode()).hexdigest()
 
 
@@ -57,7 +59,8 @@ class Cell:
 class CellResult:
     """How a cell ended. state: "finished" now, "kept" from an earlier call, or "failed" with `error` saying why.
 
-    attempts: processes that were started for it now. seconds: that they took.
+    attempts: processes that were started for it now. seconds: that they took. mistake: it failed by what it was asked
+    for, so that the same again fails again.
     """
 
     name: str
@@ -65,6 +68,7 @@ class CellResult:
     attempts: int = 0
     seconds: float = 0.0
     error: str = ""
+    mistake: bool = False
 
 
 def read_grid(path: Path | str) -> list[Cell]:
@@ -78,6 +82,7 @@ def read_grid(path: Path | str) -> list[Cell]:
         raise ConfigError(f"{path} is no grid: expected `run`, a run file, and `vary`, a mapping of keys to values.")
     file = path.parent / str(data["run"])
     axes = [(str(key), _labelled(str(key), values, path)) for key, values in data["vary"].items()]
+    _refuse_nested([key for key, _ in axes], path)
     plain = read_yaml(file)
     if not isinstance(plain, Mapping):
         raise ConfigError(f"{file} is no run file; `run` of {path} must name one.")
@@ -88,11 +93,23 @@ def read_grid(path: Path | str) -> list[Cell]:
         changed = copy.deepcopy(dict(plain))
         for (key, _), (_, value) in zip(axes, chosen, strict=True):
             _put(changed, key, value, where=f"{path}, cell {name}")
-        cells.append(Cell(name=name, values=labels, config=decode_run(changed, base=file.parent, where=f"cell {name}")))
+        config = decode_run(changed, base=file.parent, where=f"cell {name}")
+        cells.append(Cell(name=_as_folder(name), values=labels, config=config))
     names = [cell.name for cell in cells]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ConfigError(f"{path}: two cells are called {twice}; name the values: `key: {{one: ..., other: ...}}`.")
+        raise ConfigError(
+            f"{path}: two cells are called {twice}; name the values: `key: {{one: ..., other: ...}}`, in letters, "
+            "digits and the signs . _ + -, for a cell is a folder."
+        )
+    first: dict[str, str] = {}
+    for cell in cells:
+        other = first.setdefault(cell.digest, cell.name)
+        if other != cell.name:
+            raise ConfigError(
+                f"{path}: the cells {other} and {cell.name} ask for the same run, which would be computed twice and "
+                "shown as two. Leave one of the values out."
+            )
     return cells
 
 
@@ -110,18 +127,23 @@ def sweep(
     progress: called as progress("cell", name=, state=, done=, total=). places: where the cells' processes run; None: on
         this machine.
 
-    Raises: RunError: `out` has a cell of this name with other settings. Nothing is run then. Whatever else ends this
-        call, Ctrl-C too, ends the cells' processes with it.
+    Raises: RunError: `out` is a file, or has a cell of this name with other settings or of other data. Nothing is run
+        then. Whatever else ends this call, Ctrl-C too, ends the cells' processes with it.
     """
     out = Path(out)
-    for cell in cells:
-        _refuse_other(cell, out / cell.name)
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file; the cells of a grid need a folder. Choose another --out.")
+    kept = {cell.name for cell in cells if _is_kept(cell, out / cell.name)}
+    _refuse_changed([cell for cell in cells if cell.name in kept], out)
     lock, done = threading.Lock(), itertools.count(1)
     places = places or HereProcesses()
 
     def one(cell: Cell) -> CellResult:
         progress("cell", name=cell.name, state="running", done=None, total=len(cells))
-        result = _run_cell(cell, out / cell.name, retries, places)
+        if cell.name in kept:
+            result = CellResult(name=cell.name, state="kept")
+        else:
+            result = _run_cell(cell, out / cell.name, retries, places)
         with lock:
             progress("cell", name=cell.name, state=result.state, done=next(done), total=len(cells))
         return result
@@ -141,8 +163,6 @@ def sweep(
 
 
 def _run_cell(cell: Cell, folder: Path, retries: int, places: Places) -> CellResult:
-    if (folder / _DONE).is_file():
-        return CellResult(name=cell.name, state="kept")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A process may start in another folder, or on another machine that sees this one.
     job = {"names": encode(registry.export()), "config": encode(cell.config), "out": str(folder.absolute())}
@@ -158,19 +178,56 @@ def _run_cell(cell: Cell, folder: Path, retries: int, places: Places) -> CellRes
         if status == MISTAKE:
             break
     error = said.strip().splitlines()[-1] if said.strip() else f"its process ended with status {status}"
-    return CellResult(name=cell.name, state="failed", attempts=attempt, seconds=seconds, error=error)
+    mistake = status == MISTAKE
+    return CellResult(name=cell.name, state="failed", attempts=attempt, seconds=seconds, error=error, mistake=mistake)
 
 
-def _refuse_other(cell: Cell, folder: Path) -> None:
-    """Raises RunError: a finished cell of this name had other settings. An unfinished one is told by its own run."""
+def _is_kept(cell: Cell, folder: Path) -> bool:
+    """Whether the cell is finished. One that lacks a method that the grid has now goes on, as any run does.
+
+    Raises: RunError: a finished cell of this name had other settings. An unfinished one is told by its own run.
+    """
     path = folder / _DONE
-    mark = read_json(path, "a cell's mark", error=RunError) if path.is_file() else {"digest": cell.digest}
+    if not path.is_file():
+        return False
+    mark = read_json(path, "a cell's mark", error=RunError)
+    if mark.get("digest") == cell.digest:
+        return True
     # An option that is new since then changes the digest of all cells, and what it means by default of none.
-    same = mark.get("digest") == cell.digest or with_defaults(RunConfig, mark.get("config")) == encode(cell.config)
-    if not same:
-        raise RunError(
-            f"{folder} is finished with other settings than the grid has now. Choose another --out, or remove it."
-        )
+    before, now = with_defaults(RunConfig, mark.get("config")), encode(cell.config)
+    if before == now:
+        return True
+    if isinstance(before, Mapping) and isinstance(before.get("methods"), Mapping):
+        known = {name: now["methods"].get(name) for name in before["methods"]}
+        if {**now, "methods": known} == before:
+            return False
+    raise RunError(
+        f"{folder} is finished with other settings than the grid has now. Choose another --out, or remove it."
+    )
+
+
+def _refuse_changed(finished: Sequence[Cell], out: Path) -> None:
+    """Raises RunError: a finished cell is of other data, code or weights than there are now."""
+    runs = [(cell, (out / cell.name).absolute()) for cell in finished]
+    asked = [{"config": encode(cell.config), "out": str(run)} for cell, run in runs if (run / "config.json").is_file()]
+    if not asked:
+        return
+    # In a process of its own, as a cell is: plug-ins are imported, and another sweep may have others.
+    job = {"names": encode(registry.export()), "cells": asked, "cwd": str(Path.cwd())}
+    status, said = HereProcesses(LOOK).run(job)
+    if status == MISTAKE:
+        raise RunError(said.strip().splitlines()[-1])
+
+
+def _refuse_nested(keys: Sequence[str], path: Path) -> None:
+    """Raises ConfigError: one axis lies inside another, so that one of them would lay its values over the other's."""
+    for outer in keys:
+        inner = next((key for key in keys if key.startswith(f"{outer}.")), None)
+        if inner is not None:
+            raise ConfigError(
+                f"{path}: vary.{inner} lies inside vary.{outer}, and one would overwrite the other. Say both in the "
+                f"values of {outer}, with a name for each: `{outer}: {{one: ..., other: ...}}`."
+            )
 
 
 def _labelled(key: str, values: object, path: Path) -> dict[str, Any]:
@@ -178,7 +235,9 @@ def _labelled(key: str, values: object, path: Path) -> dict[str, Any]:
     if isinstance(values, Mapping) and values:
         return {str(label): value for label, value in values.items()}
     if isinstance(values, Sequence) and not isinstance(values, str) and values:
-        labels = [json.dumps(v, sort_keys=True) if isinstance(v, Mapping | list) else str(v) for v in values]
+        labels = [
+            json.dumps(v, sort_keys=True, default=str) if isinstance(v, Mapping | list) else str(v) for v in values
+        ]
         if len(set(labels)) < len(labels):
             twice = next(label for label in labels if labels.count(label) > 1)
             raise ConfigError(f"{path}: vary.{key} has {twice} twice; every value makes a cell of its own.")
@@ -187,7 +246,15 @@ def _labelled(key: str, values: object, path: Path) -> dict[str, Any]:
 
 
 def _as_file(label: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", label).strip("-") or "value"
+    return re.sub(r"[^\w.+-]+", "-", unicodedata.normalize("NFC", label)).strip("-") or "value"
+
+
+def _as_folder(name: str) -> str:
+    """`name`, or its beginning and a digest of the whole where it is too long for a folder."""
+    if len(name.encode()) <= _LONGEST:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{name.encode()[: _LONGEST - 13].decode(errors='ignore')}-{digest}"
 
 
 def _put(data: dict[str, Any], key: str, value: object, *, where: str) -> None:

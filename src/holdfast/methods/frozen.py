@@ -7,7 +7,12 @@ from holdfast.stream.protocol import Checkpoint, TaskContext
 
 
 class Frozen(SeqFT):
-    """theta_0 after every task. It has the options of tuning, so that one run file serves it too, and uses none."""
+    """theta_0 after every task. It has the options of tuning, so that one run file serves it too, and uses none.
+
+    learns: read by `holdfast.experiment.plan`, which counts no training of a method that says False.
+    """
+
+    learns = False
 
     @property
     def together(self) -> frozenset[str]:

@@ -21,6 +21,8 @@ Array = npt.NDArray[np.float64]
 # 2,000 resamples put the Monte-Carlo error of a 95 % bound far below its own width.
 RESAMPLES = 2000
 _CHUNK_CELLS = 8_000_000
+# Values of seeds that are this near are equal: what lies between them is rounding.
+_SAME = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,13 @@ class Interval:
     level: float
     kind: str
     std: float | None = None
+
+    @property
+    def leaves_out_zero(self) -> bool:
+        """Whether 0 is outside. One over seeds that has no width says nothing: they agree to the digit, by chance."""
+        if self.kind == "seeds" and not self.high - self.low > _SAME:
+            return False
+        return self.low > 0.0 or self.high < 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; nan becomes None."""

@@ -18,6 +18,8 @@ from holdfast.errors import DataError
 from holdfast.metrics.intervals import RESAMPLES, Interval, _check_options, _paired, _resampled_means, over_seeds
 
 # Up to 2^16 sign patterns are enumerated; above that they are drawn.
+# Differences that are this near are equal: what lies between them is rounding.
+_SAME = 1e-9
 _EXACT_PAIRS = 16
 
 
@@ -113,6 +115,7 @@ def paired_t(a: npt.ArrayLike, b: npt.ArrayLike) -> PairedTest:
 
     It assumes differences that are about normal, which few seeds cannot show; what it buys is a p-value below the floor
     that counting sign patterns has with few seeds, so that a correction for many comparisons (`holm`) can be passed.
+    Differences that are equal in every seed have no spread to be measured by; p is that of their signs, 2 / 2^n.
     """
     # Inside: importing scipy costs more than everything else here together.
     from scipy.special import stdtr
@@ -122,8 +125,8 @@ def paired_t(a: npt.ArrayLike, b: npt.ArrayLike) -> PairedTest:
     n, spread = len(delta), float(delta.std(ddof=1)) if len(delta) > 1 else math.nan
     if n < 2:
         p = math.nan
-    elif spread == 0.0:
-        p = 1.0 if delta.mean() == 0 else 0.0
+    elif spread <= _SAME * max(1.0, float(np.abs(delta).max())):
+        p = 1.0 if abs(float(delta.mean())) <= _SAME else 2.0 ** (1 - n)
     else:
         p = float(2 * stdtr(n - 1, -abs(delta.mean()) / (spread / math.sqrt(n))))
     return _result("paired t over seeds", delta, p, over_seeds(delta))

@@ -255,11 +255,11 @@ class Difference:
 
 
 def in_words(delta: Interval, *, more_is_better: bool) -> Difference:
-    """A difference as people read it; one whose interval holds 0 is none that is clear."""
+    """A difference as people read it; one whose interval holds 0, or says nothing, is none that is clear."""
     bounds = interval(delta.low, delta.high)
     if not bounds:
         word = "one seed"
-    elif delta.low <= 0.0 <= delta.high:
+    elif not delta.leaves_out_zero:
         word = "no clear difference"
     else:
         word = "better" if (delta.value > 0) == more_is_better else "worse"

@@ -96,6 +96,7 @@ class RunView:
     """One run directory: its methods in the order they were asked for.
 
     others: folders that hold further methods of the same run (cells of a grid that varies its methods).
+    cell: of a finished cell of a grid, what it was asked for; None: the folder is none.
     """
 
     path: Path
@@ -109,13 +110,18 @@ class RunView:
     config: dict[str, Any]
     versions: dict[str, str]
     others: tuple[Path, ...] = ()
+    cell: Mapping[str, Any] | None = None
+
+
+class NothingFinishedError(RunError):
+    """A run directory in which no task is finished yet."""
 
 
 def load_run(path: Path | str) -> RunView:
     """Read the run directory `path`.
 
     Raises:
-        RunError: no run there, or no finished step yet.
+        RunError: no run there. NothingFinishedError: no finished step yet.
     """
     try:
         return _load_run(Path(path))
@@ -133,7 +139,9 @@ def _load_run(path: Path) -> RunView:
     summary = summarize_run(path)
     theta_0 = directory.read_record(directory.theta_0_dir)
     if theta_0 is None or not summary["methods"]:
-        raise RunError(f"{path}: no task is finished yet. Run it on (the same command resumes), then report.")
+        raise NothingFinishedError(
+            f"{path}: no task is finished yet. Run it on (the same command resumes), then report."
+        )
     views = {}
     for name, figures in summary["methods"].items():
         records = directory.records(name, theta_0.tasks)
@@ -160,7 +168,13 @@ def _load_run(path: Path) -> RunView:
         methods=views,
         config=directory.read_config(),
         versions=dict(theta_0.versions),
+        cell=_cell(path / "finished.json"),
     )
+
+
+def _cell(path: Path) -> Mapping[str, Any] | None:
+    mark = read_json(path) if path.is_file() else {}
+    return mark["config"] if isinstance(mark.get("config"), Mapping) else None
 
 
 def labelled(name: str, *notes: str) -> str:

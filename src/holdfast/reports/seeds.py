@@ -81,10 +81,21 @@ def _joined(runs: Sequence[RunView]) -> list[RunView]:
 
 
 def _parts_of_one(a: RunView, b: RunView) -> bool:
-    """Whether two folders have one configuration, seed and data, and no method in common."""
+    """Whether two folders have one configuration, seed and data, and no method in common.
+
+    Cells of a grid say what they were asked for. Of other folders only options are known, and those that a method of
+    one and a method of the other both have must agree: comparing what was tuned in two ways would be no comparison.
+    """
     if (a.tasks, a.config["config"]) != (b.tasks, b.config["config"]):
         return False
-    return not set(a.config["methods"]) & set(b.config["methods"])
+    methods = a.config["methods"], b.config["methods"]
+    if set(methods[0]) & set(methods[1]):
+        return False
+    if a.cell is not None and b.cell is not None:
+        asked = [{key: value for key, value in cell.items() if key != "methods"} for cell in (a.cell, b.cell)]
+        return asked[0] == asked[1]
+    options = [[dict(_flat(method)) for method in found.values()] for found in methods]
+    return all(x[key] == y[key] for x in options[0] for y in options[1] for key in x.keys() & y.keys())
 
 
 def _alike(a: RunView, b: RunView) -> bool:

@@ -17,7 +17,16 @@ from holdfast.files import atomic_path
 from holdfast.labels import Correction
 from holdfast.reports import corrected, figures, theme
 from holdfast.reports.compare import PAGE_HEADS, SAFETY_HEADS, Group, figure_of, findings, result_table, titled_table
-from holdfast.reports.read_runs import MethodView, Rows, RunView, behaviour, load_run, read_rows, step_folder
+from holdfast.reports.read_runs import (
+    MethodView,
+    NothingFinishedError,
+    Rows,
+    RunView,
+    behaviour,
+    load_run,
+    read_rows,
+    step_folder,
+)
 from holdfast.reports.sample_pages import samples
 from holdfast.reports.seeds import group_runs
 from holdfast.reports.tables import Cell, Table
@@ -90,20 +99,21 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, *, t
         out: folder to write to; by default the run's own.
         title: heading of the page.
 
-    Raises: RunError: a folder is no run, has no finished task, or is given twice.
+    Raises: RunError: a folder is no run, no folder has a finished task, or one is given twice.
     """
     if not runs:
         raise RunError("No run directory given; name at least one folder written by `holdfast run` or `holdfast demo`.")
     paths = [Path(p) for p in runs]
     if len({p.resolve() for p in paths}) < len(paths):
         raise RunError("A run directory is given twice; averaging a run with itself would fake a smaller interval.")
-    views = [load_run(path) for path in paths]
+    views, unfinished = _finished(paths)
     groups = group_runs(views)
     target = Path(out) if out is not None else paths[0]
 
     pages, pngs, tables, lines = [], [], [], []
     markdown, latex = [], []
-    notes: list[str] = []
+    notes = list(unfinished)
+    lines += unfinished
     for number, group in enumerate(groups):
         prefix = f"{number + 1}-{_slug(group.condition)}-" if len(groups) > 1 else ""
         shown = []
@@ -176,6 +186,21 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, *, t
         _publish(target / name, text.encode("utf-8", "replace"))
         tables.append(target / name)
     return ReportFiles(html=html, pngs=tuple(pngs), tables=tuple(tables), lines=tuple(lines))
+
+
+def _finished(paths: Sequence[Path]) -> tuple[list[RunView], list[str]]:
+    """Runs with a finished task, and a sentence for each of the others. Raises: RunError: there are others only."""
+    views, unfinished = [], []
+    for path in paths:
+        try:
+            views.append(load_run(path))
+        except NothingFinishedError as error:
+            if len(paths) == 1:
+                raise
+            unfinished.append(f"Left out: {error}")
+    if not views:
+        raise RunError(f"None of the {len(paths)} folders has a finished task yet. " + " ".join(unfinished[:3]))
+    return views, unfinished
 
 
 def _pictures(group: Group) -> list[_Picture]:
