@@ -158,6 +158,9 @@ def test_a_task_that_was_learned_whole_is_not_learned_again(ctx, monkeypatch):
 def test_another_model_than_the_unaligned_one_is_refused_before_a_task_is_learned(ctx, tmp_path, name):
     with pytest.raises(CheckpointError, match="nowhere is neither a folder nor a hub id"):
         get(name, unaligned=str(tmp_path / "nowhere")).begin_task(ctx)
+    for empty in ("", " "):
+        with pytest.raises(CheckpointError, match="named by an empty text"):
+            get(name, unaligned=empty).begin_task(ctx)
     source = Path(ctx.theta_0.base)
     narrow = tmp_path / "narrow"
     shutil.copytree(source, narrow)

@@ -50,6 +50,12 @@ def model(folder: Path, processor: dict[str, Any] | None = None, **config: Any) 
             (50, 50),
             13 * 256,
         ),
+        (
+            {"vision_config": {"image_size": [448, 448], "patch_size": [14, 14]}, "downsample_ratio": 0.5},
+            {"crop_to_patches": True, "max_patches": 12},
+            (50, 50),
+            13 * 256,
+        ),  # InternVL writes both sides
         ({"vision_config": {"patch_size": 14, "spatial_merge_size": 2}}, None, (280, 140), 50),  # Qwen2-VL
         (
             {"vision_config": {"patch_size": 14, "spatial_merge_size": 2}},

@@ -334,6 +334,9 @@ def locate(source: str | Path) -> Path:
 
     Raises: CheckpointError: neither a folder nor a hub id that can be reached or is cached.
     """
+    if not str(source).strip():
+        # As a path it would be the folder that one stands in.
+        raise CheckpointError("A model is named by an empty text; expected a folder or a hub id.")
     folder = Path(source)
     if folder.is_dir():
         return folder

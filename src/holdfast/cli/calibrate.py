@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from holdfast.cli.choices import ActivationsName, DtypeName, ImageModeName, NormalizationName, OnFailureName, TokensName
-from holdfast.cli.units import parse_bytes
+from holdfast.cli.units import parse_memory
 
 
 def command(
@@ -90,7 +90,7 @@ def command(
             "batch_size": batch_size,
         },
     )
-    memory_bytes = parse_bytes(memory) if memory else None
+    memory_bytes = parse_memory(memory, "--memory") if memory else None
     safety_samples, task_samples = read_calibration_sets(
         safety, task, safety_images=safety_images, task_images=task_images
     )

@@ -38,7 +38,7 @@ def command(
     from holdfast.checkpoints.value import as_checkpoint
     from holdfast.cli.progress import bars
     from holdfast.cli.samples import read_calibration_sets, read_samples
-    from holdfast.cli.units import parse_bytes
+    from holdfast.cli.units import parse_memory
     from holdfast.editing.pair import tuned_checkpoint
 
     before, tuned = as_checkpoint(model), tuned_checkpoint(model, after)
@@ -56,7 +56,7 @@ def command(
                 tokens=tokens,
                 batch_size=batch_size,
                 changed=changed,
-                memory_bytes=parse_bytes(memory) if memory else None,
+                memory_bytes=parse_memory(memory, "--memory") if memory else None,
                 dtype=dtype,
                 device=device,
                 progress=progress,

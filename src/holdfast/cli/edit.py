@@ -180,11 +180,11 @@ def _own_calibration(
     from holdfast.checkpoints.value import as_checkpoint
     from holdfast.cli.progress import bars
     from holdfast.cli.samples import read_calibration_sets
-    from holdfast.cli.units import parse_bytes
+    from holdfast.cli.units import parse_memory
     from holdfast.editing.editor import require_room
     from holdfast.editing.pair import tuned_checkpoint
 
-    memory_bytes = parse_bytes(memory) if memory else None
+    memory_bytes = parse_memory(memory, "--memory") if memory else None
     base, tuned = as_checkpoint(before), tuned_checkpoint(before, after)
     sets = read_calibration_sets(safety, task)
     config = CalibrationConfig()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,14 +25,14 @@ def command(
     as_record: Annotated[bool, typer.Option("--json", help="Print the result as JSON; text goes to stderr.")] = False,
 ) -> dict[str, Any]:
     """Say what a run will take: hours by phase, memory of training, disk. Planning figures; nothing is loaded."""
-    from holdfast.cli.units import parse_bytes
+    from holdfast.cli.units import parse_memory
     from holdfast.errors import ConfigError
     from holdfast.experiment import read_run
     from holdfast.experiment.plan import Devices, plan_run
 
-    if tflops is not None and tflops <= 0:
-        raise ConfigError(f"--tflops is {tflops:g}; expected more than 0.")
-    room = parse_bytes(memory) if memory is not None else None
+    if tflops is not None and not 0 < tflops * 1e12 < math.inf:
+        raise ConfigError(f"--tflops is {tflops:g}; expected a finite number above 0, such as {_USUAL_TFLOPS:g}.")
+    room = parse_memory(memory, "--memory") if memory is not None else None
     bf16 = gpus is not None or _has_bf16()
     devices = Devices(count=gpus or 1, flops=_speed(gpus, tflops), memory_bytes=room, bf16=bf16)
     plan = plan_run(read_run(run), devices)
@@ -66,17 +67,19 @@ def _show(plan: Any, devices: Any) -> None:
         title=f"{plan.parameters / 1e6:,.0f} M parameters, {devices.count} x {devices.flops / 1e12:.3g} TFLOP/s"
     )
     shown.add_column("method")
-    phases = list(next(iter(plan.methods.values())).seconds)
+    phases = list(plan.before)
     for name in (*phases, "in all", "memory", "disk"):
         shown.add_column(name, justify="right")
+    shown.add_row("before any task", *map(_time, plan.before.values()), _time(sum(plan.before.values())), "", "")
     for name, one in plan.methods.items():
         hours = [_time(one.seconds[phase]) for phase in phases]
         sizes = (f"{one.training_bytes / 2**30:.1f} GiB", f"{one.disk_bytes / 2**30:.1f} GiB")
         shown.add_row(name, *hours, _time(sum(one.seconds.values())), *sizes)
     console = Console()
     console.print(shown)
-    total = sum(sum(one.seconds.values()) for one in plan.methods.values())
-    console.print(f"All methods one after another: {_time(total)}. Memory: of training, on one device.")
+    console.print(
+        f"theta_0 and then all methods, one after another: {_time(plan.seconds)}. Memory: of training, on one device."
+    )
     for name, one in plan.methods.items():
         if one.fits is not None and one.fits < one.micro_batch:
             remedy = (

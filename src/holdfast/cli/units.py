@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import TypeVar
@@ -14,12 +15,33 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+# Less memory than any device has: who writes it has left the unit out.
+_LEAST_MEMORY = 2**20
+
+
 def parse_bytes(text: str) -> int:
-    """Bytes of "8GiB", "512 MB", "1.5gib" or a plain number. Raises ConfigError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
-        raise ConfigError(f"size {text!r} is not understood; write a number with B, MB, GB, MiB or GiB, such as 8GiB.")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    """Bytes of "8GiB", "512 MB", "1.5gib" or a plain number; at least 1. Raises ConfigError."""
+    match = _SIZE.fullmatch(text)
+    unit = None if match is None else _UNITS.get(match[2].upper())
+    value = float(match[1]) * unit if match is not None and unit is not None else 0.0
+    if not 1 <= value < math.inf:
+        what = "is not understood" if value == 0 else "is below one byte" if value < 1 else "is beyond any device"
+        raise ConfigError(f"size {text!r} {what}; write a number with B, MB, GB, MiB or GiB, such as 8GiB.")
+    return int(value)
+
+
+def parse_memory(text: str, option: str) -> int:
+    """Bytes of a device's memory, as `parse_bytes` reads them.
+
+    Raises ConfigError: no size, or one below 1 MiB, as a number is whose unit was left out.
+    """
+    size = parse_bytes(text)
+    if size < _LEAST_MEMORY:
+        match = _SIZE.fullmatch(text)
+        number = match[1] if match is not None else "8"
+        raise ConfigError(f"{option} {text} is {size} bytes; expected a size such as {number}GiB.")
+    return size
 
 
 def parse_rate(text: str, option: str) -> float:

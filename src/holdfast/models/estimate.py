@@ -83,8 +83,8 @@ def _read_shape(folder: Path) -> ModelShape:
     except KeyError as error:
         raise DataError(f"{folder / 'config.json'} names no {error.args[0]}; the memory estimate needs it.") from None
     head = int(text.get("head_dim") or hidden // heads)
-    patch, merge = int(vision.get("patch_size") or 14), int(vision.get("spatial_merge_size") or 1)
-    size = vision.get("image_size")
+    patch, merge = _side(vision.get("patch_size")) or 14, int(vision.get("spatial_merge_size") or 1)
+    size = _side(vision.get("image_size"))
     fixed = isinstance(size, int) and "spatial_merge_size" not in vision
     return ModelShape(
         name=folder.name,
@@ -99,6 +99,13 @@ def _read_shape(folder: Path) -> ModelShape:
         max_pixels=_max_pixels(folder),
         weight_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
     )
+
+
+def _side(size: object) -> int | None:
+    """Pixels of a side: a number, or the longer of (height, width), as some families write it. None: not said."""
+    if isinstance(size, list | tuple) and size:
+        return max(int(one) for one in size)
+    return None if size is None or isinstance(size, Mapping) else int(size)  # type: ignore[call-overload, no-any-return]
 
 
 def estimate(
