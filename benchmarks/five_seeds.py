@@ -61,7 +61,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hpa_damping_100_percent": {"method": "hpa", "calibration": {"damping": 1.0}},
     "anchor_benign": {"method": "anchor", "benign_samples": None, "edit": {"benign_share": 0.6}},
     "anchor_drop": {"method": "anchor", "training": {"screen": "drop"}},
-    "guardspace_released": {"method": "guardspace", "null_below": 1e-6, "training": {"alpha": 16}},  # alpha / r is 1
+    "guardspace_released": {
+        "method": "guardspace",
+        "null_below": 1e-6,
+        "training": {"rank": 16, "alpha": 16},
+    },  # alpha / r is 1
     "hpa_drop": {"method": "hpa", "training": {"screen": "drop"}},
     "hpa_screen": {"method": "hpa", "screen": True},
     "hpa_benign": {"method": "hpa", "benign_samples": None},

@@ -101,11 +101,12 @@ def test_a_changed_file_is_refused_in_an_old_directory(run_file, tmp_path):
         experiment.run(changed, tmp_path / "run")
     with pytest.raises(RunError, match=r"seed: 0 -> 1"):
         experiment.run(dataclasses.replace(config, seed=1), tmp_path / "run")
-    assert resolve(config, tmp_path / "run").changed() == []
+    resolve(config, tmp_path / "run").refuse_changed()
     (tmp_path / "files" / "colour-test.json").write_text(
         (tmp_path / "files" / "colour-test.json").read_text().replace("Which?", "What?")
     )
-    assert resolve(config, tmp_path / "run").changed() == ["data_sha256.colour"]
+    with pytest.raises(RunError, match=r"is finished, .*\(data_sha256\.colour: "):
+        resolve(config, tmp_path / "run").refuse_changed()
     with pytest.raises(RunError, match=r"data_sha256\.colour: '"):
         experiment.run(config, tmp_path / "run")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 import textwrap
@@ -14,6 +13,7 @@ import pytest
 import pico
 from holdfast import registry
 from holdfast.config import encode
+from holdfast.data.inventory import check_pictures
 from holdfast.errors import ConfigError, RunError
 from holdfast.experiment import cell_process, read_run
 from holdfast.experiment.cell_process import HereProcesses
@@ -95,7 +95,7 @@ def test_dots_lead_into_mappings_and_a_methods_name_is_a_list_of_one(grid):
         ),
         ("run: run.yaml\nvary: {injection: {clean: null, plain: null}}", "injection=clean and injection=plain ask for"),
         ("run: run.yaml\nvary: {methods: {one: hpa, two: [hpa]}}", "methods=one and methods=two ask for the same run"),
-        ("run: run.yaml\nvary: {defaults: [{d: 2020-01-01}]}", r"(?s)date"),
+        ("run: run.yaml\nvary: {defaults: [{d: 2020-01-01}]}", r"cannot record a date"),
         ("run: run.yaml\nvary: {seed: {'?': 0, '!': 1}}", "in letters, digits"),
     ],
 )
@@ -115,7 +115,7 @@ def test_a_name_that_is_too_long_for_a_folder_is_cut_and_stays_its_own(grid, fak
     axes = "".join(f"  defaults.training.{key}: {{{letter}: 1, b: 2}}\n" for key in keys)
     cells = read_grid(grid(f"run: run.yaml\nvary:\n{axes}"))
     assert len({cell.name for cell in cells}) == 2 ** len(keys)
-    assert all(len(cell.name.encode()) <= 200 for cell in cells)
+    assert all(len(cell.name.encode()) <= 255 for cell in cells)
     assert [r.state for r in sweep(cells[:2], tmp_path / "out", places=fake)] == ["finished"] * 2
     assert [r.state for r in sweep(cells[:2], tmp_path / "out", places=fake)] == ["kept"] * 2
 
@@ -251,7 +251,9 @@ def test_a_finished_cell_of_other_data_is_not_kept(tmp_path, pico_folder, fake):
     (out / "seed=0" / "finished.json").write_text(json.dumps(mark))
     test = tmp_path / "colour-test.json"
     test.write_text(test.read_text().replace("Which?", "What?"))
-    with pytest.raises(RunError, match=r"seed=0 is finished, and was made with other data, code .*data_sha256\.colour"):
+    with pytest.raises(
+        RunError, match=r"seed=0 is finished, and was made with other options, data, code .*data_sha256\.colour"
+    ):
         sweep(cells, out, places=fake)
     assert not (out / "seed=4").exists()
 
@@ -263,9 +265,48 @@ def test_what_cannot_be_read_any_more_is_not_held_against_a_cell(tmp_path, pico_
     claim(found.directory, found.shared_config(), found.recorded)
     (tmp_path / "colour-test.json").unlink()
     job = {"names": encode(registry.export()), "cells": [{"config": encode(config), "out": str(out)}]}
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(job) + "\n"))
+    monkeypatch.setattr(cell_process, "_job", lambda: json.loads(json.dumps(job)))
     monkeypatch.setattr(cell_process.registry, "restore", lambda names: None)
     ended = []
     monkeypatch.setattr(cell_process.os, "_exit", ended.append)
     cell_process.look()
     assert ended == [0]
+
+
+@pytest.mark.parametrize("damage", ["{}", '{"config": 3, "methods": {}}', "not json", '{"config": {}, "methods": {}}'])
+def test_a_finished_cell_whose_records_are_damaged_is_not_kept(tmp_path, pico_folder, damage):
+    config, out = read_run(pico.run_file(tmp_path, pico_folder)), tmp_path / "out"
+    found = resolve(config, out)
+    claim(found.directory, found.shared_config(), found.recorded)
+    found.refuse_changed()
+    found.directory.config_path.write_text(damage)
+    with pytest.raises(RunError):
+        resolve(config, out).refuse_changed()
+
+
+def changed_option(folder: Path) -> None:
+    path = folder / "out" / "config.json"
+    recorded = json.loads(path.read_text())
+    recorded["methods"]["seqft"]["training"]["max_steps"] = 99
+    path.write_text(json.dumps(recorded))
+
+
+def changed_picture(folder: Path) -> None:
+    shown = sorted((folder / "images").glob("*.png"))
+    check_pictures(folder / "out" / "pictures.json", shown, folder)
+    shown[0].write_bytes(shown[1].read_bytes() + b" ")
+
+
+@pytest.mark.parametrize(
+    "change, said", [(changed_option, r"methods\.seqft\.training\.max_steps"), (changed_picture, "picture")]
+)
+def test_whatever_a_resume_refuses_a_finished_cell_is_not_kept_with(tmp_path, pico_folder, change, said):
+    config, out = read_run(pico.run_file(tmp_path, pico_folder)), tmp_path / "out"
+    found = resolve(config, out)
+    claim(found.directory, found.shared_config(), found.recorded)
+    found.refuse_changed()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert list(before) == [found.directory.config_path], "looking writes nothing"
+    change(tmp_path)
+    with pytest.raises(RunError, match=said):
+        resolve(config, out).refuse_changed()

@@ -320,6 +320,15 @@ def test_safe_anchor_repairs_what_drifted_from_theta_0_and_says_so(ctx, tmp_path
     assert record["baseline"] == pytest.approx((before or risen) * record["before"], rel=1e-4)
 
 
+def test_drift_may_be_held_against_the_model_before_the_task(ctx, tmp_path):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "safety.json").write_text(json.dumps({"baseline": 1e-6}))
+    options = {"samples": 2, "repair_steps": 1, "directions": 2, "tolerance": 1e6, "training": TRAINING}
+    get("safe_anchor", cumulative=False, **options).train_task(ctx)
+    record = json.loads((ctx.work_dir / "safety.json").read_text())
+    assert record["baseline"] == record["before"] and not record["repaired"]
+
+
 def test_drift_is_held_against_the_first_step(ctx):
     """Its own record is where the next step reads theta_0's loss."""
     first = dataclasses.replace(ctx, step=0, previous_work_dir=None)

@@ -134,6 +134,12 @@ def test_lwf_compares_with_the_model_without_its_adapter(ctx, tuned, pico_folder
     expected = next_token_kl(outputs.logits, loaded.model(**shown).logits, inputs["labels"])
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     assert tuned.training
+    for scaled, factor in ((False, 1.0), (True, 9.0)):
+        at_three = get("lwf", weight=0.5, temperature=3.0, scaled=scaled).training_options(ctx)["penalty"]
+        half = next_token_kl(outputs.logits, loaded.model(**shown).logits, inputs["labels"], temperature=3.0) / 2
+        assert float(at_three(tuned, inputs, outputs).detach()) == pytest.approx(
+            factor * float(half.detach()), rel=1e-4
+        )
     found.backward()
     assert outputs.logits.grad is not None
 

@@ -316,9 +316,10 @@ def test_methods_with_other_options_are_not_parts_of_one_run(tmp_path: Path, mar
     runs = []
     for method, rate in (("anchor", 2e-4), ("hpa", 1e-4), ("hpa", 2e-4)):
         run = fake_run.write_run(tmp_path / f"{method}-{rate}", methods={method: METHODS["hpa"]})
-        own = {"anchor": {"lam": 0.01}, "hpa": {"edit": {"k": 2}}}[method]
+        # Recorded as a run records them: with a class, and a calibration of the method's own.
+        own = {"anchor": {"lam": 0.01, "task_samples": 64}, "hpa": {"edit": {"k": 2}, "task_samples": 128}}[method]
         recorded = json.loads((run / "config.json").read_text())
-        recorded["methods"] = {method: {"training": {"learning_rate": rate, "rank": 16}, **own}}
+        recorded["methods"] = {method: {"class": f"m:{method}", "training": {"learning_rate": rate, "rank": 16}, **own}}
         (run / "config.json").write_text(json.dumps(recorded))
         asked = {"methods": {method: {}}, "defaults": {"training": {"learning_rate": rate}}, "seed": 0}
         if marked:
@@ -333,6 +334,19 @@ def test_methods_with_other_options_are_not_parts_of_one_run(tmp_path: Path, mar
 
 
 @pytest.mark.usefixtures("unpainted")
+def test_seeds_of_methods_that_were_tuned_in_two_ways_are_two_groups(tmp_path: Path) -> None:
+    runs = []
+    for seed in range(2):
+        for method, rate in (("anchor", 2e-4), ("hpa", 1e-4)):
+            run = fake_run.write_run(tmp_path / f"{method}-{seed}", methods={method: 0.9}, seed=seed)
+            recorded = json.loads((run / "config.json").read_text())
+            recorded["methods"] = {method: {"class": f"m:{method}", "training": {"learning_rate": rate}}}
+            (run / "config.json").write_text(json.dumps(recorded))
+            runs.append(load_run(run))
+    assert [([run.seed for run in group.runs], group.note) for group in group_runs(runs)] == [([0, 1], "")] * 2
+
+
+@pytest.mark.usefixtures("unpainted")
 def test_a_cell_that_a_grid_gives_other_options_by_its_name_is_part_of_the_run(tmp_path: Path) -> None:
     """Options of each method in one run file: calibrated in two ways, but asked for together."""
     asked = {"seed": 0, "defaults": {}}
@@ -342,7 +356,8 @@ def test_a_cell_that_a_grid_gives_other_options_by_its_name_is_part_of_the_run(t
         recorded = json.loads((run / "config.json").read_text())
         recorded["methods"] = {method: {"calibration": {"damping": damping}}}
         (run / "config.json").write_text(json.dumps(recorded))
-        (run / "finished.json").write_text(json.dumps({"config": {**asked, "methods": {method: {}}}}))
+        newer = {"an_option_that_came_later": None} if method == "hpa" else {}
+        (run / "finished.json").write_text(json.dumps({"config": {**asked, **newer, "methods": {method: {}}}}))
         runs.append(run)
     assert len(group_runs([load_run(run) for run in runs])) == 1
 

@@ -143,8 +143,11 @@ def test_a_task_that_starts_again_starts_from_nothing(run: RunDirectory, learned
         (step / "scratch" / part).mkdir(parents=True)
     write_json(step / "phases.json", {"begin": {"seconds": 1.0}, **({"train": {"seconds": 1.0}} if learned else {})})
     write_json(step / DIVERGED, {})
+    write_json(step / "training.json", {"steps": 1})  # of a method that publishes what it learned beside it
+    (step / "moelora").mkdir()
     assert claim(run, {}, of(0.01))
     assert (step / "scratch" / "buffer").exists() is (step / "phases.json").exists() is learned
+    assert (step / "moelora").exists() is (step / "training.json").exists() is learned
     assert not (step / DIVERGED).exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ def command(
 
     from holdfast.cli.terminal import Console
     from holdfast.reports.card import write_card
-    from holdfast.reports.read_runs import load_run
+    from holdfast.reports.read_runs import NothingFinishedError, load_run
     from holdfast.reports.write import write_report
 
     console = Console()
@@ -32,7 +33,10 @@ def command(
     console.print(f"report  {escape(str(files.html))}", soft_wrap=True)
     console.print(f"figures {len(files.pngs)} PNGs in {escape(str(files.html.parent / 'figures'))}", soft_wrap=True)
     console.print("tables  " + ", ".join(escape(str(p)) for p in files.tables), soft_wrap=True)
-    cards = [write_card(run, method) for run in runs for method in load_run(run).methods] if model_card else []
+    cards = []
+    for run in runs if model_card else ():
+        with contextlib.suppress(NothingFinishedError):  # the report has said so
+            cards += [write_card(run, method) for method in load_run(run).methods]
     for card in cards:
         console.print(f"card    {escape(str(card))}", soft_wrap=True)
     written = {"html": str(files.html), "figures": files.pngs, "tables": files.tables, "cards": cards}

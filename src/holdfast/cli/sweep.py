@@ -52,7 +52,7 @@ def command(
         def progress(event: str, *, name: str, state: str, **rest: Any) -> None:
             states[name] = state
             live.update(table(), refresh=console.is_terminal)
-            if state == "running":
+            if state in ("running", "checking"):
                 lines.at(name, doing=state)
             else:
                 lines.finish(name)

@@ -17,11 +17,11 @@ from holdfast.files import sha256
 HASHED_BYTES = 256 * 2**20
 
 
-def check_pictures(file: Path, pictures: Iterable[Path], root: Path) -> None:
+def check_pictures(file: Path, pictures: Iterable[Path], root: Path, *, add: bool = True) -> None:
     """Write `file` with what `pictures` are, or compare them with what it says; new pictures are added.
 
-    root: data root, from which names are taken, so that the data may move. Pictures that are missing are left to
-    whoever opens them.
+    add: False: compare only. root: data root, from which names are taken, so that the data may move. Pictures that are
+    missing are left to whoever opens them.
     Raises RunError: a picture is another one than when the run began, or that cannot be ruled out.
     """
     known = read_json(file) if file.is_file() else {}
@@ -59,14 +59,14 @@ def check_pictures(file: Path, pictures: Iterable[Path], root: Path) -> None:
             "keeps times), or choose another --out."
         )
     merged = {**known, **now}
-    if merged != known:
+    if add and merged != known:
         write_text(file, json.dumps(merged, separators=(",", ":")) + "\n")
 
 
-def check_models(file: Path, models: Mapping[str, str]) -> None:
+def check_models(file: Path, models: Mapping[str, str], *, add: bool = True) -> None:
     """Write `file` with the fingerprints of `models`, or compare them with what it says; new ones are added.
 
-    models: folder -> fingerprint, of what a run names beside the model that it tunes.
+    models: folder -> fingerprint, of what a run names beside the model that it tunes. add: False: compare only.
     Raises RunError: a folder holds another model than when the run began.
     """
     known = read_json(file) if file.is_file() else {}
@@ -77,7 +77,7 @@ def check_models(file: Path, models: Mapping[str, str]) -> None:
             f"{_named(changed)}. Finished tasks were made with the old ones. Put those back, or choose another --out."
         )
     merged = {**known, **models}
-    if merged != known:
+    if add and merged != known:
         write_text(file, json.dumps(merged, indent=1) + "\n")
 
 

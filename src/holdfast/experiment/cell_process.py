@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol
 
 from holdfast import registry
 from holdfast.config import decode
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, RunError
 from holdfast.experiment.run_config import RunConfig
 from holdfast.failures import explain
 
@@ -92,28 +92,43 @@ class HereProcesses:
 
 
 def look() -> None:
-    """A process that says whether the finished cells on standard input were made from the data and code of today.
+    """A process that says whether the finished cells on standard input are what a run of today would go on with.
 
-    Exit status MISTAKE, and a sentence on stderr: one was not. What cannot be read any more is not held against a cell.
+    Exit status MISTAKE, and a sentence on stderr: one is not. Data that cannot be read any more are not held against a
+    cell: they were there when it was made.
     """
     from holdfast.experiment.resolve import resolve
 
-    job = json.loads(sys.stdin.readline())
+    job = _job()
     registry.restore(job["names"])
     for cell in job["cells"]:
         try:
-            changed = resolve(decode(RunConfig, cell["config"]), Path(cell["out"])).changed()
+            resolve(decode(RunConfig, cell["config"]), Path(cell["out"])).refuse_changed()
+        except RunError as error:
+            _end(str(error), MISTAKE)
         except HoldfastError:
             continue
-        if changed:
-            print(
-                f"{cell['out']} is finished, and was made with other data, code or weights than there are now "
-                f"({', '.join(changed[:5])}). Choose another --out, or remove it.",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(MISTAKE)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            _end(f"{cell['out']}: a record in it is damaged ({type(error).__name__}: {error}). Remove it.", MISTAKE)
     os._exit(0)
+
+
+def _job() -> dict[str, Any]:
+    """What is on standard input; from now on the process ends when that does."""
+    job: dict[str, Any] = json.loads(sys.stdin.readline())
+
+    def watch() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return job
+
+
+def _end(sentence: str, status: int) -> None:
+    # In one line: the sweep shows the last one.
+    print(" ".join(sentence.split()), file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 def main() -> None:
@@ -122,13 +137,7 @@ def main() -> None:
     from holdfast.experiment.execute import run
     from holdfast.experiment.workers import set_threads
 
-    job = json.loads(sys.stdin.readline())
-
-    def watch() -> None:
-        sys.stdin.read()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    job = _job()
     try:
         registry.restore(job["names"])
         config = decode(RunConfig, job["config"])
@@ -138,9 +147,7 @@ def main() -> None:
         sentence = explain(error)
         if sentence is None:  # a bug: its traceback is what is said, and the cell is started again
             raise
-        # In one line: the sweep shows the last one.
-        print(" ".join(sentence.split()), file=sys.stderr, flush=True)
-        os._exit(MISTAKE if isinstance(error, HoldfastError) else 1)
+        _end(sentence, MISTAKE if isinstance(error, HoldfastError) else 1)
     os._exit(0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from holdfast.data.images import pictures
 from holdfast.data.inventory import check_models, check_pictures
 from holdfast.data.streams import build, build_calibration, build_safety
 from holdfast.data.types import SafetySet, Sample, Stream
-from holdfast.errors import ConfigError, DataError, unknown_name
+from holdfast.errors import ConfigError, DataError, RunError, unknown_name
 from holdfast.experiment.build import build_methods, parts_of
 from holdfast.experiment.own import benign_judge, own_judge, with_own_answers
 from holdfast.experiment.run_config import RunConfig, is_model
@@ -25,7 +24,7 @@ from holdfast.files import write_json
 from holdfast.restore.sets import refuse_shared
 from holdfast.share import current
 from holdfast.stream.protocol import Checkpoint, ChecksStream, Method, silent
-from holdfast.stream.record import RunDirectory, read_json
+from holdfast.stream.record import RunDirectory, unlike
 from holdfast.stream.runner import StreamRun
 
 Progress = Callable[..., None]
@@ -238,23 +237,21 @@ class Experiment:
             }
         )
 
-    def changed(self) -> list[str]:
-        """What of the run's model, data and code is not what config.json says it was, such as "data_sha256.vqa".
+    def refuse_changed(self) -> None:
+        """For a finished run: its options, data, code, models and pictures are those that it was made with.
 
-        For a run that is finished; one that goes on is checked whole when it claims its directory.
+        Nothing is written; one that goes on is checked when it claims its directory.
+        Raises: RunError: something is not, or its records are damaged.
         """
-        old = read_json(self.directory.config_path)
-        now = json.loads(json.dumps({"config": self.shared_config(), "methods": self.recorded}))
-        pairs = [
-            (key, old["config"][key], now["config"].get(key))
-            for key in old["config"]
-            if key.endswith("_sha256") or key in ("model_fingerprint", "plugins")
-        ]
-        pairs += [
-            (f"methods.{label}.class_from", old["methods"].get(label, row).get("class_from"), row.get("class_from"))
-            for label, row in now["methods"].items()
-        ]
-        return [difference for name, was, is_now in pairs for difference in _differences(name, was, is_now)]
+        run = self.stream_run()
+        changes = unlike(self.directory, run.config, self.recorded, grows=run.grows, today=run.today)
+        if changes:
+            raise RunError(
+                f"{self.out} is finished, and was made with other options, data, code or weights than there are now "
+                f"({'; '.join(changes[:5])}). Choose another --out, or remove it."
+            )
+        check_pictures(self.out / "pictures.json", self._pictures(), self.stream.root, add=False)
+        check_models(self.out / "models.json", self._other_models(), add=False)
 
     def _recorded_gate(self) -> dict[str, Any]:
         """Nothing where there is none: directories of before know of no gate."""
@@ -414,13 +411,6 @@ def _recorded(method: Any, name: str) -> dict[str, Any]:
     place = f"{type(method).__module__}:{type(method).__name__}"
     came_from = {key: value for key, value in origin.items() if key != "class"}
     return {"class": place, **({"class_from": came_from} if came_from else {}), **encode(method.config)}
-
-
-def _differences(name: str, was: Any, is_now: Any) -> list[str]:
-    """Dotted names of what differs between two values of plain data; what only the second has is no difference."""
-    if isinstance(was, Mapping) and isinstance(is_now, Mapping):
-        return [text for key in was for text in _differences(f"{name}.{key}", was[key], is_now.get(key))]
-    return [] if was == is_now else [name]
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -38,7 +38,7 @@ from holdfast.stream.protocol import silent
 
 Progress = Callable[..., None]
 _DONE = "finished.json"
-_LONGEST = 200  # bytes of a cell's name: file systems take 255
+_LONGEST = 255  # bytes of a cell's name, as file systems take them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +134,9 @@ def sweep(
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; the cells of a grid need a folder. Choose another --out.")
     kept = {cell.name for cell in cells if _is_kept(cell, out / cell.name)}
+    for cell in cells:
+        if cell.name in kept:
+            progress("cell", name=cell.name, state="checking", done=None, total=len(cells))
     _refuse_changed([cell for cell in cells if cell.name in kept], out)
     lock, done = threading.Lock(), itertools.count(1)
     places = places or HereProcesses()
@@ -207,16 +210,25 @@ def _is_kept(cell: Cell, folder: Path) -> bool:
 
 
 def _refuse_changed(finished: Sequence[Cell], out: Path) -> None:
-    """Raises RunError: a finished cell is of other data, code or weights than there are now."""
+    """Raises RunError: a finished cell is of other options, data, code or weights than there are now.
+
+    Data are read again for it, once a cell, but nothing is loaded or computed.
+    """
     runs = [(cell, (out / cell.name).absolute()) for cell in finished]
     asked = [{"config": encode(cell.config), "out": str(run)} for cell, run in runs if (run / "config.json").is_file()]
     if not asked:
         return
     # In a process of its own, as a cell is: plug-ins are imported, and another sweep may have others.
     job = {"names": encode(registry.export()), "cells": asked, "cwd": str(Path.cwd())}
-    status, said = HereProcesses(LOOK).run(job)
-    if status == MISTAKE:
-        raise RunError(said.strip().splitlines()[-1])
+    process = HereProcesses(LOOK)
+    try:
+        status, said = process.run(job)
+    except BaseException:
+        process.stop()
+        raise
+    if status != 0:
+        last = said.strip().splitlines()[-1] if said.strip() else f"status {status}"
+        raise RunError(last if status == MISTAKE else f"The finished cells could not be looked at: {last}")
 
 
 def _refuse_nested(keys: Sequence[str], path: Path) -> None:
@@ -254,7 +266,7 @@ def _as_folder(name: str) -> str:
     if len(name.encode()) <= _LONGEST:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:12]
-    return f"{name.encode()[: _LONGEST - 13].decode(errors='ignore')}-{digest}"
+    return f"{name.encode()[:180].decode(errors='ignore')}-{digest}"
 
 
 def _put(data: dict[str, Any], key: str, value: object, *, where: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,10 +23,14 @@ from holdfast.stream.protocol import TaskContext
 
 @dataclass(frozen=True, kw_only=True)
 class LwfConfig(SeqFTConfig):
-    """weight: of the divergence beside the task's loss. temperature: of both distributions."""
+    """weight: of the divergence beside the task's loss. temperature: of both distributions.
+
+    scaled: the divergence times temperature squared, which keeps its gradient's size (Hinton et al. 2015).
+    """
 
     weight: float = 1.0
     temperature: float = 2.0
+    scaled: bool = field(default=False, metadata={"before": True})
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf or not 0 < self.temperature < math.inf:
@@ -47,9 +51,9 @@ class Lwf(SeqFT):
         shown = {name: value for name, value in inputs.items() if name not in ("labels", "num_items_in_batch")}
         with torch.no_grad(), _without_adapter(model):
             before = model(**shown).logits
-        return self.config.weight * next_token_kl(
-            outputs.logits, before, inputs["labels"], temperature=self.config.temperature
-        )
+        temperature = self.config.temperature
+        factor = self.config.weight * (temperature**2 if self.config.scaled else 1.0)
+        return factor * next_token_kl(outputs.logits, before, inputs["labels"], temperature=temperature)
 
 
 class _without_adapter:  # noqa: N801 (a context manager, used as a function)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,14 @@ class SafeAnchorConfig(SeqFTConfig):
     """directions: of a layer's outputs and inputs each that a task must not use. samples: safe answers, drawn by seed.
 
     tolerance: share by which the loss on the safe answers may be above theta_0's, 0 or more.
+    cumulative: false: above that of the model before each task, so that what is tolerated adds up.
     repair_steps: learned beyond it.
     """
 
     directions: int = 16
     samples: int = 32
     tolerance: float = 0.1
+    cumulative: bool = field(default=True, metadata={"before": False})
     repair_steps: int = 10
 
     def __post_init__(self) -> None:
@@ -104,7 +106,7 @@ class SafeAnchor(SeqFT):
 
     def _baseline(self, ctx: TaskContext, safe: Sequence[Sample], before: float) -> float:
         """theta_0's loss on the safe answers: `before` in the first step, and its record from then on."""
-        if ctx.previous_work_dir is None:
+        if ctx.previous_work_dir is None or not self.config.cumulative:
             return before
         path = ctx.previous_work_dir / _RECORD
         record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -17,6 +17,8 @@ from holdfast.reports.read_runs import RunView
 
 # Of a stream: where it lies, and sentences for people.
 _NO_SETTINGS = ("root", "description", "obtain", "license")
+# Of a method: how it learns, whatever it does besides.
+_TUNING = ("training", "train_dtype")
 # A title names so many settings, and so much of each.
 _SHOWN, _LETTERS = 3, 40
 
@@ -83,25 +85,39 @@ def _joined(runs: Sequence[RunView]) -> list[RunView]:
 def _parts_of_one(a: RunView, b: RunView) -> bool:
     """Whether two folders have one configuration, seed and data, and no method in common.
 
-    Cells of a grid say what they were asked for. Of other folders only options are known, and those that a method of
-    one and a method of the other both have must agree: comparing what was tuned in two ways would be no comparison.
+    What was tuned in two ways is not compared.
     """
     if (a.tasks, a.config["config"]) != (b.tasks, b.config["config"]):
         return False
-    methods = a.config["methods"], b.config["methods"]
-    if set(methods[0]) & set(methods[1]):
-        return False
+    return not set(a.config["methods"]) & set(b.config["methods"]) and _tuned_alike(a, b)
+
+
+def _tuned_alike(a: RunView, b: RunView) -> bool:
+    """Whether two runs without a common method tune alike.
+
+    Cells of a grid say what all of their methods were asked for. Of other folders the options of tuning must agree; a
+    calibration may well be each method's own. What only one of two says is an option of another version.
+    """
     if a.cell is not None and b.cell is not None:
-        asked = [{key: value for key, value in cell.items() if key != "methods"} for cell in (a.cell, b.cell)]
-        return asked[0] == asked[1]
-    options = [[dict(_flat(method)) for method in found.values()] for found in methods]
-    return all(x[key] == y[key] for x in options[0] for y in options[1] for key in x.keys() & y.keys())
+        return _agree(*({k: v for k, v in cell.items() if k not in ("methods", "seed")} for cell in (a.cell, b.cell)))
+    tuned = [
+        [{key: method.get(key) for key in _TUNING if key in method} for method in run.config["methods"].values()]
+        for run in (a, b)
+    ]
+    return all(_agree(x, y) for x in tuned[0] for y in tuned[1])
+
+
+def _agree(a: Any, b: Any) -> bool:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return all(_agree(a[key], b[key]) for key in a.keys() & b.keys())
+    return bool(a == b)
 
 
 def _alike(a: RunView, b: RunView) -> bool:
     if (a.stream, a.condition, a.tasks, _shared(a)) != (b.stream, b.condition, b.tasks, _shared(b)):
         return False
-    return all(_method(a, name) == _method(b, name) for name in a.methods if name in b.methods)
+    common = [name for name in a.methods if name in b.methods]
+    return all(_method(a, name) == _method(b, name) for name in common) if common else _tuned_alike(a, b)
 
 
 def _shared(run: RunView) -> dict[str, Any]:

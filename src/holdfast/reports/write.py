@@ -108,7 +108,7 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, *, t
         raise RunError("A run directory is given twice; averaging a run with itself would fake a smaller interval.")
     views, unfinished = _finished(paths)
     groups = group_runs(views)
-    target = Path(out) if out is not None else paths[0]
+    target = Path(out) if out is not None else views[0].path
 
     pages, pngs, tables, lines = [], [], [], []
     markdown, latex = [], []

@@ -304,6 +304,27 @@ def claim(
     return tuple(f"continued with {text}" for text in news)
 
 
+def unlike(
+    run: RunDirectory,
+    config: Mapping[str, Any],
+    methods: Mapping[str, Mapping[str, Any]],
+    *,
+    grows: Collection[str] = (),
+    today: AsToday = lambda method, recorded: recorded,
+) -> list[str]:
+    """How a finished run directory's config.json differs from a configuration of today; nothing is written.
+
+    Arguments as those of `claim`. Raises: RunError: it is damaged.
+    """
+    old = read_json(run.config_path)
+    if not isinstance(old, dict) or not _is_whole(old):
+        raise RunError(f"{run.config_path} was not written by this version of holdfast.")
+    found = list(_changes(today(None, old["config"]), config, grows=grows))
+    for name in methods.keys() & old["methods"].keys():
+        found += _changes(today(name, old["methods"][name]), methods[name], f"methods.{name}")
+    return [str(change) for change in found]
+
+
 def _is_whole(recorded: Mapping[str, Any]) -> bool:
     """Whether a config.json has the groups that `claim` writes."""
     config, methods = recorded.get("config"), recorded.get("methods")
@@ -344,7 +365,7 @@ def _forget_half_learned(run: RunDirectory, method: str) -> None:
             if "train" not in (read_json(phases) if phases.is_file() else {}):
                 # All of it: a method may learn in parts of its own, and go on from those that it finds.
                 phases.unlink(missing_ok=True)
-                shutil.rmtree(step / "scratch", ignore_errors=True)
+                shutil.rmtree(step, ignore_errors=True)
             (step / DIVERGED).unlink(missing_ok=True)
 
 
