@@ -45,6 +45,7 @@ TRIES: dict[str, tuple[dict[str, Any], ...]] = {
     "dare": ({}, {"drop": 0.7}, {"drop": 0.5}, {"drop": 0.5, "rescale": False}, {"drop": 0.7, "rescale": False}),
     "resta": ({}, {"alpha": 0.05}, {"alpha": 0.1}, {"alpha": 0.2}, {"alpha": 1.0}),
     "cgm": ({}, {"alpha": 0.02}, {"alpha": 0.05}, {"alpha": 1.0}, {"alpha": 5.0}),
+    "cgm_plus": ({}, {"kept": 0.9}, {"kept": 0.8}, {"alpha": 0.2}, {"alpha": 5.0}),
     "ewc": ({}, {"weight": 1e2}, {"weight": 1e3}, {"weight": 1e5}, {"weight": 1e6}),
     "lwf": ({}, {"weight": 0.1}, {"weight": 0.3}, {"weight": 3.0}, {"weight": 10.0}),
     "o_lora": ({}, {"weight": 0.05}, {"weight": 5.0}, {"weight": 50.0}, {"norm_weight": 0.1}),
