@@ -201,7 +201,7 @@ def test_of_each_method_what_a_run_of_it_does_is_planned(config: RunConfig, name
         refused = False
     except ConfigError:
         refused = True
-    named = [note for note in two.notes if note.startswith(f"{name}: learn in one process alone")]
+    named = [note for note in two.notes if note.startswith(f"{name}: learned in one process alone")]
     assert shared.devices == (1 if refused else 2) and len(named) == refused
     for phase in (TRAINING, EVALUATION):
         assert shared.seconds[phase] == pytest.approx(alone.seconds[phase] / (1 if refused else 1.8))

@@ -203,13 +203,13 @@ class _Planner:
         notes = [f"A batch of {size} cannot be dealt out evenly over {count} devices." for size in uneven]
         if alone:
             why = (
-                "learn in one process alone"
+                "learned in one process alone"
                 if self.config.evaluation.backend != "vllm"
-                else "answer by vLLM, which takes the devices for itself"
+                else "answered by vLLM, which takes the devices for itself"
             )
             notes.append(
-                f"{', '.join(alone)}: {why}, and a run of {count} processes refuses them. Planned with one device; "
-                "give them a run of one process (--method, and an --out of its own, where theta_0 is asked again)."
+                f"{', '.join(alone)}: {why}; a run of {count} processes refuses that. Planned with one device: "
+                "a run of one process (--method, and an --out of its own, where theta_0 is asked again)."
             )
         if count > 1 and dealt:
             notes.append(
