@@ -62,7 +62,7 @@ def _leaves(data: object, place: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 # What was done before there were these options, where their default is something else.
-BEFORE = {"common_directions": 0.0}
+BEFORE = {"common_directions": 0.0, "scaled": True, "cumulative": False}
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
