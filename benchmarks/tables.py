@@ -112,7 +112,13 @@ def rivals(args: argparse.Namespace, out: Path) -> Commands:
     tried = chosen_of(args, (*BESIDE, *TRIED))
     choices = [name for name in tried if name in TRIED]
     choose: Commands = []
-    if choices and args.chosen is None:
+    if args.chosen is not None:
+        missing = sorted(set(choices) - set(json.loads(args.chosen.read_text())))
+        if missing:
+            raise SystemExit(
+                f"--chosen {args.chosen} has no settings for {', '.join(missing)}; leave them out of --methods."
+            )
+    elif choices:
         options = ["--jobs", str(args.jobs), "--out", str(out / "choose")]
         choose = [["choose.py", "--methods", ",".join(choices), *options]]
     settings = ["--against", "anchor"]
@@ -292,6 +298,10 @@ def main() -> int:
     unknown = sorted(set(args.tables) - set(TABLES))
     if unknown:
         parser.error(f"no table {unknown[0]!r}; there are {', '.join(TABLES)}")
+    if args.chosen is not None and not args.chosen.is_file():
+        parser.error(
+            f"--chosen {args.chosen} is no file; expected one as benchmarks/chosen.json, or as choose.py leaves"
+        )
     for name in args.tables or TABLES:
         out = (args.out / name).absolute()
         out.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,11 @@ def test_settings_that_were_chosen_are_tries_and_are_not_chosen_again(tables, tm
     assert words[0] == "five_seeds.py" and words[words.index("--settings") + 1] == str(file)
     (tmp_path / "table.md").write_text("| a table |\n")
     assert 'Settings that were chosen: osf "kept": 0.75.' in tables.TABLES["rivals"].shown(tmp_path, asked)
+    (tmp_path / "few.json").write_text(json.dumps({"hpa": {"method": "hpa"}}))
+    with pytest.raises(SystemExit, match="has no settings for osf; leave them out"):
+        tables.TABLES["rivals"].commands(
+            argparse.Namespace(**{**vars(asked), "chosen": tmp_path / "few.json"}), tmp_path
+        )
     # Nothing to choose for these two: the table alone.
     alone = argparse.Namespace(**{**vars(asked), "methods": ["seqft", "anchor"], "chosen": None})
     (words,) = tables.TABLES["rivals"].commands(alone, tmp_path)

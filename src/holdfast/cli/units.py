@@ -38,8 +38,7 @@ def parse_memory(text: str, option: str) -> int:
     """
     size = parse_bytes(text)
     if size < _LEAST_MEMORY:
-        match = _SIZE.fullmatch(text)
-        number = match[1] if match is not None else "8"
+        number = re.sub(r"[A-Za-z\s]", "", text)
         raise ConfigError(f"{option} {text} is {size} bytes; expected a size such as {number}GiB.")
     return size
 

@@ -35,9 +35,9 @@ from holdfast.experiment.cell_process import LOOK, MISTAKE, HereProcesses, Place
 from holdfast.experiment.run_config import RunConfig, decode_run
 from holdfast.files import read_json, write_json
 from holdfast.stream.protocol import silent
+from holdfast.stream.record import RunDirectory
 
 Progress = Callable[..., None]
-_DONE = "finished.json"
 _LONGEST = 255  # bytes of a cell's name, as file systems take them
 
 
@@ -176,7 +176,7 @@ def _run_cell(cell: Cell, folder: Path, retries: int, places: Places) -> CellRes
         seconds = time.monotonic() - began
         if status == 0:
             mark = {"cell": cell.name, "digest": cell.digest, "values": dict(cell.values), "config": job["config"]}
-            write_json(folder / _DONE, mark)
+            write_json(RunDirectory(folder).mark_path, mark)
             return CellResult(name=cell.name, state="finished", attempts=attempt, seconds=seconds)
         if status == MISTAKE:
             break
@@ -190,7 +190,7 @@ def _is_kept(cell: Cell, folder: Path) -> bool:
 
     Raises: RunError: a finished cell of this name had other settings. An unfinished one is told by its own run.
     """
-    path = folder / _DONE
+    path = RunDirectory(folder).mark_path
     if not path.is_file():
         return False
     mark = read_json(path, "a cell's mark", error=RunError)

@@ -22,7 +22,7 @@ Array = npt.NDArray[np.float64]
 RESAMPLES = 2000
 _CHUNK_CELLS = 8_000_000
 # Values of seeds that are this near are equal: what lies between them is rounding.
-_SAME = 1e-9
+SAME = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Interval:
     @property
     def leaves_out_zero(self) -> bool:
         """Whether 0 is outside. One over seeds that has no width says nothing: they agree to the digit, by chance."""
-        if self.kind == "seeds" and not self.high - self.low > _SAME:
+        if self.kind == "seeds" and not self.high - self.low > SAME:
             return False
         return self.low > 0.0 or self.high < 0.0
 

@@ -15,11 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from holdfast.errors import DataError
-from holdfast.metrics.intervals import RESAMPLES, Interval, _check_options, _paired, _resampled_means, over_seeds
+from holdfast.metrics.intervals import RESAMPLES, SAME, Interval, _check_options, _paired, _resampled_means, over_seeds
 
 # Up to 2^16 sign patterns are enumerated; above that they are drawn.
-# Differences that are this near are equal: what lies between them is rounding.
-_SAME = 1e-9
 _EXACT_PAIRS = 16
 
 
@@ -125,8 +123,8 @@ def paired_t(a: npt.ArrayLike, b: npt.ArrayLike) -> PairedTest:
     n, spread = len(delta), float(delta.std(ddof=1)) if len(delta) > 1 else math.nan
     if n < 2:
         p = math.nan
-    elif spread <= _SAME * max(1.0, float(np.abs(delta).max())):
-        p = 1.0 if abs(float(delta.mean())) <= _SAME else 2.0 ** (1 - n)
+    elif spread <= SAME * max(1.0, float(np.abs(delta).max())):
+        p = 1.0 if abs(float(delta.mean())) <= SAME else 2.0 ** (1 - n)
     else:
         p = float(2 * stdtr(n - 1, -abs(delta.mean()) / (spread / math.sqrt(n))))
     return _result("paired t over seeds", delta, p, over_seeds(delta))

@@ -168,7 +168,7 @@ def _load_run(path: Path) -> RunView:
         methods=views,
         config=directory.read_config(),
         versions=dict(theta_0.versions),
-        cell=_cell(path / "finished.json"),
+        cell=_cell(directory.mark_path),
     )
 
 

@@ -78,6 +78,11 @@ class RunDirectory:
         return self.root / "summary.json"
 
     @property
+    def mark_path(self) -> Path:
+        """What says that a grid's cell is finished, and what it was asked for; other runs have none."""
+        return self.root / "finished.json"
+
+    @property
     def theta_0_dir(self) -> Path:
         """Folder of the starting model's record and answers."""
         return self.root / "theta_0"
@@ -268,9 +273,7 @@ def claim(
             )
         write_json(path, {"format": CONFIG_FORMAT, "config": config, "methods": methods, "versions": versions()})
         return ()
-    old = read_json(path)
-    if not isinstance(old, dict) or old.get("format") != CONFIG_FORMAT or not _is_whole(old):
-        raise RunError(f"{path} was not written by this version of holdfast. Choose another --out.")
+    old = _claimed(run)
     recorded = {name: today(name, row) if name in methods else row for name, row in old["methods"].items()}
     changed = list(_changes(today(None, old["config"]), config, grows=grows))
     allowed: list[_Change] = []
@@ -316,19 +319,25 @@ def unlike(
 
     Arguments as those of `claim`. Raises: RunError: it is damaged.
     """
-    old = read_json(run.config_path)
-    if not isinstance(old, dict) or not _is_whole(old):
-        raise RunError(f"{run.config_path} was not written by this version of holdfast.")
+    old = _claimed(run)
     found = list(_changes(today(None, old["config"]), config, grows=grows))
     for name in methods.keys() & old["methods"].keys():
         found += _changes(today(name, old["methods"][name]), methods[name], f"methods.{name}")
     return [str(change) for change in found]
 
 
-def _is_whole(recorded: Mapping[str, Any]) -> bool:
-    """Whether a config.json has the groups that `claim` writes."""
-    config, methods = recorded.get("config"), recorded.get("methods")
-    return isinstance(config, dict) and isinstance(methods, dict) and all(isinstance(m, dict) for m in methods.values())
+def _claimed(run: RunDirectory) -> dict[str, Any]:
+    """config.json, with the groups that `claim` writes. Raises: RunError: damaged, or of something else."""
+    found = read_json(run.config_path)
+    if isinstance(found, dict) and found.get("format") == CONFIG_FORMAT:
+        config, methods = found.get("config"), found.get("methods")
+        if (
+            isinstance(config, dict)
+            and isinstance(methods, dict)
+            and all(isinstance(m, dict) for m in methods.values())
+        ):
+            return found
+    raise RunError(f"{run.config_path} was not written by this version of holdfast. Choose another --out.")
 
 
 @dataclass(frozen=True)
@@ -362,11 +371,11 @@ def _forget_half_learned(run: RunDirectory, method: str) -> None:
     for step in run.method_dir(method).iterdir() if run.method_dir(method).is_dir() else ():
         if step.is_dir() and not (step / "record.json").is_file():
             phases = step / "phases.json"
-            if "train" not in (read_json(phases) if phases.is_file() else {}):
+            if "train" in (read_json(phases) if phases.is_file() else {}):
+                (step / DIVERGED).unlink(missing_ok=True)
+            else:
                 # All of it: a method may learn in parts of its own, and go on from those that it finds.
-                phases.unlink(missing_ok=True)
-                shutil.rmtree(step, ignore_errors=True)
-            (step / DIVERGED).unlink(missing_ok=True)
+                shutil.rmtree(step)
 
 
 def _changes(old: Any, new: Any, where: str = "", *, grows: Collection[str] = ()) -> Iterator[_Change]:
